@@ -1,0 +1,3388 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["boto3>=1.36,<2", "click>=8.1,<9", "paramiko>=3.4,<6"]
+# ///
+"""Creates a Mitsuba rendering cluster on Amazon EC2, and takes it down again.
+
+The usual order:
+
+    ./cluster.py createNodes c1.xlarge 8
+    ./cluster.py install
+    ./cluster.py start              the last line names the head node
+    ./cluster.py status
+    ./cluster.py syncData huge.vol  only for data files that plugins read on the nodes
+    ./cluster.py terminateAll
+
+Results go to stdout, progress and complaints to stderr. Exit codes: 0 done, 1 something
+failed (and is named), 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
+
+Nothing is remembered on this machine but the SSH key: the cluster's state is in EC2, in
+tags that are set by the very calls that create things. So any machine with the credentials
+sees and ends the cluster, whatever happened to this one.
+
+Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
+a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
+
+Sections: Constants, Errors, Data, Pure helpers, Remote scripts, Settings, EC2, Launching,
+Server probe, SSH, Fan-out, S3, Output, Commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import ipaddress
+import json
+import os
+import queue
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+MISSING = (
+    "cluster.py needs {name}. On Debian and Ubuntu: sudo apt-get install -y python3-venv && python3 -m venv "
+    "~/.mitsuba-cluster && ~/.mitsuba-cluster/bin/pip install boto3 click paramiko, and from then on: "
+    "~/.mitsuba-cluster/bin/python cluster.py"
+)
+try:
+    import click
+except ImportError:
+    sys.exit(MISSING.format(name="click"))
+
+if TYPE_CHECKING:
+    import paramiko
+
+HERE = Path(__file__).resolve().parent
+Client = Any  # boto3 makes its clients' classes at run time
+T = TypeVar("T")
+
+# --- Constants --------------------------------------------------------------
+# Names that others rely on, and every limit in one place.
+
+TAG_GROUP = "mitsuba-group"
+TAG_ROLE = "mitsuba-role"
+TAG_HOST_KEY = "mitsuba-host-key"
+TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
+TAG_HOURS = "mitsuba-max-hours"
+
+SERVER_PORT = 7554  # mtssrv's own default
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
+
+# "ebs-gp2" for 22.04; see https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
+UBUNTU_PARAMETER = "/aws/service/canonical/ubuntu/server/22.04/stable/current/amd64/hvm/ebs-gp2/ami-id"
+UBUNTU_NAME = "ubuntu/images/hvm-ssd/ubuntu-jammy-22.04-amd64-server-*"
+CANONICAL = "099720109477"
+ADDRESS_URL = "https://checkip.amazonaws.com"
+ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
+CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
+PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
+
+ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
+BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
+LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
+TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
+
+# Limits, in seconds.
+POLL = 1.0  # between two looks at EC2, one call for all nodes
+ADDRESS_LIMIT = 5  # the look-up of this machine's public address
+PRICE_LIMIT = 5  # the look-up of a price
+TCP_LIMIT = 5  # one connection attempt
+EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
+LOGIN_LIMIT = 60  # a node that should be up
+BOOT_LIMIT = 600  # from the launch to an answering sshd
+FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
+CLOUD_INIT_LIMIT = 600
+POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
+STEP_LIMIT = 60  # a short remote command
+INSTALL_LIMIT = 1800
+SYNC_LIMIT = 24 * 3600
+SILENCE_LIMIT = 120  # syncData reports twice a second: so long a silence is a dead node
+SERVER_LIMIT = 20  # from starting a server to its handshake
+HANDSHAKE_LIMIT = 3  # a server's answer; up to 0.35 s were seen in mid-render
+LAUNCH_TRIES = 6  # of one RunInstances request, with growing pauses (1, 2, 4 … s)
+TERMINATE_LIMIT = 600  # until EC2 says terminated
+UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
+
+CONNECTING = threading.BoundedSemaphore(64)  # key exchanges at once: more gain nothing
+OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
+LOG_LINES = 8  # of them, in lines, that are shown
+
+CAPACITY_CODES = {
+    "InsufficientInstanceCapacity",
+    "InsufficientCapacity",
+    "InsufficientHostCapacity",
+    "InsufficientFreeAddressesInSubnet",
+    "Unsupported",
+}
+RETRY_CODES = {
+    "RequestLimitExceeded",
+    "Throttling",
+    "ThrottlingException",
+    "InternalError",
+    "InternalFailure",
+    "Unavailable",
+    "ServiceUnavailable",
+    "502",
+    "503",
+    "504",
+}
+EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
+CREDENTIAL_CODES = {"AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
+DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
+
+
+# --- Errors -----------------------------------------------------------------
+# One for the user, one for a single node, one for SIGTERM.
+
+
+class ClusterError(click.ClickException):
+    """Something that the user can mend: one line on stderr, exit code 1."""
+
+
+class NodeError(Exception):
+    """One node's step failed; the other nodes go on."""
+
+
+class Terminated(BaseException):
+    """SIGTERM has come; unwinds like Ctrl-C's KeyboardInterrupt."""
+
+
+# --- Data -------------------------------------------------------------------
+# Frozen records that the sections hand to each other.
+
+
+@dataclass(frozen=True)
+class Node:
+    """One EC2 instance of ours, as far as the tool cares."""
+
+    id: str
+    group: str
+    type: str
+    state: str
+    launched: datetime
+    zone: str = ""
+    public_name: str = ""
+    public_ip: str = ""
+    private_ip: str = ""
+    market: str = "on-demand"
+    role: str | None = None
+    host_key: str = ""
+    price: float | None = None  # $ an hour
+    max_hours: float | None = None
+    spot_request: str = ""
+    reason: str = ""  # why it ended, if not by the user
+
+    @property
+    def address(self) -> str:
+        """Where to connect: the public address, else the private one."""
+        return self.public_ip or self.private_ip
+
+    @property
+    def name(self) -> str:
+        """What to print: the public name, else the address, else the id."""
+        return self.public_name or self.address or self.id
+
+
+@dataclass(frozen=True)
+class SpotRequest:
+    """A spot request of ours."""
+
+    id: str
+    group: str
+    state: str
+    status: str
+    max_price: float | None
+    node_id: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way into a security group: a port for a CIDR, and who added it."""
+
+    port: int
+    cidr: str
+    owner: str
+
+
+@dataclass(frozen=True)
+class SecurityGroup:
+    """The security group of one of our groups; made first, removed last."""
+
+    id: str
+    group: str
+    rules: tuple[Rule, ...] = ()
+    open_inside: bool = False  # its own nodes may talk to each other
+
+
+@dataclass(frozen=True)
+class Overview:
+    """Everything of ours in a region."""
+
+    nodes: list[Node]
+    requests: list[SpotRequest]
+    security_groups: list[SecurityGroup]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an instance type can do."""
+
+    type: str
+    architectures: tuple[str, ...]
+    boot_modes: tuple[str, ...]
+    virtualization: tuple[str, ...]
+    cores: int
+    encrypts: bool
+
+
+@dataclass(frozen=True)
+class Image:
+    """What matters of an AMI."""
+
+    id: str
+    architecture: str
+    boot_mode: str
+    virtualization: str
+    root_device: str
+    root_gb: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that RunInstances needs, but for the subnet and the number."""
+
+    group: str
+    machine: Machine
+    image: Image
+    key_name: str
+    security_group: str
+    user_data: str
+    tags: dict[str, str]
+    disk_gb: int
+    spot: bool = False
+    max_price: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step did on one node."""
+
+    node: Node
+    value: Any = None
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the step succeeded."""
+        return not self.error
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a node says of itself."""
+
+    cores: int
+    version: str = ""  # of Mitsuba; empty: not installed
+    role: str = ""  # of its server: head, worker, or none yet
+    linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
+    load: tuple[float, ...] = ()
+    memory_mb: tuple[int, ...] = ()  # used, total
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The user's SSH key: what logs in, and its public half as one line."""
+
+    key: paramiko.PKey
+    public: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Return SHA256:… as ssh-keygen -l does."""
+        import base64
+
+        digest = hashlib.sha256(base64.b64decode(self.public.split()[1])).digest()
+        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+@dataclass(frozen=True)
+class RemoteObject:
+    """An S3 object that the nodes shall have."""
+
+    key: str
+    path: str  # below DATA_DIR
+    size: int
+    etag: str
+    sha256: str = ""
+
+
+# --- Pure helpers -----------------------------------------------------------
+# Planning, formatting, quoting. No input or output.
+
+
+def plan_batches(count: int, size: int) -> list[int]:
+    """Split COUNT into parts of at most SIZE: plan_batches(250, 100) is [100, 100, 50]."""
+    return [min(size, count - start) for start in range(0, count, size)]
+
+
+def plan_head(nodes: Sequence[Node]) -> Node:
+    """Choose the head: the one that was it, else on-demand before spot, else the oldest."""
+    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.launched, node.id))
+
+
+def plan_head_cores(own: int) -> int:
+    """Return how many of its OWN cores a head renders with: two stay free to relay."""
+    return max(1, own - 2)
+
+
+def plan_relative_path(key: str, prefix: str) -> str | None:
+    """Return where an object goes below DATA_DIR; None where its key leads elsewhere or nowhere."""
+    path = key[len(prefix) :].lstrip("/")
+    parts = path.split("/")
+    bad = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    return None if bad or "\0" in path else path
+
+
+def root_command(name: str, script: str, *arguments: str) -> str:
+    """Return the command line that runs a bash SCRIPT as root; NAME is its $0."""
+    return shlex.join(["sudo", "-n", "bash", "-c", script, name, *arguments])
+
+
+def user_command(name: str, script: str, *arguments: str) -> str:
+    """Return the command line that runs a bash SCRIPT as the SSH user; NAME is its $0."""
+    return shlex.join(["bash", "-c", script, name, *arguments])
+
+
+def format_duration(seconds: float) -> str:
+    """Return "42s", "12m", "3h05m" or "2d04h"."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if not minutes:
+        return f"{int(seconds)}s"
+    if not hours:
+        return f"{minutes}m"
+    return f"{hours}h{minutes % 60:02}m" if not days else f"{days}d{hours % 24:02}h"
+
+
+def format_count(count: int, noun: str) -> str:
+    """Return "1 node" or "3 nodes"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def format_size(size: float) -> str:
+    """Return "12 B", "3.4 MB" … in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def format_money(dollars: float) -> str:
+    """Return "$4.16", or "$0.0104" where cents would hide it."""
+    return f"${dollars:.2f}" if dollars >= 0.1 or not dollars else f"${dollars:.4f}"
+
+
+def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
+    """Return what COUNT nodes cost, as createNodes says it before the launch."""
+    if price is None:
+        return f"{count} × {machine}: the price could not be looked up"
+    addresses = f", and {format_money(count * PUBLIC_ADDRESS_PRICE)} for public addresses" if public else ""
+    return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
+
+
+def format_table(rows: Sequence[Sequence[str]], width: int) -> str:
+    """Align ROWS (the first is the header) in columns; stack the cells where WIDTH is too small."""
+    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    if sum(columns) + 2 * (len(columns) - 1) <= width:
+        lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, columns)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+    header, *body = rows
+    blocks = []
+    for row in body:
+        pairs = [f"{name.lower()} {cell}" for name, cell in zip(header[1:], row[1:]) if cell]
+        blocks.append("\n  ".join([row[0], *wrap(pairs, width - 2)]))
+    return "\n".join(blocks)
+
+
+def wrap(words: Sequence[str], width: int) -> list[str]:
+    """Join WORDS by commas into lines of at most WIDTH (one word a line at least)."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + 2 + len(word) <= width:
+            lines[-1] += ", " + word
+        else:
+            lines.append(word)
+    return lines
+
+
+def format_bar(done: float, total: float, width: int = 20) -> str:
+    """Return a progress bar: [######··············]."""
+    filled = int(width * min(done, total) / total) if total else width
+    return f"[{'#' * filled}{'·' * (width - filled)}]"
+
+
+def format_tail(output: str) -> str:
+    """Return the last lines of a step's output, indented for its error message."""
+    lines = [line for line in output.splitlines() if line.strip()][-LOG_LINES:]
+    return "".join(f"\n    {printable(line)}" for line in lines)
+
+
+def printable(text: str) -> str:
+    """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
+    return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
+
+
+def spent(node: Node, now: datetime) -> float | None:
+    """Return the $ that NODE has cost up to NOW, as far as its price is known."""
+    if node.price is None:
+        return None
+    hours = max(60.0, (now - node.launched).total_seconds()) / 3600  # EC2 bills 60 s at least
+    return hours * (node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0))
+
+
+def total(values: Iterable[float | None]) -> float | None:
+    """Add up VALUES; None where none is known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+# --- Remote scripts ---------------------------------------------------------
+# Bash with positional parameters; each can be read, linted and run by hand.
+
+# $1…: every boot, as root, before anything else. Whoever runs on the node could read its
+# user data, in which the host key is, or act with the node's role; so root alone may ask.
+METADATA_GUARD = """
+set -eu
+nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
+table inet mitsuba_metadata
+delete table inet mitsuba_metadata
+table inet mitsuba_metadata {
+  chain output {
+    type filter hook output priority 0;
+    ip daddr 169.254.169.254 meta skuid != 0 reject
+    ip6 daddr fd00:ec2::254 meta skuid != 0 reject
+  }
+}
+RULES
+"""
+
+# $1: seconds from the first boot. The node's own clock decides, and a reboot changes nothing.
+DEADLINE = """
+set -eu
+unit=/etc/systemd/system/mitsuba-deadline
+if [ ! -e $unit.timer ]; then
+  at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
+  printf '%s\\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
+  printf '%s\\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \\
+    '[Install]' 'WantedBy=timers.target' > $unit.timer
+  systemctl daemon-reload
+  systemctl enable --quiet mitsuba-deadline.timer
+fi
+systemctl start --no-block mitsuba-deadline.timer
+"""
+
+# $1: seconds to add to the deadline.
+EXTEND = """
+set -euo pipefail
+unit=/etc/systemd/system/mitsuba-deadline
+[ -e $unit.timer ] || { echo 'this node has no deadline'; exit 1; }
+old=$(sed -n 's/^OnCalendar=//p' $unit.timer)
+at=$(date -u -d "@$(($(date -u -d "$old" +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
+sed -i "s/^OnCalendar=.*/OnCalendar=$at/" $unit.timer
+systemctl daemon-reload
+systemctl restart mitsuba-deadline.timer
+echo "$at"
+"""
+
+# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
+WAIT_FOR_BOOT = """
+set -euo pipefail
+command -v cloud-init > /dev/null || exit 0
+code=0
+timeout "$1" cloud-init status --wait > /dev/null || code=$?
+case $code in
+  0 | 2) ;;
+  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
+  *) cloud-init status --long; exit 1 ;;
+esac
+"""
+
+# Prints NAME=VALUE lines; what a node has not is left out or empty.
+FACTS = """
+set -uo pipefail
+echo "cores=$(nproc)"
+echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
+echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
+echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
+echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
+echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
+"""
+
+# $1 SSH user, $2 data directory, $3 apt line (or empty), $4 package: a name, or a file or https
+# address of a .deb, .tar.gz or shell script, $5 its SHA-256 (or empty), $6 what all this amounts to.
+INSTALL = """
+set -euo pipefail
+user=$1 data=$2 repository=$3 package=$4 sha256=$5 recipe=$6
+state=/var/lib/mitsuba-cluster
+export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
+
+apt() {
+  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
+}
+
+# apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
+update() {
+  for pause in 2 4 8 16 30 60 0; do
+    if apt -o APT::Update::Error-Mode=any update; then return 0; fi
+    echo "apt-get update failed; next try in $pause seconds"
+    sleep "$pause"
+  done
+  echo 'the package lists could not be fetched'
+  return 1
+}
+
+wait_for_boot() {
+  command -v cloud-init > /dev/null || return 0
+  timeout 600 cloud-init status --wait > /dev/null || [ $? -eq 2 ] || echo 'cloud-init reports an error; going on'
+}
+
+quiet_timers() {
+  systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
+  systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
+}
+
+fetch() {
+  case $package in
+    https://*) curl -fsSL --proto =https --retry 5 -o "$1" "$package" ;;
+    *) mv "$package" "$1" ;;
+  esac
+  if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
+}
+
+install_tree() {
+  rm -rf /opt/mitsuba
+  mkdir -p /opt/mitsuba
+  tar -xzf "$1" -C /opt/mitsuba
+  program=$(find /opt/mitsuba -type f -name mtssrv -perm -u+x | head -n 1)
+  [ -n "$program" ] || { echo "there is no mtssrv in $package"; return 1; }
+  folder=$(dirname "$program")
+  for name in mtssrv mitsuba; do
+    printf '#!/bin/sh\\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\\n' "$folder" "$folder" "$folder/$name" \\
+      > "/usr/local/bin/$name"
+    chmod 755 "/usr/local/bin/$name"
+  done
+}
+
+install_mitsuba() {
+  if [ -n "$repository" ]; then
+    echo "$repository" > /etc/apt/sources.list.d/mitsuba.list
+    update
+  fi
+  case $package in
+    *.deb) fetch "$state/mitsuba.deb"; [ -n "$repository" ] || update; apt install "$state/mitsuba.deb" ;;
+    *.tar.gz | *.tgz) fetch "$state/mitsuba.tar.gz"; install_tree "$state/mitsuba.tar.gz" ;;
+    */*) fetch "$state/install.sh"; bash "$state/install.sh" ;;
+    *) apt install "$package" ;;
+  esac
+}
+
+# An NVMe instance store comes raw. Only a disk that EC2 itself calls one is formatted, and
+# only if it bears no file system, no partition and no mount.
+mount_instance_store() {
+  mountpoint -q "$data" && return 0
+  for link in /dev/disk/by-id/nvme-Amazon_EC2_NVMe_Instance_Storage*; do
+    [ -e "$link" ] || continue
+    disk=$(readlink -f "$link")
+    [ "$(lsblk --noheadings --raw --output NAME "$disk" | wc -l)" = 1 ] || continue
+    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \\n')" ] || continue
+    [ -z "$(wipefs --no-act --noheadings "$disk")" ] || continue
+    mkfs.ext4 -q -E nodiscard "$disk"
+    mkdir -p "$data"
+    mount "$disk" "$data"
+    echo "$disk $data ext4 defaults,nofail 0 2" >> /etc/fstab
+    return 0
+  done
+}
+
+make_data_directory() {
+  getent passwd mitsuba > /dev/null ||
+    useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin mitsuba
+  mount_instance_store
+  mkdir -p "$data"
+  chown "$user:mitsuba" "$data"
+  chmod 2775 "$data"
+}
+
+server_version() {
+  (mtssrv -h 2>&1 || true) < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2
+}
+
+wait_for_boot
+quiet_timers
+mkdir -p "$state"
+if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
+  install_mitsuba
+fi
+make_data_directory
+version=$(server_version) || true
+[ -n "$version" ] || { echo 'mtssrv does not run on this node:'; mtssrv -h; exit 1; }
+echo "$recipe" > "$state/installed"
+echo "version $version"
+"""
+
+# $1 role, $2 the server's unit, $3 the watchdog's unit, $4 the guard program, $5 the workers'
+# addresses, one a line. On a worker, $3 to $5 are empty.
+START_SERVER = """
+set -euo pipefail
+role=$1 server=$2 watchdog=$3 guard=$4 workers=$5
+command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
+units=/etc/systemd/system
+mkdir -p /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
+systemctl disable --quiet --now mtssrv-watchdog.service 2> /dev/null || true
+printf '%s\\n' "$server" > $units/mtssrv.service
+printf '%s\\n' "$workers" > /etc/mitsuba-cluster/workers
+printf '%s\\n' "$guard" > /usr/local/lib/mitsuba-cluster/guard.py
+if [ "$role" = head ]; then printf '%s\\n' "$watchdog" > $units/mtssrv-watchdog.service; fi
+systemctl daemon-reload
+systemctl enable --quiet mtssrv.service
+systemctl restart mtssrv.service
+if [ "$role" = head ]; then systemctl enable --quiet --now mtssrv-watchdog.service; fi
+echo "$role" > /etc/mitsuba-cluster/role
+"""
+
+# What the server said last, for an error message.
+SERVER_LOG = "journalctl --no-pager --quiet --output cat --lines 20 --unit mtssrv.service"
+
+# $1 role, $2 data directory, $3 mtssrv's arguments. No network guard of systemd's own is relied
+# on but for the metadata address; what may connect is the security group's business.
+SERVER_UNIT = """\
+[Unit]
+Description=Mitsuba render server ({role})
+Wants=network-online.target
+After=network-online.target
+RequiresMountsFor={data}
+StartLimitIntervalSec=0
+
+[Service]
+User=mitsuba
+Group=mitsuba
+UMask=0002
+WorkingDirectory={data}
+RuntimeDirectory=mtssrv
+{before}ExecStart=/usr/bin/env mtssrv {arguments}
+Restart=always
+RestartSec=1
+TimeoutStopSec=2
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectHome=yes
+ProtectSystem=strict
+ReadWritePaths={data}
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+IPAddressDeny=169.254.169.254 fd00:ec2::254
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+WATCHDOG_UNIT = """\
+[Unit]
+Description=Restarts Mitsuba's head when it or one of its workers falls silent
+After=mtssrv.service
+
+[Service]
+ExecStart={watch}
+Restart=always
+RestartSec=1
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# The nodes' half of syncData: reads a JSON job from stdin, so that no URL shows in a command
+# line, and writes a JSON line twice a second, the last with the result. Python, since a stock
+# Ubuntu image has it and it can do all of it in one process: ranges in parallel, resume, check.
+SYNC = r'''
+import concurrent.futures, hashlib, json, os, queue, shutil, sys, threading, time, urllib.error, urllib.request
+
+PART = 16 << 20
+BLOCK = 1 << 18
+STREAMS = 4
+TRIES = 6
+data = sys.argv[1]
+job = json.load(sys.stdin)
+state = os.path.join(data, ".mitsuba-cluster")
+moved = 0
+lock = threading.Lock()
+
+
+def say(**what):
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def load_record():
+    try:
+        with open(os.path.join(state, "record.json")) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
+
+
+def save_record(record):
+    part = os.path.join(state, "record.part")
+    with open(part, "w") as file:
+        json.dump(record, file)
+    os.replace(part, os.path.join(state, "record.json"))
+
+
+def target(thing):
+    path = os.path.join(data, thing["path"])
+    if not os.path.realpath(os.path.dirname(path)).startswith(os.path.realpath(data)):
+        raise ValueError("leads out of " + data)
+    return path
+
+
+def is_here(thing, record):
+    try:
+        now = os.stat(target(thing))
+    except OSError:
+        return False
+    return record.get(thing["path"]) == [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
+
+
+def fetch_part(thing, handle, start, end):
+    global moved
+    for attempt in range(TRIES):
+        try:
+            headers = {"Range": "bytes=%d-%d" % (start, end - 1), "If-Match": '"%s"' % thing["etag"]}
+            request = urllib.request.Request(thing["url"], headers=headers)
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                if answer.status != 206 and (start, end) != (0, thing["size"]):
+                    raise OSError("the server sent no range")
+                while start < end:
+                    block = answer.read(min(BLOCK, end - start))
+                    if not block:
+                        raise OSError("the transfer broke off")
+                    os.pwrite(handle, block, start)
+                    start += len(block)
+                    with lock:
+                        moved += len(block)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code in (400, 403, 404, 412) or attempt == TRIES - 1:
+                words = {412: "it changed in S3 meanwhile; run syncData again", 403: "S3 refuses the signed address"}
+                raise OSError(words.get(error.code, "S3 answers %d" % error.code)) from None
+        except (OSError, ValueError) as error:
+            if attempt == TRIES - 1:
+                raise OSError("cannot be fetched from S3: %s" % getattr(error, "reason", error)) from None
+        time.sleep(0.5 * 2 ** attempt)
+
+
+class Follower(threading.Thread):
+    """Hashes the file from the start, as far as its parts have come."""
+
+    def __init__(self, path, thing, count):
+        super().__init__(daemon=True)
+        self.path, self.size = path, thing["size"]
+        kind = "sha256" if thing.get("sha256") else "md5"
+        self.digest = hashlib.sha256() if kind == "sha256" else hashlib.new("md5", usedforsecurity=False)
+        self.events = [threading.Event() for _ in range(count)]
+        self.stopped = False
+
+    def run(self):
+        with open(self.path, "rb") as file:
+            for event in self.events:
+                event.wait()
+                if self.stopped:
+                    return
+                left = PART
+                while left and (block := file.read(min(BLOCK * 4, left))):
+                    self.digest.update(block)
+                    left -= len(block)
+
+    def stop(self):
+        self.stopped = True
+        for event in self.events:
+            event.set()
+
+
+def expected_digest(thing):
+    plain = len(thing["etag"]) == 32 and "-" not in thing["etag"]
+    return thing.get("sha256") or (thing["etag"] if plain else "")
+
+
+def fetch(thing, pool):
+    path = target(thing)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = os.path.join(state, hashlib.sha256((thing["key"] + thing["etag"]).encode()).hexdigest()[:32] + ".part")
+    done_file = part + ".done"
+    try:
+        with open(done_file) as file:
+            done = set(json.load(file)) if os.path.exists(part) else set()
+    except (OSError, ValueError):
+        done = set()
+    handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o664)
+    starts = range(0, thing["size"], PART)
+    follower = Follower(part, thing, len(starts))
+    try:
+        os.truncate(handle, thing["size"])
+        follower.start()
+        jobs = {}
+        for number, start in enumerate(starts):
+            if number in done:
+                follower.events[number].set()
+            else:
+                jobs[pool.submit(fetch_part, thing, handle, start, min(start + PART, thing["size"]))] = number
+        for finished in concurrent.futures.as_completed(jobs):
+            finished.result()
+            done.add(jobs[finished])
+            follower.events[jobs[finished]].set()
+            with open(done_file, "w") as file:
+                json.dump(sorted(done), file)
+        follower.join()
+    finally:
+        follower.stop()
+        os.close(handle)
+    wanted = expected_digest(thing)
+    if wanted and follower.digest.hexdigest() != wanted:
+        os.unlink(part)
+        os.unlink(done_file) if os.path.exists(done_file) else None
+        raise ValueError("its checksum is wrong after the transfer")
+    os.replace(part, path)
+    os.unlink(done_file) if os.path.exists(done_file) else None
+    now = os.stat(path)
+    return [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
+
+
+def report(stop):
+    while not stop.wait(0.5):
+        say(moved=moved)
+
+
+def main():
+    os.umask(0o002)
+    os.makedirs(state, exist_ok=True)
+    record = load_record()
+    missing = [thing for thing in job if not is_here(thing, record)]
+    need, free = sum(thing["size"] for thing in missing), shutil.disk_usage(data).free
+    if need > free:
+        return say(error="%d MB are needed in %s, %d MB are free" % (need >> 20, data, free >> 20))
+    wanted = {hashlib.sha256((t["key"] + t["etag"]).encode()).hexdigest()[:32] for t in missing}
+    for name in os.listdir(state):
+        if ".part" in name and name.split(".")[0] not in wanted:
+            os.unlink(os.path.join(state, name))
+    stop = threading.Event()
+    threading.Thread(target=report, args=(stop,), daemon=True).start()
+    with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
+        for thing in missing:
+            try:
+                record[thing["path"]] = fetch(thing, pool)
+            except (OSError, ValueError) as error:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+                return say(error="%s: %s" % (thing["path"], error))
+            save_record(record)
+    stop.set()
+    say(moved=moved, fetched=len(missing), present=len(job) - len(missing))
+
+
+try:
+    main()
+except OSError as error:
+    say(error="%s: %s" % (error.filename or data, error.strerror))
+'''
+
+
+# --- Settings ---------------------------------------------------------------
+# config.py: reading it and checking each value. Touches that file and nothing else.
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings, under their names in config.py; a setting that a file lacks has this default."""
+
+    AWS_ACCESS_KEY_ID: str = ""
+    AWS_SECRET_ACCESS_KEY: str = ""
+    AWS_REGION: str = "us-east-1"
+    KEYPAIR_NAME: str = "mitsuba-key"
+    SSH_PRIVATE_KEY_FILE: str = "mitsuba-key.pem"
+    SSH_USER: str = "ubuntu"
+    SSH_PORT: int = 22
+    AMI_IDS: dict[str, str] = field(default_factory=dict)
+    SUBNET_ID: str = ""
+    CLIENT_CIDR: str = ""
+    PUBLIC_SERVER_PORT: bool = True
+    ROOT_VOLUME_GB: int = 16
+    MAX_HOURS: float = 0
+    PKG_REPOSITORY: str = "deb https://www.mitsuba-renderer.org binary/"
+    MITSUBA_PACKAGE: str = ""
+    DATA_DIR: str = "/mnt"
+    S3_PATH: str = ""
+    folder: Path = HERE  # of the file: relative paths start there
+
+    @property
+    def key_file(self) -> Path:
+        """Where the SSH private key lies."""
+        return self.folder / Path(self.SSH_PRIVATE_KEY_FILE).expanduser()
+
+    @property
+    def package(self) -> tuple[str, str]:
+        """What to install (a name, a path or an address) and its SHA-256, or ""."""
+        source, _, digest = self.MITSUBA_PACKAGE.partition("#sha256=")
+        return source or "mitsuba", digest
+
+    @property
+    def bucket(self) -> tuple[str, str]:
+        """The bucket and the prefix of S3_PATH; ("", "") where it is not set."""
+        path = self.S3_PATH.removeprefix("s3://")
+        bucket, _, prefix = path.partition("/")
+        return ("", "") if PLACEHOLDER_KEY.fullmatch(bucket) else (bucket, prefix.strip("/"))
+
+
+def matches(pattern: str) -> Callable[[Any], bool]:
+    """Return a check: a string that PATTERN matches as a whole."""
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    """Tell whether VALUE is a number (True is none) from LOW to HIGH."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+
+
+def is_whole(value: Any, low: int, high: int) -> bool:
+    """Tell whether VALUE is a whole number from LOW to HIGH."""
+    return isinstance(value, int) and is_number(value, low, high)
+
+
+def is_cidr(value: Any) -> bool:
+    """Tell whether VALUE is empty or an IPv4 network."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return not value or bool(ipaddress.IPv4Network(value))
+    except ValueError:
+        return False
+
+
+def is_images(value: Any) -> bool:
+    """Tell whether VALUE is a dict from regions to AMIs."""
+    text = matches(r"ami-[0-9a-f]+")
+    return isinstance(value, dict) and all(isinstance(key, str) and text(ami) for key, ami in value.items())
+
+
+# name -> (check, what is expected)
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "AWS_ACCESS_KEY_ID": (matches(r"\w*"), 'an access key id such as "AKIA…", or ""'),
+    "AWS_SECRET_ACCESS_KEY": (matches(r"[\w/+=]*"), 'a secret access key, or ""'),
+    "AWS_REGION": (matches(r"[a-z]+(-[a-z]+)+-\d+"), 'a region such as "us-east-1"'),
+    "KEYPAIR_NAME": (matches(r"[ -~]{1,255}"), "a name of at most 255 ASCII characters"),
+    "SSH_PRIVATE_KEY_FILE": (matches(r"[^\0]+"), 'a path such as "mitsuba-key.pem"'),
+    "SSH_USER": (matches(r"[a-z_][a-z0-9_.-]*"), 'a user name such as "ubuntu"'),
+    "SSH_PORT": (lambda value: is_whole(value, 1, 65535), "a port from 1 to 65535"),
+    "AMI_IDS": (is_images, 'a dict such as {"us-east-1": "ami-0123456789abcdef0"}'),
+    "SUBNET_ID": (matches(r"(subnet-[0-9a-f]+)?"), 'a subnet such as "subnet-0123abcd", or ""'),
+    "CLIENT_CIDR": (is_cidr, 'an IPv4 network such as "203.0.113.7/32", or ""'),
+    "PUBLIC_SERVER_PORT": (lambda value: isinstance(value, bool), "True or False"),
+    "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
+    "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
+    "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
+    "MITSUBA_PACKAGE": (
+        matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
+        'a path or an https address, with "#sha256=" and 64 hex digits if you like, or ""',
+    ),
+    "DATA_DIR": (matches(r"(/[\w.-]*[\w-][\w.-]*)+"), 'an absolute path such as "/mnt"'),
+    "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
+}
+SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and check a settings file; ClusterError names the first thing wrong with it."""
+    values = {name: value for name, value in run_config(path).items() if name.isupper()}
+    known = {one.name for one in fields(Settings)}
+    for name in values.keys() - known:
+        click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
+    for name, (check, expected) in CHECKS.items():
+        if name in values and not check(values[name]):
+            shown = "(not shown)" if name in SECRETS else repr(values[name])
+            raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
+    values = {name: value for name, value in values.items() if name in known}
+    for name in SECRETS:
+        if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
+            values[name] = ""
+    settings = Settings(**values, folder=path.resolve().parent)
+    check_together(path, settings)
+    return settings
+
+
+def run_config(path: Path) -> dict[str, Any]:
+    """Run a settings file and return its names."""
+    try:
+        return runpy.run_path(str(path))
+    except FileNotFoundError:
+        raise ClusterError(f"there is no settings file {path}") from None
+    except SyntaxError as error:
+        raise ClusterError(f"{path.name}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
+        raise ClusterError(f"{path.name} can't be read: {type(error).__name__}: {error}") from None
+
+
+def check_together(path: Path, settings: Settings) -> None:
+    """Refuse values that are wrong only together."""
+    if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
+        raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
+    everyone = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen == 0
+    if everyone and settings.PUBLIC_SERVER_PORT:
+        raise ClusterError(
+            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to the world; "
+            "set PUBLIC_SERVER_PORT = False and use the tunnel command"
+        )
+
+
+# --- EC2 --------------------------------------------------------------------
+# Talks to AWS, never to a node. Every function takes the client first; what leaves is our own.
+
+
+def open_client(settings: Settings, service: str, region: str = "", **options: Any) -> Client:
+    """Return a boto3 client with bounded patience; OPTIONS are botocore's Config's."""
+    import boto3
+    from botocore.config import Config
+
+    key = settings.AWS_ACCESS_KEY_ID or None
+    session = boto3.Session(key, settings.AWS_SECRET_ACCESS_KEY or None)
+    region = region or settings.AWS_REGION
+    partitions = session.get_available_partitions()
+    if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
+        raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see https://docs.aws.amazon.com/ec2")
+    defaults: dict[str, Any] = {
+        "connect_timeout": 10,
+        "read_timeout": 30,
+        "retries": {"mode": "standard", "total_max_attempts": 6},
+        "max_pool_connections": 64,
+    }
+    return session.client(service, region_name=region, config=Config(**(defaults | options)))
+
+
+def error_code(error: Exception) -> str:
+    """Return AWS's code of a botocore error, or ""."""
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def explain(error: Exception) -> str:
+    """Say in one line what a botocore error means and what to do."""
+    code, kind = error_code(error), type(error).__name__
+    action = getattr(error, "operation_name", "")
+    text = str((getattr(error, "response", None) or {}).get("Error", {}).get("Message", "")) or str(error)
+    text = " ".join(printable(text.replace("\n", " ")).split())
+    if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
+        return f"no AWS credentials: run `aws configure`, or see the top of config.py ({text})"
+    if code in EXPIRED_CODES or "SSO" in kind or "Token" in kind:
+        return f"your AWS session has expired; renew it, e.g. with `aws sso login` ({code or text})"
+    if code in CREDENTIAL_CODES:
+        return f"AWS refuses these credentials ({code}): check AWS_PROFILE, `aws configure`, or config.py"
+    if code in DENIED_CODES:
+        return f"your AWS user may not do {action}: ask for that permission (README, 'Permissions')"
+    if code in ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"):
+        return (
+            f"your account's quota is used up: {text} Raise 'Running On-Demand Standard instances' (or 'All Standard "
+            "Spot Instance Requests') at https://console.aws.amazon.com/servicequotas/"
+        )
+    if code in RETRY_CODES:
+        return f"AWS is busy ({code} from {action}); try again in a minute"
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"):
+        return f"AWS can't be reached: {text} Is the network up?"
+    if kind == "ResponseParserError":
+        return "what answered is not AWS (no valid answer); is there a proxy or a login page in between?"
+    return f"AWS refused {action}: {text} ({code})" if code else text
+
+
+def to_utc(value: Any) -> datetime:
+    """Return boto3's datetime, or now where it is missing."""
+    return value.astimezone(timezone.utc) if isinstance(value, datetime) else datetime.now(timezone.utc)
+
+
+def to_number(text: str | None) -> float | None:
+    """Return a tag's number; None where it is none (anybody may edit tags)."""
+    return float(text) if text and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text) else None
+
+
+def read_tags(thing: dict[str, Any]) -> dict[str, str]:
+    """Return the tags of a raw EC2 thing."""
+    return {tag["Key"]: tag["Value"] for tag in thing.get("Tags", [])}
+
+
+def to_node(raw: dict[str, Any]) -> Node:
+    """Return a raw instance as a Node."""
+    tags = read_tags(raw)
+    reason = raw.get("StateReason", {})
+    by_user = reason.get("Code", "") in ("", "Client.UserInitiatedShutdown")
+    return Node(
+        id=raw["InstanceId"],
+        group=tags.get(TAG_GROUP, ""),
+        type=raw.get("InstanceType", ""),
+        state=raw["State"]["Name"],
+        launched=to_utc(raw.get("LaunchTime")),
+        zone=raw.get("Placement", {}).get("AvailabilityZone", ""),
+        public_name=raw.get("PublicDnsName") or "",
+        public_ip=raw.get("PublicIpAddress") or "",
+        private_ip=raw.get("PrivateIpAddress") or "",
+        market="spot" if raw.get("InstanceLifecycle") == "spot" else "on-demand",
+        role=tags.get(TAG_ROLE) if tags.get(TAG_ROLE) in ("head", "worker") else None,
+        host_key=tags.get(TAG_HOST_KEY, ""),
+        price=to_number(tags.get(TAG_PRICE)),
+        max_hours=to_number(tags.get(TAG_HOURS)),
+        spot_request=raw.get("SpotInstanceRequestId") or "",
+        reason="" if by_user else reason.get("Message", ""),
+    )
+
+
+def to_spot_request(raw: dict[str, Any]) -> SpotRequest:
+    """Return a raw spot request as a SpotRequest."""
+    return SpotRequest(
+        id=raw["SpotInstanceRequestId"],
+        group=read_tags(raw).get(TAG_GROUP, ""),
+        state=raw.get("State", ""),
+        status=raw.get("Status", {}).get("Code", ""),
+        max_price=to_number(raw.get("SpotPrice")),
+        node_id=raw.get("InstanceId") or "",
+    )
+
+
+def to_security_group(raw: dict[str, Any]) -> SecurityGroup:
+    """Return a raw security group as a SecurityGroup, with the rules for single TCP ports."""
+    rules, inside = [], False
+    for permission in raw.get("IpPermissions", []):
+        for source in permission.get("IpRanges", []):
+            if permission.get("IpProtocol") == "tcp" and permission.get("FromPort") == permission.get("ToPort"):
+                rules.append(Rule(permission["FromPort"], source["CidrIp"], source.get("Description", "")))
+        pairs = [pair.get("GroupId") for pair in permission.get("UserIdGroupPairs", [])]
+        inside = inside or (permission.get("IpProtocol") == "-1" and raw["GroupId"] in pairs)
+    return SecurityGroup(raw["GroupId"], read_tags(raw).get(TAG_GROUP, ""), tuple(rules), inside)
+
+
+def our_filter(group: str | None) -> list[dict[str, Any]]:
+    """Return the filter for what is ours: of one GROUP, or all."""
+    if group is None:
+        return [{"Name": "tag-key", "Values": [TAG_GROUP]}]
+    return [{"Name": f"tag:{TAG_GROUP}", "Values": [group]}]
+
+
+def fetch_pages(ec2: Client, call: str, key: str, **arguments: Any) -> list[dict[str, Any]]:
+    """Return what all pages of a Describe call hold under KEY."""
+    pages = ec2.get_paginator(call).paginate(**arguments, PaginationConfig={"PageSize": 1000})
+    return [thing for page in pages for thing in page.get(key, [])]
+
+
+def fetch_nodes(ec2: Client, group: str | None = None) -> list[Node]:
+    """Return every node of GROUP (None: of all groups), the lately terminated too, oldest first."""
+    reservations = fetch_pages(ec2, "describe_instances", "Reservations", Filters=our_filter(group))
+    nodes = [to_node(raw) for reservation in reservations for raw in reservation.get("Instances", [])]
+    return sorted(nodes, key=lambda node: (node.launched, node.id))
+
+
+def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotRequest]:
+    """Return the spot requests of GROUP (None: of all groups)."""
+    found = fetch_pages(
+        ec2, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=our_filter(group)
+    )
+    return [to_spot_request(raw) for raw in found]
+
+
+def fetch_security_groups(ec2: Client, group: str | None = None) -> list[SecurityGroup]:
+    """Return the security groups of GROUP (None: of all groups)."""
+    found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups", Filters=our_filter(group))
+    return [to_security_group(raw) for raw in found]
+
+
+def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
+    """Make several calls at once; return their results in order, or raise the first error."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
+    """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
+    return Overview(
+        *side_by_side(
+            lambda: fetch_nodes(ec2, group),
+            lambda: fetch_spot_requests(ec2, group),
+            lambda: fetch_security_groups(ec2, group),
+        )
+    )
+
+
+def fetch_machine(ec2: Client, machine: str) -> Machine:
+    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
+    from botocore.exceptions import ClientError
+
+    region = ec2.meta.region_name
+    try:
+        raw = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"][0]
+    except ClientError as error:
+        if error_code(error) in ("InvalidInstanceType", "InvalidParameterValue"):
+            raise ClusterError(
+                f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/"
+            ) from error
+        raise
+    return Machine(
+        type=machine,
+        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
+        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
+        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
+        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
+        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
+    )
+
+
+def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[str, str, str]]:
+    """Return (zone, subnet, VPC) wherever MACHINE can be launched, by zone."""
+    wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
+    if not settings.SUBNET_ID:
+        wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
+    kind = [{"Name": "instance-type", "Values": [machine]}]
+    subnets, offerings = side_by_side(
+        lambda: ec2.describe_subnets(**wanted)["Subnets"],
+        lambda: ec2.describe_instance_type_offerings(LocationType="availability-zone", Filters=kind),
+    )
+    if not subnets:
+        raise ClusterError(
+            f"{ec2.meta.region_name} has no default VPC: make one with `aws ec2 create-default-vpc`, or set SUBNET_ID"
+        )
+    zones = {offer["Location"] for offer in offerings["InstanceTypeOfferings"]}
+    places = [(one["AvailabilityZone"], one["SubnetId"], one["VpcId"]) for one in subnets]
+    fit = sorted(place for place in places if place[0] in zones)
+    if not fit:
+        here = f"in {places[0][0]}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
+        there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
+        raise ClusterError(f"{machine} is not offered {here}{there}")
+    return fit
+
+
+def fetch_ubuntu(ec2: Client, ssm: Client) -> str:
+    """Return the id of Ubuntu's newest image: by Canonical's SSM parameter, else from EC2's list."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    with contextlib.suppress(BotoCoreError, ClientError):
+        return str(ssm.get_parameter(Name=UBUNTU_PARAMETER)["Parameter"]["Value"])
+    named = [{"Name": "name", "Values": [UBUNTU_NAME]}]
+    images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
+    if not images:
+        raise ClusterError(f"no Ubuntu image was found in {ec2.meta.region_name}; name one in AMI_IDS")
+    return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
+
+
+def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
+    """Return the image for the region: of AMI_IDS, else Ubuntu's."""
+    from botocore.exceptions import ClientError
+
+    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm)
+    try:
+        found = ec2.describe_images(ImageIds=[chosen])["Images"]
+    except ClientError as error:
+        if not error_code(error).startswith("InvalidAMIID"):
+            raise
+        found = []
+    if not found:
+        raise ClusterError(f"there is no image {chosen} in {settings.AWS_REGION}; see AMI_IDS")
+    raw = found[0]
+    root = raw.get("RootDeviceName", "/dev/sda1")
+    disks = {disk.get("DeviceName"): disk.get("Ebs", {}) for disk in raw.get("BlockDeviceMappings", [])}
+    return Image(
+        id=chosen,
+        architecture=raw.get("Architecture", ""),
+        boot_mode=raw.get("BootMode", "legacy-bios"),
+        virtualization=raw.get("VirtualizationType", "hvm"),
+        root_device=root,
+        root_gb=disks.get(root, {}).get("VolumeSize", 0),
+    )
+
+
+def check_image(machine: Machine, image: Image, named: bool) -> None:
+    """Refuse an image that can't boot on the machine; NAMED: the user chose it."""
+    if "x86_64" not in machine.architectures and not named:
+        raise ClusterError(
+            f"{machine.type} is an {machine.architectures[0]} machine, and Mitsuba 0.6 is an x86-64 program: "
+            "choose another type (or name an image of your own in AMI_IDS)"
+        )
+    if image.architecture not in machine.architectures:
+        raise ClusterError(f"image {image.id} is for {image.architecture}, which {machine.type} is not; see AMI_IDS")
+    if image.virtualization not in machine.virtualization:
+        raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {machine.type}; see AMI_IDS")
+    modes = {"uefi-preferred": ("uefi", "legacy-bios")}.get(image.boot_mode, (image.boot_mode,))
+    if not set(modes) & set(machine.boot_modes):
+        raise ClusterError(f"image {image.id} boots by {image.boot_mode} only, which {machine.type} can't; see AMI_IDS")
+
+
+def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
+    """Return the $ an hour of a Linux instance; None where it can't be had.
+
+    The Pricing API answers in us-east-1 for all regions of the partition:
+    https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
+    wanted = {
+        "instanceType": machine,
+        "regionCode": settings.AWS_REGION,
+        "operatingSystem": "Linux",
+        "preInstalledSw": "NA",
+        "tenancy": "Shared",
+        "capacitystatus": "Used",
+    }
+    filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
+    try:
+        pricing = open_client(settings, "pricing", "us-east-1", **quick)
+        products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
+        terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
+        rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
+        return max(filter(None, map(float, rates)), default=None)
+    except (BotoCoreError, ClientError, ClusterError, KeyError, ValueError):
+        return None
+
+
+def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
+    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
+    history = fetch_pages(
+        ec2,
+        "describe_spot_price_history",
+        "SpotPriceHistory",
+        InstanceTypes=[machine],
+        ProductDescriptions=["Linux/UNIX"],
+        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
+    )
+    zones: dict[str, list[tuple[datetime, float]]] = {}
+    for one in history:
+        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
+    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
+
+
+def fetch_spot_price(ec2: Client, machine: str) -> float | None:
+    """Return the lowest present spot price of any zone; None where it can't be had."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return min((prices[-1][1] for prices in fetch_spot_history(ec2, machine, 1).values()), default=None)
+    except (BotoCoreError, ClientError):
+        return None
+
+
+def fetch_client_cidr(settings: Settings) -> str:
+    """Return who may connect: CLIENT_CIDR, else this machine's public address as /32."""
+    import urllib.error
+    import urllib.request
+
+    if settings.CLIENT_CIDR:
+        return settings.CLIENT_CIDR
+    url = os.environ.get(ADDRESS_VARIABLE, ADDRESS_URL)
+    advice = 'set CLIENT_CIDR in config.py, e.g. "203.0.113.7/32"'
+    try:
+        with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:
+            text = answer.read(100).decode("ascii", "replace").strip()
+        return f"{ipaddress.IPv4Address(text)}/32"
+    except (urllib.error.URLError, OSError) as error:
+        raise ClusterError(f"this machine's public address can't be looked up at {url} ({error}); {advice}") from error
+    except ValueError:
+        raise ClusterError(f"{url} says this machine is at {printable(text)[:60]!r}, not an IPv4 address; {advice}") from None
+
+
+def rule_owner(identity: Identity) -> str:
+    """Return what marks a rule as this machine's: EC2 allows a few characters only."""
+    import getpass
+
+    who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
+    return f"mitsuba-cluster {identity.fingerprint} {who}"[:255]
+
+
+def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
+    """Return GROUP's security group; make it, tagged, where it is missing."""
+    from botocore.exceptions import ClientError
+
+    if existing := fetch_security_groups(ec2, group):
+        return existing[0]
+    name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
+    try:
+        made = ec2.create_security_group(
+            GroupName=name,
+            Description="Mitsuba rendering cluster",
+            VpcId=vpc,
+            TagSpecifications=[{"ResourceType": "security-group", "Tags": tags}],
+        )
+    except ClientError as error:
+        if error_code(error) != "InvalidGroup.Duplicate":
+            raise
+        # Another machine's run a moment ago, or a stranger's: then no list shows our tag on it.
+        for _ in range(5):
+            if existing := fetch_security_groups(ec2, group):
+                return existing[0]
+            time.sleep(POLL)
+        raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it") from error
+    return SecurityGroup(made["GroupId"], group)
+
+
+def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
+    """Open the ports to CIDR and to the group itself; return whether that replaced an old address of ours."""
+    wanted = {settings.SSH_PORT, SERVER_PORT} if settings.PUBLIC_SERVER_PORT else {settings.SSH_PORT}
+    present = {(rule.port, rule.cidr) for rule in group.rules}
+    source = [{"CidrIp": cidr, "Description": owner}]
+    for port in sorted(wanted):
+        if (port, cidr) not in present:
+            authorize(ec2, group.id, {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": source})
+    if not group.open_inside:
+        authorize(ec2, group.id, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group.id}]})
+    stale = [r for r in group.rules if r.owner == owner and (r.port not in wanted or r.cidr != cidr)]
+    if stale:
+        revoke(ec2, group.id, {(rule.port, rule.cidr) for rule in stale})
+    return any(rule.cidr != cidr for rule in stale)
+
+
+def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
+    """Add one ingress rule; one that is there already is as good."""
+    from botocore.exceptions import ClientError
+
+    try:
+        ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission])
+    except ClientError as error:
+        if error_code(error) != "InvalidPermission.Duplicate":
+            raise
+
+
+def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> None:
+    """Remove the rules with these (port, CIDR), whichever of them are still there."""
+    from botocore.exceptions import ClientError
+
+    filters = [{"Name": "group-id", "Values": [security_group]}]
+    rules = fetch_pages(ec2, "describe_security_group_rules", "SecurityGroupRules", Filters=filters)
+    ids = [
+        rule["SecurityGroupRuleId"]
+        for rule in rules
+        if not rule.get("IsEgress") and (rule.get("FromPort"), rule.get("CidrIpv4")) in doomed
+    ]
+    if ids:
+        try:
+            ec2.revoke_security_group_ingress(GroupId=security_group, SecurityGroupRuleIds=ids)
+        except ClientError as error:
+            if "NotFound" not in error_code(error):
+                raise
+
+
+def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
+    """Import the user's key under NAME; refuse a NAME that another key has."""
+    from botocore.exceptions import ClientError
+
+    try:
+        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
+    except ClientError as error:
+        if error_code(error) != "InvalidKeyPair.NotFound":
+            raise
+        pairs = []
+    if not pairs:
+        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
+        try:
+            ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
+            return
+        except ClientError as error:
+            if error_code(error) != "InvalidKeyPair.Duplicate":
+                raise
+        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
+    if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
+        raise ClusterError(
+            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
+            "private half where SSH_PRIVATE_KEY_FILE says"
+        )
+
+
+def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
+    """Set one tag of many nodes by one call."""
+    if nodes:
+        ec2.create_tags(Resources=[node.id for node in nodes], Tags=[{"Key": name, "Value": value}])
+
+
+def fetch_console(ec2: Client, node: Node) -> str:
+    """Return what a node wrote to its console; "" where EC2 has nothing yet."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        return str(ec2.get_console_output(InstanceId=node.id).get("Output") or "")
+    except (BotoCoreError, ClientError):
+        return ""
+
+
+def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
+    """Start the end of NODES, a thousand a call; a list that lags may name one that EC2 forgot."""
+    from botocore.exceptions import ClientError
+
+    ids = [node.id for node in nodes if node.state != "shutting-down"]
+    for start in range(0, len(ids), TERMINATE_BATCH):
+        try:
+            ec2.terminate_instances(InstanceIds=ids[start : start + TERMINATE_BATCH])
+        except ClientError as error:
+            if error_code(error) != "InvalidInstanceID.NotFound":
+                raise
+
+
+def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
+    """Cancel those of REQUESTS that can still launch something; return their ids."""
+    ids = [request.id for request in requests if request.state in ("open", "active")]
+    if ids:
+        ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=ids)
+    return ids
+
+
+def wait_until_terminated(ec2: Client, group: str, show: Callable[[str], None]) -> list[Node]:
+    """Terminate all of GROUP and wait until EC2 says so; return every node that was seen.
+
+    Each look terminates what it finds: a list can show a node late. TimeoutError with the
+    names of those that remain.
+    """
+    seen: dict[str, Node] = {}
+    deadline = time.monotonic() + TERMINATE_LIMIT
+    while True:
+        living = [node for node in fetch_nodes(ec2, group) if node.state in ALIVE]
+        fresh = [node for node in living if node.id not in seen]
+        terminate_nodes(ec2, fresh)
+        seen |= {node.id: node for node in fresh}
+        if not living:
+            return list(seen.values())
+        if time.monotonic() > deadline:
+            raise TimeoutError(", ".join(node.id for node in living))
+        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended")
+        time.sleep(POLL)
+
+
+def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
+    """Delete a security group; return False while nodes (that no list may show yet) hold it."""
+    from botocore.exceptions import ClientError
+
+    try:
+        ec2.delete_security_group(GroupId=group.id)
+    except ClientError as error:
+        if error_code(error) == "DependencyViolation":
+            return False
+        if error_code(error) != "InvalidGroup.NotFound":
+            raise
+    return True
+
+
+def terminate_group(ec2: Client, group: str, show: Callable[[str], None]) -> tuple[list[Node], int, bool]:
+    """End everything of GROUP; return (its nodes, cancelled spot requests, whether there was anything).
+
+    The security group is the anchor: while it can't be deleted there are nodes that the list
+    does not show yet, so look again, for UNSEEN_LIMIT. ClusterError where something remains.
+    """
+    before = fetch_overview(ec2, group)
+    cancelled = len(cancel_spot_requests(ec2, before.requests))
+    ended: dict[str, Node] = {}
+    deadline = time.monotonic() + UNSEEN_LIMIT
+    waiting = list(before.security_groups)
+    while True:
+        try:
+            ended |= {node.id: node for node in wait_until_terminated(ec2, group, show)}
+        except TimeoutError as error:
+            raise ClusterError(f"EC2 does not say terminated of {error} yet; run terminateAll {group} again") from None
+        waiting = [one for one in waiting if not remove_security_group(ec2, one)]
+        if not waiting:
+            return list(ended.values()), cancelled, bool(ended or cancelled or before.security_groups)
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"security group {waiting[0].id} is still in use by something that EC2 does not list as a node of "
+                f"{group!r}; run terminateAll {group} again, and look at it in the EC2 console"
+            )
+        show("the security group is still in use; looking again")
+        time.sleep(POLL)
+
+
+# --- Launching --------------------------------------------------------------
+# From a plan to instances that exist. Talks to EC2; makes keys; touches no node.
+
+
+def make_ed25519() -> tuple[str, str]:
+    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    form = serialization.PublicFormat.OpenSSH
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    return private.decode(), public.decode()
+
+
+def make_user_data(private: str, public: str, max_hours: float) -> str:
+    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline.
+
+    https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
+    """
+    commands = [["bash", "-c", METADATA_GUARD]]
+    if max_hours:
+        commands.append(["bash", "-c", DEADLINE, "deadline", str(round(max_hours * 3600))])
+    config = {
+        "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
+        "ssh_pwauth": False,
+        "disable_root": True,
+        "bootcmd": commands,
+    }
+    return "#cloud-config\n" + json.dumps(config)
+
+
+def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> dict[str, Any]:
+    """Return RunInstances' parameters; the same for each try of one request, to the byte."""
+    tags = [{"Key": name, "Value": value} for name, value in launch.tags.items()]
+    kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.spot else [])
+    disk = {"VolumeSize": max(launch.disk_gb, launch.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
+    if launch.machine.encrypts:
+        disk["Encrypted"] = True
+    parameters: dict[str, Any] = {
+        "ImageId": launch.image.id,
+        "InstanceType": launch.machine.type,
+        "MinCount": 1,
+        "MaxCount": count,
+        "KeyName": launch.key_name,
+        "SubnetId": subnet,
+        "SecurityGroupIds": [launch.security_group],
+        "UserData": launch.user_data,
+        "ClientToken": token,
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
+        "BlockDeviceMappings": [{"DeviceName": launch.image.root_device, "Ebs": disk}],
+        "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
+    }
+    if launch.spot:
+        options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
+        if launch.max_price is not None:
+            options["MaxPrice"] = f"{launch.max_price:.6f}"
+        parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
+    return parameters
+
+
+def launch_batch(ec2: Client, parameters: dict[str, Any], note: Callable[[str], None]) -> list[Node]:
+    """Send one RunInstances request until its answer is known.
+
+    A lost answer, a 5xx or a throttle: the same parameters and token, so that EC2 launches
+    once. EC2 is the client here with one attempt of botocore's: it would resend a capacity
+    error (an HTTP 500) for seconds.
+    """
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.parsers import ResponseParserError
+
+    for attempt in range(LAUNCH_TRIES):
+        try:
+            answer = ec2.run_instances(**parameters)
+            return [to_node(raw) for raw in answer["Instances"]]
+        except (HTTPClientError, ResponseParserError, ClientError) as error:
+            known = isinstance(error, ClientError) and error_code(error) not in RETRY_CODES
+            if known or attempt == LAUNCH_TRIES - 1:
+                raise
+            note(f"RunInstances: {error_code(error) or type(error).__name__}; trying again, the same request")
+            time.sleep(2**attempt)
+    raise AssertionError("unreachable")
+
+
+def launch_nodes(
+    ec2: Client, launch: Launch, subnets: Sequence[tuple[str, str, str]], count: int, note: Callable[[str], None]
+) -> tuple[list[Node], str]:
+    """Launch COUNT nodes, zone after zone; return those that exist and why they are fewer, or "".
+
+    An error before the first node exists is raised; later ones become the reason.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    nodes: list[Node] = []
+    why = ""
+    for zone, subnet, _ in subnets:
+        try:
+            for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
+                got = launch_batch(ec2, launch_parameters(launch, subnet, size, uuid.uuid4().hex), note)
+                nodes += got
+                if len(got) < size:
+                    why = f"{zone} had no more"
+                    break
+            if len(nodes) == count:
+                return nodes, ""
+            note(f"{zone} gave {len(nodes)} of {count} nodes")
+        except ClientError as error:
+            why = f"{zone}: {explain(error)}"
+            if error_code(error) not in CAPACITY_CODES:
+                if not nodes:
+                    raise
+                break
+            note(f"no capacity for {launch.machine.type} in {zone} ({error_code(error)}); trying the next zone")
+        except BotoCoreError as error:
+            if not nodes:
+                raise
+            why = explain(error)
+            break
+    return nodes, why or "no zone had capacity"
+
+
+# --- Server probe -----------------------------------------------------------
+# mtssrv's handshake, from here over SSH, and on the head as its guard. The functions up to
+# `guard` are also sent to the head as a program: they use the imports of GUARD_HEADER only.
+
+HELLO = b"\x1b\xcd"
+QUIT = b"\x00\x0c"
+FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
+WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog
+WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+GUARD_TIMEOUT = 2.0  # seconds for one handshake
+
+
+class Stream(Protocol):
+    """What the handshake needs of a connection: a socket's, or an SSH channel's, methods."""
+
+    def sendall(self, data: bytes) -> None:
+        """Send all of DATA."""
+
+    def recv(self, size: int) -> bytes:
+        """Receive at most SIZE bytes; b"" at the end."""
+
+    def shutdown(self, how: int) -> None:
+        """End one direction."""
+
+
+class AnotherBuild(Exception):
+    """The server is a Mitsuba of another version or flavour."""
+
+
+def receive(stream: Stream, size: int) -> bytes:
+    """Receive exactly SIZE bytes; EOFError where the server closes first."""
+    data = b""
+    while len(data) < size:
+        part = stream.recv(size - len(data))
+        if not part:
+            raise EOFError("the server closed the connection")
+        data += part
+    return data
+
+
+def shake_hands(stream: Stream, version: str, samples: int, double: int) -> tuple[int, str]:
+    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
+
+    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to
+    the last byte: a reset connection can kill the server, and its head with it.
+    """
+    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
+    answer = receive(stream, 2)
+    if answer == b"\x00\x0d":
+        raise AnotherBuild(version)
+    if answer != HELLO:
+        raise ValueError("what answers is not mtssrv")
+    cores = int.from_bytes(receive(stream, 2), "big")
+    name = b""
+    while not name.endswith(b"\0"):
+        name += receive(stream, 1)
+    try:
+        stream.sendall(QUIT)
+        stream.shutdown(socket.SHUT_WR)
+        while stream.recv(256):
+            pass
+    except OSError:
+        pass
+    return cores, name[:-1].decode("utf-8", "replace")
+
+
+def ask_server(dial: Callable[[], contextlib.AbstractContextManager[Any]], version: str) -> tuple[int, str]:
+    """Shake hands in each usual flavour, a connection each; AnotherBuild where none is right."""
+    for samples, double in FLAVOURS:
+        try:
+            with dial() as stream:
+                return shake_hands(stream, version, samples, double)
+        except AnotherBuild:
+            pass
+    raise AnotherBuild(version)
+
+
+def answers(address: str, version: str) -> bool | None:
+    """Tell whether the server at ADDRESS shakes hands; None: it is another build, but alive."""
+    try:
+        ask_server(lambda: socket.create_connection((address, SERVER_PORT), GUARD_TIMEOUT), version)
+    except AnotherBuild:
+        return None
+    except (OSError, EOFError, ValueError):
+        return False
+    return True
+
+
+def ask_all(addresses: Sequence[str], version: str) -> dict[str, bool | None]:
+    """Ask many servers at once."""
+    found: dict[str, bool | None] = {}
+    threads = [
+        threading.Thread(target=lambda one=one: found.update({one: answers(one, version)}), daemon=True)  # type: ignore[misc]
+        for one in addresses
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def read_words(path: str) -> list[str]:
+    """Return the words of a file; none where it is missing."""
+    try:
+        with open(path) as file:
+            return file.read().split()
+    except OSError:
+        return []
+
+
+def filter_workers(version: str, wanted: str, linked: str) -> None:
+    """Before each start of the head: write to LINKED those workers of WANTED that answer."""
+    workers = read_words(wanted)
+    found = ask_all(workers, version)
+    with open(linked, "w") as file:
+        file.write("".join(f"{worker}\n" for worker in workers if found[worker]))
+
+
+def watch_servers(version: str, own: str, linked: str) -> None:
+    """Restart the head once it, or a worker that it is linked to, is silent for too long."""
+    heard: dict[str, float] = {}
+    while True:
+        addresses = [own, *read_words(linked)]
+        found = ask_all(addresses, version)
+        now = time.monotonic()
+        heard = {one: now if found[one] is not False else heard.get(one, now) for one in addresses}
+        silent = [one for one, last in heard.items() if now - last > WATCH_SILENCE]
+        if silent:
+            print("silent, so the head is restarted:", *silent, flush=True)
+            subprocess.run(["systemctl", "restart", "mtssrv.service"], check=False)
+            heard = {}
+        time.sleep(WATCH_PAUSE)
+
+
+def guard(arguments: list[str]) -> None:
+    """Run as a program on the head: filter VERSION WANTED LINKED, or watch VERSION OWN LINKED."""
+    what, version, first, second = arguments
+    (filter_workers if what == "filter" else watch_servers)(version, first, second)
+
+
+GUARD_HEADER = '''"""Keeps Mitsuba's head node serving; written by cluster.py."""
+from __future__ import annotations
+import socket, subprocess, sys, threading, time
+'''
+GUARD_VALUES = ("SERVER_PORT", "HELLO", "QUIT", "FLAVOURS", "WATCH_PAUSE", "WATCH_SILENCE", "GUARD_TIMEOUT")
+GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
+WORKERS_PATH = "/etc/mitsuba-cluster/workers"
+LINKED_PATH = "/run/mtssrv/linked"
+
+
+def guard_program() -> str:
+    """Return the guard as a program of its own: the functions above, to the letter."""
+    values = [f"{name} = {globals()[name]!r}" for name in GUARD_VALUES]
+    parts = (AnotherBuild, receive, shake_hands, ask_server, answers, ask_all, read_words)
+    parts += (filter_workers, watch_servers, guard)  # type: ignore[assignment]
+    return "\n".join([GUARD_HEADER, *values, *map(inspect.getsource, parts), "guard(sys.argv[1:])"])
+
+
+def server_units(node: Node, role: str, facts: Facts, data: str) -> tuple[str, str]:
+    """Return the texts of mtssrv.service and of its watchdog's unit (a worker has none)."""
+    arguments = f"-i {node.private_ip} -l {SERVER_PORT}"
+    if role == "worker":
+        return SERVER_UNIT.format(role=role, data=data, before="", arguments=arguments), ""
+    python = f"/usr/bin/python3 {GUARD_PATH}"
+    before = f"ExecStartPre={python} filter {facts.version} {WORKERS_PATH} {LINKED_PATH}\n"
+    arguments += f" -p {plan_head_cores(facts.cores)} -s {LINKED_PATH}"
+    watch = f"{python} watch {facts.version} {node.private_ip} {LINKED_PATH}"
+    unit = SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
+    return unit, WATCHDOG_UNIT.format(watch=watch)
+
+
+# --- SSH --------------------------------------------------------------------
+# One connection a node, kept for the whole run of the program.
+
+
+class WrongHostKey(Exception):
+    """The node showed another host key than its tag has."""
+
+
+class EagerSocket(socket.socket):
+    """A TCP socket that acknowledges at once: sshd waits for that until the session starts."""
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """Receive with quick acknowledgement, which Linux forgets after each use."""
+        if hasattr(socket, "TCP_QUICKACK"):
+            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        return super().recv(size, flags)
+
+
+def dial(address: str, port: int) -> EagerSocket:
+    """Open a TCP connection to a node that notices a dead link within half a minute."""
+    plain = socket.create_connection((address, port), TCP_LIMIT)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)  # milliseconds
+    return EagerSocket(fileno=plain.detach())
+
+
+def prefer_gcm(transport: paramiko.Transport) -> None:
+    """Put AES-GCM first: its check is native, the other ciphers' is in Python."""
+    options = transport.get_security_options()
+    ciphers: tuple[str, ...] = tuple(options.ciphers)
+    first = tuple(cipher for cipher in ciphers if "gcm" in cipher)
+    options.ciphers = first + tuple(cipher for cipher in ciphers if cipher not in first)
+
+
+class Remote:
+    """A connected node: runs commands on it."""
+
+    def __init__(self, node: Node, transport: paramiko.Transport) -> None:
+        self.node = node
+        self.transport = transport
+
+    def run(
+        self,
+        command: str,
+        limit: float = STEP_LIMIT,
+        stdin: Iterable[bytes] = (),
+        sink: Callable[[bytes], object] | None = None,
+        silence: float | None = None,
+    ) -> tuple[int, str]:
+        """Run COMMAND; return (exit code, the end of its output, stderr merged in).
+
+        SINK gets all of the output as it comes. NodeError after LIMIT seconds, after SILENCE
+        seconds without output, or when the connection breaks.
+        """
+        deadline = time.monotonic() + limit
+        with self.opened(lambda: self.transport.open_session(timeout=STEP_LIMIT)) as channel:
+            channel.set_combine_stderr(True)
+            channel.settimeout(min(silence or limit, limit))
+            channel.exec_command(command)
+            for block in stdin:
+                channel.sendall(block)
+            channel.shutdown_write()
+            tail = b""
+            while block := channel.recv(1 << 17):
+                if sink:
+                    sink(block)
+                tail = (tail + block)[-OUTPUT_TAIL:]
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+            if not channel.status_event.wait(STEP_LIMIT):
+                raise TimeoutError
+            return channel.recv_exit_status(), tail.decode("utf-8", "replace")
+
+    @contextlib.contextmanager
+    def opened(self, make: Callable[[], paramiko.Channel]) -> Iterator[paramiko.Channel]:
+        """Open a channel, close it in the end, and turn what breaks it into a NodeError."""
+        import paramiko
+
+        try:
+            channel = make()
+            try:
+                yield channel
+            finally:
+                channel.close()
+        except TimeoutError:
+            raise NodeError("does not answer any more (time limit)") from None
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
+
+    def check(self, command: str, **options: Any) -> str:
+        """Run COMMAND and return its output's end; NodeError with the last lines where it fails."""
+        code, output = self.run(command, **options)
+        if code:
+            raise NodeError(f"exit code {code}{format_tail(output)}")
+        return output
+
+    def facts(self) -> Facts:
+        """Ask the node about itself."""
+        output = self.check(user_command("facts", FACTS))
+        pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+        try:
+            return Facts(
+                cores=int(pairs["cores"]),
+                version=pairs.get("version", ""),
+                role=pairs.get("role", ""),
+                linked=tuple(pairs.get("linked", "").split()),
+                load=tuple(map(float, pairs.get("load", "").split())),
+                memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
+            )
+        except (KeyError, ValueError):
+            raise NodeError(f"says strange things about itself{format_tail(output)}") from None
+
+    @contextlib.contextmanager
+    def server_stream(self) -> Iterator[paramiko.Channel]:
+        """Connect to this node's mtssrv, from the node itself."""
+        target = (self.node.private_ip, SERVER_PORT)
+        channel = self.transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=HANDSHAKE_LIMIT)
+        channel.settimeout(HANDSHAKE_LIMIT)
+        try:
+            yield channel
+        finally:
+            channel.close()
+
+    def ask_server(self, version: str) -> int:
+        """Return the cores that this node's server offers; NodeError where it does not answer."""
+        import paramiko
+
+        try:
+            return ask_server(self.server_stream, version)[0]
+        except AnotherBuild:
+            raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
+        except TimeoutError:
+            raise NodeError("its mtssrv accepts connections, but stays silent") from None
+        except ValueError as error:
+            raise NodeError(str(error)) from None
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise NodeError("its mtssrv does not answer") from error
+
+    def await_server(self, version: str, cores: int | None = None) -> int:
+        """Wait until the server answers, with CORES cores if they are given; return its cores."""
+        deadline = time.monotonic() + SERVER_LIMIT
+        while True:
+            try:
+                offered = self.ask_server(version)
+                if cores in (None, offered):
+                    return offered
+                problem = f"its mtssrv offers {offered} cores, not {cores}"
+            except NodeError as error:
+                problem = str(error)
+            if time.monotonic() > deadline:
+                log = self.run(root_command("server-log", SERVER_LOG))[1]
+                raise NodeError(f"{problem}{format_tail(log)}")
+            time.sleep(0.1)
+
+
+def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
+    """Connect once: dial, exchange keys, check the host key, log in."""
+    import paramiko
+
+    transport = None
+    plain = dial(node.address, settings.SSH_PORT)
+    try:
+        with CONNECTING:
+            transport = paramiko.Transport(plain)
+            transport.banner_timeout = EXCHANGE_LIMIT
+            transport.auth_timeout = EXCHANGE_LIMIT
+            prefer_gcm(transport)
+            transport.start_client(timeout=EXCHANGE_LIMIT)
+            shown = transport.get_remote_server_key()
+            if f"{shown.get_name()} {shown.get_base64()}" != node.host_key:
+                raise WrongHostKey(shown.get_name())
+            transport.auth_publickey(settings.SSH_USER, identity.key)
+        transport.set_keepalive(15)
+        return Remote(node, transport)
+    except BaseException:
+        (transport or plain).close()
+        raise
+
+
+def open_remote(node: Node, settings: Settings, identity: Identity, limit: float, first_boot: bool = False) -> Remote:
+    """Connect to a node, trying again for LIMIT seconds while it is silent, refuses or resets.
+
+    A wrong host key or a refused login fails at once; at the FIRST_BOOT only after a while, since
+    sshd may be up with the image's own keys before cloud-init has put ours in their place.
+    """
+    import paramiko
+
+    if not node.host_key:
+        raise NodeError(f"has no {TAG_HOST_KEY} tag to check its host key by; was it made by hand?")
+    deadline = time.monotonic() + limit
+    answered: float | None = None
+    while True:
+        try:
+            return connect(node, settings, identity)
+        except (WrongHostKey, paramiko.AuthenticationException) as error:
+            answered = answered or time.monotonic()
+            if not first_boot or time.monotonic() - answered > FIRST_KEY_LIMIT:
+                raise NodeError(refusal(error, settings)) from error
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            if time.monotonic() > deadline:
+                raise NodeError(unreachable(node, settings, error)) from error
+        time.sleep(0.2)
+
+
+def refusal(error: Exception, settings: Settings) -> str:
+    """Say why a node that answers can't be used."""
+    if isinstance(error, WrongHostKey):
+        return (
+            "shows another host key than the one it was launched with: something else answers at this address, "
+            "or somebody is in between; nothing was sent to it"
+        )
+    return f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}"
+
+
+def unreachable(node: Node, settings: Settings, error: Exception) -> str:
+    """Say why a node was given up."""
+    return (
+        f"port {settings.SSH_PORT} of {node.address} does not answer from here ({error or type(error).__name__}); "
+        f"does the security group allow this machine's address, and does the subnet route to the internet?"
+    )
+
+
+def load_identity(path: Path) -> Identity:
+    """Load the user's SSH key; ClusterError says what is wrong with the file."""
+    import paramiko
+
+    text = path.read_text("latin-1") if path.exists() else ""
+    if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
+        return agent_identity(path, match[0])
+    if "PRIVATE KEY" not in text:
+        raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
+    try:
+        key = paramiko.PKey.from_path(path)
+    except paramiko.PasswordRequiredException:
+        return unlock_identity(path, text)
+    except (paramiko.SSHException, ValueError, TypeError) as error:
+        raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
+    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+
+
+def agent_identity(path: Path, public: str) -> Identity:
+    """Return the ssh-agent's key with this PUBLIC half."""
+    import paramiko
+
+    for key in paramiko.Agent().get_keys():
+        if f"{key.get_name()} {key.get_base64()}" == public:
+            return Identity(key, public)
+    raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
+
+
+def unlock_identity(path: Path, text: str) -> Identity:
+    """Return an encrypted key: the agent's, if it has it, else by asking for the passphrase."""
+    import base64
+
+    import paramiko
+
+    if "OPENSSH" in text:  # the public half stands in front, unencrypted (PROTOCOL.key of OpenSSH)
+        body = base64.b64decode("".join(line for line in text.splitlines() if not line.startswith("-")))
+        message = paramiko.Message(body[len(b"openssh-key-v1\0") :])
+        for _ in ("cipher", "kdf", "kdf options"):
+            message.get_binary()
+        message.get_int()
+        blob = message.get_binary()
+        with contextlib.suppress(ClusterError):
+            name = paramiko.Message(blob).get_text()
+            return agent_identity(path, f"{name} {base64.b64encode(blob).decode()}")
+    if not sys.stdin.isatty():
+        raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
+    passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
+    try:
+        key = paramiko.PKey.from_path(path, passphrase.encode())
+    except (paramiko.SSHException, ValueError) as error:
+        raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
+    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+
+
+def ensure_key_file(path: Path) -> None:
+    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
+        return
+    if text and "placeholder" not in text:
+        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    private, _ = make_ed25519()
+    hide_from_git(path)
+    write_secret(path, private)
+    click.echo(f"Made a new SSH key: {path}", err=True)
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only the user can read, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def hide_from_git(path: Path) -> None:
+    """Keep git from picking up what is about to replace a tracked placeholder."""
+    if (path.parent / ".git").exists() and shutil.which("git"):
+        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
+        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment for child processes: without AWS credentials."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+
+
+# --- Fan-out ----------------------------------------------------------------
+# One step on every node, a thread a node; each outcome comes back, none is lost.
+
+Step = Callable[[Remote], Any]
+
+
+class Fleet:
+    """The nodes of one run, their connections, and what their steps reported."""
+
+    def __init__(self, settings: Settings, identity: Identity) -> None:
+        self.settings = settings
+        self.identity = identity
+        self.remotes: dict[str, Remote] = {}
+        self.outcomes: queue.Queue[Outcome] = queue.Queue()
+        raise_limits()
+
+    def begin(self, node: Node, step: Step, limit: float = LOGIN_LIMIT, first_boot: bool = False) -> None:
+        """Start STEP on NODE in a thread of its own; its outcome goes to the queue."""
+        threading.Thread(target=self._work, args=(node, step, limit, first_boot), daemon=True).start()
+
+    def _work(self, node: Node, step: Step, limit: float, first_boot: bool) -> None:
+        try:
+            remote = self.remotes.get(node.id)
+            if not remote or not remote.transport.is_active():
+                remote = open_remote(node, self.settings, self.identity, limit, first_boot)
+                self.remotes[node.id] = remote
+            outcome = Outcome(node, step(remote))
+        except NodeError as error:
+            outcome = Outcome(node, error=str(error))
+        except ClusterError as error:
+            outcome = Outcome(node, error=error.message)
+        except BaseException as error:  # a bug: the main thread raises it, with its traceback
+            outcome = Outcome(node, error)
+        self.outcomes.put(outcome)
+
+    def take(self, timeout: float | None = None) -> Outcome:
+        """Return the next outcome; queue.Empty after TIMEOUT seconds."""
+        outcome = self.outcomes.get(timeout=timeout)
+        if isinstance(outcome.value, BaseException):
+            raise outcome.value
+        return outcome
+
+    def each(self, nodes: Sequence[Node], step: Step, progress: Progress | None = None) -> list[Outcome]:
+        """Run STEP on all NODES at once; return their outcomes in the order of NODES."""
+        for node in nodes:
+            self.begin(node, step)
+        found: dict[str, Outcome] = {}
+        while len(found) < len(nodes):
+            with contextlib.suppress(queue.Empty):
+                outcome = self.take(0.5)
+                found[outcome.node.id] = outcome
+                if progress:
+                    progress.finished(outcome)
+            if progress:
+                progress.redraw()
+        return [found[node.id] for node in nodes]
+
+
+def raise_limits() -> None:
+    """Allow as many open files as the system lets us: a node takes a few."""
+    import logging
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    threading.stack_size(512 * 1024)  # a thousand nodes are two thousand threads
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # errors reach the user by us
+
+
+# --- S3 ---------------------------------------------------------------------
+# Uploads from here, and signed addresses for the nodes. No credentials leave this machine.
+
+MIB = 1 << 20
+PART_SIZE = 64 * MIB  # of an upload; S3 takes 10,000 parts, and boto3 enlarges them beyond that
+SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
+SLOWEST = 1_000_000  # bytes a second that a node is given time for
+
+
+def read_s3cfg(settings: Settings) -> dict[str, str]:
+    """Return s3cmd's settings from .s3cfg beside config.py or cluster.py; {} where there is none."""
+    import configparser
+
+    path = next((path for path in (settings.folder / ".s3cfg", HERE / ".s3cfg") if path.exists()), None)
+    if not path:
+        return {}
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        parser.read_string(path.read_text("utf-8", "replace"))
+    except configparser.Error as error:
+        raise ClusterError(f"{path} is no settings file of s3cmd: {str(error).splitlines()[0]}") from error
+    return {name: value.strip() for name, value in parser.items("default")} if "default" in parser else {}
+
+
+def open_s3(settings: Settings, region: str = "") -> Client:
+    """Return an S3 client: credentials and endpoint of .s3cfg, else config.py's, else boto3's own."""
+    import boto3
+    from botocore.config import Config
+
+    s3cfg = read_s3cfg(settings)
+    key, secret = s3cfg.get("access_key", ""), s3cfg.get("secret_key", "")
+    if PLACEHOLDER_KEY.fullmatch(key) or PLACEHOLDER_KEY.fullmatch(secret):
+        key, secret = settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY
+    host, endpoint = s3cfg.get("host_base", ""), None
+    if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
+        endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
+    elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        signature_version="s3v4",
+        connect_timeout=10,
+        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 6},
+        max_pool_connections=64,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
+    )
+    session = boto3.Session(key or None, secret or None, s3cfg.get("access_token") or None if key else None)
+    return session.client("s3", region or settings.AWS_REGION, endpoint_url=endpoint, config=config)
+
+
+def open_bucket(settings: Settings) -> tuple[Client, str, str]:
+    """Return (client for the bucket's own region, bucket, prefix) of S3_PATH."""
+    from botocore.exceptions import ClientError
+
+    bucket, prefix = settings.bucket
+    if not bucket:
+        raise ClusterError('S3_PATH is not set in config.py; it is "s3://your-bucket/some/prefix"')
+    s3 = open_s3(settings)
+    try:
+        answer = s3.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        answer = error.response
+        if error_code(error) == "404":
+            raise ClusterError(f"there is no bucket {bucket!r}; make it with: aws s3 mb s3://{bucket}") from error
+        if error_code(error) == "403":
+            raise ClusterError(f"you may not use the bucket {bucket!r}; is it yours, and are these its keys?") from error
+        if error_code(error) not in ("301", "400"):
+            raise
+    region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    return (open_s3(settings, region) if region and region != settings.AWS_REGION else s3), bucket, prefix
+
+
+def list_objects(s3: Client, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
+    """Return key -> (size, ETag) of every object under PREFIX; folder markers left out."""
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    things = [thing for page in pages for thing in page.get("Contents", [])]
+    return {one["Key"]: (one["Size"], one["ETag"].strip('"')) for one in things if not one["Key"].endswith("/")}
+
+
+def fetch_sha256(s3: Client, bucket: str, key: str) -> str:
+    """Return the SHA-256 that our upload noted with an object, or ""."""
+    value = s3.head_object(Bucket=bucket, Key=key).get("Metadata", {}).get("sha256", "")
+    return value if re.fullmatch(r"[0-9a-f]{64}", value) else ""
+
+
+def plan_upload(name: str, prefix: str) -> dict[str, Path]:
+    """Return key -> file for a local file or folder NAME; {} where there is none."""
+    source = Path(name)
+    base = "/".join(filter(None, [prefix, source.resolve().name]))
+    if source.is_file():
+        return {base: source}
+    inside = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else []
+    return {f"{base}/{path.relative_to(source).as_posix()}": path for path in inside}
+
+
+def digest_file(path: Path, kind: str) -> str:
+    """Return a file's digest in hex."""
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
+    """Tell whether the object is this very file: same size and SHA-256 (or MD5, if the ETag is one)."""
+    if not there or there[0] != path.stat().st_size:
+        return False
+    noted = fetch_sha256(s3, bucket, key)
+    if noted:
+        return noted == sha256
+    return re.fullmatch(r"[0-9a-f]{32}", there[1]) is not None and digest_file(path, "md5") == there[1]
+
+
+def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int], None]) -> int:
+    """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
+
+    While one file is sent, the next is being hashed.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from boto3.s3.transfer import TransferConfig
+
+    there = list_objects(s3, bucket, os.path.commonprefix(list(files)))
+    transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
+    sent = 0
+    with ThreadPoolExecutor(1) as hasher:
+        hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
+        for (key, path), sha256 in zip(files.items(), hashes):
+            if is_same(s3, bucket, key, there.get(key), path, sha256):
+                count(path.stat().st_size)
+                continue
+            extra = {"Metadata": {"sha256": sha256}}
+            s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
+            sent += 1
+    return sent
+
+
+def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
+    """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
+    paths = {key: plan_relative_path(key, prefix) for key in found}
+    good = [key for key in found if paths[key] is not None]
+    with ThreadPoolExecutor(32) as pool:
+        hashes = list(pool.map(lambda key: fetch_sha256(s3, bucket, key), good))
+    objects = [RemoteObject(key, str(paths[key]), *found[key], sha256) for key, sha256 in zip(good, hashes)]
+    return objects, [key for key in found if paths[key] is None]
+
+
+def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> bytes:
+    """Return the nodes' job: the objects with signed addresses that live as short as may be, as JSON."""
+    shortest, longest = SIGNED_SECONDS
+    seconds = int(min(longest, shortest + sum(one.size for one in objects) / SLOWEST))
+    job = []
+    for one in objects:
+        where = {"Bucket": bucket, "Key": one.key}
+        job.append(asdict(one) | {"url": s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds)})
+    return json.dumps(job).encode()
+
+
+def has_hash(one: RemoteObject) -> bool:
+    """Tell whether a node can check an object's content: by our SHA-256, or an ETag that is an MD5."""
+    return bool(one.sha256 or re.fullmatch(r"[0-9a-f]{32}", one.etag))
+
+
+# --- Output -----------------------------------------------------------------
+# Progress on stderr, results on stdout. Only the main thread gets here.
+
+
+def note(text: str) -> None:
+    """Say something about the progress."""
+    Progress.clear()
+    click.echo(text, err=True)
+
+
+def result(text: str) -> None:
+    """Print a result."""
+    Progress.clear()
+    click.echo(text)
+
+
+def terminal_width() -> int:
+    """Return the width for a table on stdout: unlimited in a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+
+
+class Progress:
+    """A bar on a terminal, nothing of it in a pipe; a line for each node that is done."""
+
+    shown = False  # a bar stands on the terminal's last line
+
+    def __init__(self, label: str, total: int, say: Callable[[Outcome], str] | None = None) -> None:
+        self.label, self.total, self.say = label, total, say
+        self.done = 0.0
+        self.detail = ""
+
+    @staticmethod
+    def clear() -> None:
+        """Remove the bar, so that a line can be printed."""
+        if Progress.shown:
+            click.echo("\r\033[K", nl=False, err=True)
+            Progress.shown = False
+
+    def redraw(self) -> None:
+        """Draw the bar anew."""
+        if sys.stderr.isatty():
+            text = f"{self.label} {format_bar(self.done, self.total)} {self.detail or self.counted()}"
+            click.echo("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], nl=False, err=True)
+            Progress.shown = True
+
+    def counted(self) -> str:
+        """Return "3/8"."""
+        return f"{int(self.done)}/{self.total}"
+
+    def show(self, detail: str) -> None:
+        """Show a detail beside the bar."""
+        self.detail = detail
+        self.redraw()
+
+    def finished(self, outcome: Outcome) -> None:
+        """Count a node, and print its line: success to stdout, failure to stderr."""
+        self.done += 1
+        if outcome.error:
+            note(f"{outcome.node.name}: {outcome.error}")
+        elif self.say:
+            result(self.say(outcome))
+
+
+def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
+    """Return the table of NODES, header first."""
+    now = datetime.now(timezone.utc)
+    rows = [["NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
+    for node in nodes:
+        cost = spent(node, now)
+        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
+        rows.append(
+            [
+                node.name,
+                node.type,
+                node.state,
+                format_duration((now - node.launched).total_seconds()),
+                node.role or "",
+                node.market,
+                node.private_ip,
+                format_money(node.price)[1:] if node.price is not None else "?",
+                format_money(cost)[1:] if cost is not None else "?",
+                format_duration(max(0.0, left.total_seconds())) if left else "",
+                node.id,
+            ]
+        )
+    empty = {i for i in range(len(rows[0])) if not any(row[i] for row in rows[1:])}
+    return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
+
+
+def format_cost(nodes: Sequence[Node]) -> str:
+    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+    hourly = total(
+        node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
+        for node in nodes
+        if node.price is not None and node.state in BILLED
+    )
+    so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    parts = [(hourly, "an hour"), (so_far, "so far")]
+    return ", ".join(f"{format_money(value)} {what}" for value, what in parts if value is not None)
+
+
+def node_json(node: Node) -> dict[str, Any]:
+    """Return a node as `status --json` shows it."""
+    cost = spent(node, datetime.now(timezone.utc))
+    return asdict(node) | {
+        "name": node.name,
+        "address": node.address,
+        "launched": node.launched.isoformat().replace("+00:00", "Z"),
+        "cost": round(cost, 4) if cost is not None else None,
+    }
+
+
+# --- Commands ---------------------------------------------------------------
+# In the order of the user's day. Each: resolve, fan out, report, exit.
+
+
+class App:
+    """What one run of the program holds: settings, clients, connections; each made when it is needed."""
+
+    def __init__(self, config: Path) -> None:
+        self.config = config
+        self.left = ""  # what Ctrl-C leaves behind, for the one line that says so
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """The settings."""
+        settings = load_settings(self.config)
+        warn_of_secrets(self.config, settings)
+        return settings
+
+    @functools.cached_property
+    def ec2(self) -> Client:
+        """The EC2 client."""
+        return open_client(self.settings, "ec2")
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """The user's SSH key."""
+        return load_identity(self.settings.key_file)
+
+    @functools.cached_property
+    def fleet(self) -> Fleet:
+        """The connections to the nodes."""
+        return Fleet(self.settings, self.identity)
+
+    def where(self, group: str) -> str:
+        """Return "group 'default' (us-east-1)"."""
+        return f"group {group!r} ({self.settings.AWS_REGION})"
+
+    def running(self, group: str) -> list[Node]:
+        """Return GROUP's running nodes, after a look at whether this machine may still connect."""
+        self.left = f"The nodes of {self.where(group)} keep running and cost money; {command('terminateAll', group)} ends them."
+        nodes, groups, cidr = side_by_side(
+            lambda: fetch_nodes(self.ec2, group),
+            lambda: fetch_security_groups(self.ec2, group),
+            lambda: try_client_cidr(self.settings),
+        )
+        ready = [node for node in nodes if node.state == "running"]
+        waiting = [node for node in nodes if node.state == "pending"]
+        if waiting:
+            note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
+        if not ready:
+            raise ClusterError(f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE COUNT')} makes some")
+        for security_group in groups if cidr else []:
+            if repair_rules(self.ec2, security_group, self.settings, cidr, rule_owner(self.identity)):
+                note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
+        return ready
+
+    def report(self, outcomes: Sequence[Outcome], what: str) -> None:
+        """End with a summary on stderr, and with exit code 1 if any node failed."""
+        failed = [outcome for outcome in outcomes if not outcome.ok]
+        if failed:
+            good = len(outcomes) - len(failed)
+            raise ClusterError(f"{what} on {good} of {len(outcomes)} nodes; failed: {', '.join(o.node.name for o in failed)}")
+        note(f"{what} on {format_count(len(outcomes), 'node')}")
+
+
+def command(name: str, arguments: str = "") -> str:
+    """Return a command line that the user can type; the default group need not be named."""
+    return " ".join(filter(None, ["./cluster.py", name, "" if arguments == "default" else arguments]))
+
+
+def try_client_cidr(settings: Settings) -> str:
+    """Return who may connect, or "" with a warning: a set-up cluster can do without the look-up."""
+    try:
+        return fetch_client_cidr(settings)
+    except ClusterError as error:
+        note(f"Warning: {error.message}")
+        return ""
+
+
+def warn_of_secrets(path: Path, settings: Settings) -> None:
+    """Keep git's hands off files with secrets, and say who else could read them."""
+    if settings.AWS_SECRET_ACCESS_KEY:
+        note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            note(f"Warning: other users of this machine can read it: chmod 600 {path}")
+        hide_from_git(path)
+    s3cfg = settings.folder / ".s3cfg"
+    if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
+        hide_from_git(s3cfg)
+
+
+def on_terminate(*_: object) -> None:
+    """Turn SIGTERM into an exception."""
+    raise Terminated
+
+
+class Tool(click.Group):
+    """The boundary: known errors become one line and an exit code; the rest is a bug's traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Keep the order of the user's day."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command inside the boundary."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.Abort):
+            self.interrupted(ctx, 130)
+        except Terminated:
+            self.interrupted(ctx, 143)
+        except ModuleNotFoundError as error:
+            raise ClusterError(MISSING.format(name=error.name)) from error
+        except BrokenPipeError:
+            os._exit(1)  # the reader of our output has gone
+        except Exception as error:
+            if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
+                raise
+            raise ClusterError(explain(error)) from error
+        finally:
+            Progress.clear()
+
+    @staticmethod
+    def interrupted(ctx: click.Context, code: int) -> None:
+        """Say what is left running and leave."""
+        left = ctx.obj.left if isinstance(ctx.obj, App) else ""
+        note(f"Interrupted. {left}".strip())
+        sys.stdout.flush()
+        os._exit(code)  # at once: threads may still wait for nodes
+
+
+class GroupName(click.ParamType[str]):
+    """A cluster's name."""
+
+    name = "group"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the name: it becomes a tag, a folder and a security group."""
+        if not GROUP_NAME.fullmatch(value):
+            self.fail(f"{value!r} is no group name: letters, digits, '.', '_' and '-', at most 63", param, ctx)
+        return str(value)
+
+
+group_argument = click.argument("group", type=GroupName(), default="default", metavar="[GROUP]")
+
+
+@click.group(cls=Tool, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", type=click.Path(path_type=Path), envvar=CONFIG_VARIABLE, help="Another settings file than config.py.")
+@click.pass_context
+def cli(ctx: click.Context, config: Path | None) -> None:
+    """Create a Mitsuba rendering cluster on Amazon EC2.
+
+    \b
+    The usual order:
+      ./cluster.py createNodes c1.xlarge 8
+      ./cluster.py install
+      ./cluster.py start              the last line names the head node:
+                                      give it to Mitsuba, port 7554
+      ./cluster.py status
+      ./cluster.py terminateAll       don't forget: running nodes cost money
+
+    GROUP names one of several independent clusters; it is "default" if you leave it out.
+    """
+    ctx.obj = App(config or HERE / "config.py")
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the user asked createNodes for."""
+
+    type: str
+    count: int
+    group: str
+    spot: bool = False
+    max_price: float | None = None
+    max_hours: float | None = None
+
+
+count_argument = click.argument("count", type=click.IntRange(1, 5000))
+type_argument = click.argument("machine", metavar="TYPE")
+hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
+
+
+@cli.command("createNodes")
+@type_argument
+@count_argument
+@group_argument
+@click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
+@hours_option
+@click.pass_obj
+def create_nodes(app: App, machine: str, count: int, group: str, spot: bool, max_hours: float | None) -> None:
+    """Allocate COUNT nodes of TYPE (e.g. c1.xlarge) and wait until each answers."""
+    create(app, Order(machine, count, group, spot, None, max_hours))
+
+
+def create(app: App, order: Order) -> None:
+    """Do what createNodes and addSpotNodes have in common."""
+    settings = app.settings
+    check_package_file(settings)
+    ensure_key_file(settings.key_file)
+    launch, subnets = prepare(app, order)
+    where = app.where(order.group)
+    app.left = f"Nodes of {where} may be running and cost money: {command('status')} shows them, {command('terminateAll', order.group)} ends them."
+    started = time.monotonic()
+    one_try = open_client(settings, "ec2", retries={"total_max_attempts": 1}, read_timeout=60)
+    nodes, why = launch_nodes(one_try, launch, subnets, order.count, note)
+    if not nodes:
+        raise ClusterError(f"EC2 gave no {order.type}: {why}")
+    note(f"{len(nodes)} of {order.count} nodes launched; waiting until each answers")
+    outcomes = await_nodes(app, order.group, nodes)
+    result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
+    note(f"This took {format_duration(time.monotonic() - started)}.")
+    failed = [outcome for outcome in outcomes if not outcome.ok]
+    if failed or why:
+        raise ClusterError(
+            f"{len(outcomes) - len(failed)} of {order.count} nodes are ready in {where}{f' ({why})' if why else ''}; "
+            f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
+        )
+    note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', order.group)}")
+
+
+def prepare(app: App, order: Order) -> tuple[Launch, list[tuple[str, str, str]]]:
+    """Check everything, say what it will cost, and make what a launch needs; launch nothing."""
+    settings, ec2 = app.settings, app.ec2
+    ssm = open_client(settings, "ssm")
+    machine, image, subnets, cidr, before, price, trouble = side_by_side(
+        lambda: fetch_machine(ec2, order.type),
+        lambda: fetch_image(ec2, ssm, settings),
+        lambda: fetch_subnets(ec2, settings, order.type),
+        lambda: fetch_client_cidr(settings),
+        lambda: fetch_nodes(ec2, order.group),
+        lambda: fetch_price(ec2, settings, order),
+        lambda: find_package_trouble(settings),
+    )
+    check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
+    hours = settings.MAX_HOURS if order.max_hours is None else order.max_hours
+    announce(app, order, before, price, hours, trouble)
+    identity = app.identity
+    ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
+    group = ensure_security_group(ec2, order.group, subnets[0][2])
+    repair_rules(ec2, group, settings, cidr, rule_owner(identity))
+    private, public = make_ed25519()
+    tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public}
+    tags |= {TAG_PRICE: f"{price:.6f}"} if price is not None else {}
+    tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
+    launch = Launch(
+        group=order.group,
+        machine=machine,
+        image=image,
+        key_name=settings.KEYPAIR_NAME,
+        security_group=group.id,
+        user_data=make_user_data(private, public, hours),
+        tags=tags,
+        disk_gb=settings.ROOT_VOLUME_GB,
+        spot=order.spot,
+        max_price=order.max_price,
+    )
+    return launch, subnets
+
+
+def fetch_price(ec2: Client, settings: Settings, order: Order) -> float | None:
+    """Return the present $ an hour of one of the ORDER's nodes."""
+    return fetch_spot_price(ec2, order.type) if order.spot else fetch_on_demand_price(settings, order.type)
+
+
+def announce(app: App, order: Order, before: Sequence[Node], price: float | None, hours: float, trouble: str) -> None:
+    """Say what will be launched, what it costs, and what stands in the way of the next step."""
+    if order.max_price is not None and price is not None and order.max_price < price:
+        raise ClusterError(
+            f"the spot price of {order.type} is {format_money(price)} an hour now, above your maximum of "
+            f"{format_money(order.max_price)}; see {command('spotPrices', order.type)}"
+        )
+    present = sum(node.state in ("pending", "running") for node in before)
+    if present:
+        note(f"{app.where(order.group)} has {format_count(present, 'node')} already; {order.count} more are added")
+    note(format_price(order.type, order.count, price))
+    if hours:
+        note(f"Each ends itself after {hours:g} hours.")
+    else:
+        note(f"They run until {command('terminateAll', order.group)}; --max-hours would end them by themselves.")
+    if trouble:
+        note(f"Warning: {trouble}")
+
+
+def check_package_file(settings: Settings) -> None:
+    """Refuse a MITSUBA_PACKAGE that is a path and leads nowhere."""
+    source, _ = settings.package
+    if settings.MITSUBA_PACKAGE and "://" not in source and not (settings.folder / source).is_file():
+        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {settings.folder / source}")
+
+
+def find_package_trouble(settings: Settings) -> str:
+    """Return why `install` would not find Mitsuba, or "": better known before the meter runs."""
+    import urllib.error
+    import urllib.request
+
+    advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
+    source, _ = settings.package
+    try:
+        if source.startswith("https://"):
+            request = urllib.request.Request(source, method="HEAD")
+            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()
+        elif not settings.MITSUBA_PACKAGE and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+            return f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}"
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        what = source if settings.MITSUBA_PACKAGE else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
+        return f"{what} can't be read ({error}); {advice}"
+    return ""
+
+
+def index_has(apt_line: str, package: str) -> bool:
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where it has no index."""
+    import gzip
+    import lzma
+    import urllib.request
+
+    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
+    if not found:
+        raise ValueError("this is no apt line")
+    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
+    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
+    if suite.endswith("/"):
+        folders = [f"{base}/{suite}".rstrip("/")]
+    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
+    trouble: OSError | None = None
+    for folder in folders:
+        for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
+            try:
+                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:
+                    if wanted.search(unpack(answer.read())):
+                        return True
+                trouble = None
+                break
+            except OSError as error:
+                trouble = error
+    if trouble:
+        raise trouble
+    return False
+
+
+def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome]:
+    """Wait until each node answers and has booted; each goes on by itself once it has an address."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    progress = Progress("Answering", len(nodes))
+    waiting = {node.id: node for node in nodes}
+    begun: set[str] = set()
+    done: dict[str, Outcome] = {}
+    start = good = time.monotonic()
+    while waiting:
+        try:
+            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
+            good = time.monotonic()
+        except (BotoCoreError, ClientError):  # a look that fails ends no launch
+            seen = {}
+            if time.monotonic() - good > POLL_TROUBLE_LIMIT:
+                raise
+        waiting |= seen
+        for node in seen.values():
+            if node.address and node.id not in begun and node.state in ("pending", "running"):
+                begun.add(node.id)
+                app.fleet.begin(node, boot_step, BOOT_LIMIT, first_boot=True)
+        running = sum(node.state == "running" for node in waiting.values()) + len(done)
+        progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
+        for outcome in settle(app, waiting, begun, time.monotonic() - start):
+            done[outcome.node.id] = outcome
+            del waiting[outcome.node.id]
+            progress.finished(outcome)
+    return [done[node.id] for node in nodes]
+
+
+def settle(app: App, waiting: dict[str, Node], begun: set[str], elapsed: float) -> Iterator[Outcome]:
+    """Yield, for POLL seconds, the outcome of each WAITING node that is decided."""
+    for node in list(waiting.values()):
+        if node.state in ("shutting-down", "terminated"):
+            yield Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
+        elif node.id not in begun and elapsed > BOOT_LIMIT:
+            yield Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
+    end = time.monotonic() + (POLL if len(begun) == len(waiting) else POLL / 3)
+    while waiting and time.monotonic() < end:
+        with contextlib.suppress(queue.Empty):
+            outcome = app.fleet.take(max(0.01, end - time.monotonic()))
+            if outcome.node.id in waiting:
+                if outcome.error and "does not answer" in outcome.error:
+                    console = fetch_console(app.ec2, outcome.node)
+                    outcome = replace(outcome, error=outcome.error + format_tail(console))
+                yield replace(outcome, node=waiting[outcome.node.id])
+
+
+def boot_step(remote: Remote) -> None:
+    """Wait for the end of cloud-init."""
+    remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
+
+
+@cli.command("install")
+@group_argument
+@click.pass_obj
+def install(app: App, group: str) -> None:
+    """Install Mitsuba and its dependencies on every node."""
+    check_package_file(app.settings)
+    nodes = app.running(group)
+    logs = log_folder(group)
+    progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
+    outcomes = app.fleet.each(nodes, functools.partial(install_step, app.settings, logs), progress)
+    note(f"Each node's whole output: {logs}")
+    app.report(outcomes, "Installed")
+    note(f"Next: {command('start', group)}")
+
+
+def log_folder(group: str) -> Path:
+    """Return (and make) the folder for the logs of GROUP's nodes."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    folder = Path(base) / "mitsuba-cluster" / group
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(f"the log folder {folder} can't be made: {error.strerror}") from error
+    return folder
+
+
+def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
+    """Install Mitsuba on one node; return its version."""
+    source, digest = settings.package
+    package, recipe = source, json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE])
+    if settings.MITSUBA_PACKAGE and "://" not in source:
+        package, recipe = upload_package(settings.folder / source, remote)
+    arguments = [settings.SSH_USER, settings.DATA_DIR, settings.PKG_REPOSITORY, package, digest, recipe]
+    path = logs / f"{remote.node.id}.install.log"
+    try:
+        with path.open("wb") as log:
+            run = root_command("install", INSTALL, *arguments)
+            code, output = remote.run(run, limit=INSTALL_LIMIT, sink=log.write)
+    except OSError as error:
+        raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
+    version = re.search(r"^version (\S+)$", output, re.M)
+    if code or not version:
+        raise NodeError(f"the installation failed (exit code {code}); the whole output: {path}{format_tail(output)}")
+    return version[1]
+
+
+def upload_package(path: Path, remote: Remote) -> tuple[str, str]:
+    """Send a package file to a node; return where it lies there, and what marks its content."""
+    digest = digest_file(path, "sha256")
+    target = f"/var/tmp/mitsuba-{digest[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
+    with path.open("rb") as file:
+        remote.check(f"cat > {shlex.quote(target)}", limit=INSTALL_LIMIT, stdin=iter(lambda: file.read(MIB), b""))
+    return target, digest
+
+
+@cli.command("start")
+@group_argument
+@click.pass_obj
+def start(app: App, group: str) -> None:
+    """Start Mitsuba's server on every node; the last line names the head node."""
+    nodes = app.running(group)
+    head = plan_head(nodes)
+    progress = Progress("Starting", len(nodes), lambda outcome: describe_server(outcome, head))
+    outcomes = app.fleet.each(nodes, functools.partial(worker_step, app.settings.DATA_DIR, head), progress)
+    workers = [outcome for outcome in outcomes if outcome.node.id != head.id]
+    ready = next(outcome for outcome in outcomes if outcome.node.id == head.id)
+    linked = [outcome for outcome in workers if outcome.ok]
+    if ready.ok:
+        step = functools.partial(head_step, app.settings.DATA_DIR, ready.value.facts, linked)
+        ready = app.fleet.each([head], step, Progress("Linking", 1))[0]
+    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
+    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
+    if not ready.ok:
+        raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}")
+    say_how_to_connect(app, group, head, ready.value)
+    if failed:
+        raise Partial(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+
+
+class Partial(ClusterError):
+    """Some nodes failed, and the results are printed already."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a node's server offers after start."""
+
+    facts: Facts
+    cores: int
+    news: str  # what was done
+
+
+def describe_server(outcome: Outcome, head: Node) -> str:
+    """Return the line of one node in start's output."""
+    served: Served = outcome.value
+    if outcome.node.id == head.id:
+        return f"{outcome.node.name}: head, {served.news}"
+    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.news}"
+
+
+def worker_step(data: str, head: Node, remote: Remote) -> Served:
+    """Make a worker serve, unless it does; of the head only learn what it is."""
+    facts = remote.facts()
+    if not facts.version:
+        raise NodeError("Mitsuba is not installed here; run install first")
+    if remote.node.id == head.id:
+        return Served(facts, 0, f"Mitsuba {facts.version}")
+    if facts.role == "worker":
+        with contextlib.suppress(NodeError):
+            return Served(facts, remote.ask_server(facts.version), "serves already")
+    start_server(remote, "worker", facts, data, [])
+    return Served(facts, remote.await_server(facts.version), "started")
+
+
+def head_step(data: str, facts: Facts, workers: Sequence[Outcome], remote: Remote) -> Served:
+    """Make the head serve with WORKERS, unless it does."""
+    wanted = [outcome.node.private_ip for outcome in workers]
+    strangers = [o.node.name for o in workers if o.value.facts.version != facts.version]
+    if strangers:
+        raise NodeError(f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again")
+    cores = sum(outcome.value.cores for outcome in workers) + plan_head_cores(facts.cores)
+    serving = facts.role == "head"
+    if serving and set(facts.linked) == set(wanted):
+        with contextlib.suppress(NodeError):
+            if remote.ask_server(facts.version) == cores:
+                return Served(facts, cores, "serves already")
+    start_server(remote, "head", facts, data, wanted)
+    news = "restarted: a render that was running is lost" if serving else "started"
+    return Served(facts, remote.await_server(facts.version, cores), news)
+
+
+def start_server(remote: Remote, role: str, facts: Facts, data: str, workers: Sequence[str]) -> None:
+    """Write a node's units and (re)start its server."""
+    server, watchdog = server_units(remote.node, role, facts, data)
+    program = guard_program() if role == "head" else ""
+    remote.check(root_command("start-server", START_SERVER, role, server, watchdog, program, "\n".join(workers)))
+
+
+def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
+    """Note in EC2 who is head and who is worker, as far as it is news."""
+    if head and head.role != "head":
+        tag_nodes(ec2, [head], TAG_ROLE, "head")
+    tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
+
+
+def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
+    """Tell the user what to type into Mitsuba; the head's name comes last."""
+    version, local = served.facts.version, local_mitsuba()
+    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.news}")
+    if local and local != version:
+        note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
+    if app.settings.PUBLIC_SERVER_PORT:
+        result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
+        result(f"On the command line: mitsuba -c {head.name} scene.xml")
+    else:
+        result(f"Port {SERVER_PORT} is closed. Run {command('tunnel', group)} and connect Mitsuba {version} to localhost")
+    result(f"Head node: {head.name}")
+
+
+def local_mitsuba() -> str:
+    """Return the version of this machine's own mitsuba, or ""."""
+    program = shutil.which("mitsuba")
+    if not program:
+        return ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        words = [program, "-h"]
+        done = subprocess.run(words, env=clean_environment(), capture_output=True, timeout=10, check=False)
+        found = re.search(rb"version (\d[\d.]*\d)", done.stdout + done.stderr, re.I)
+        return found[1].decode() if found else ""
+    return ""
+
+
+@cli.command("status")
+@click.argument("group", type=GroupName(), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
+@click.pass_obj
+def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
+    """Show what is running, since when, and what it costs."""
+    overview = fetch_overview(app.ec2, group)
+    nodes = [node for node in overview.nodes if node.state in ALIVE or node.reason]
+    groups = sorted({one.group for one in [*nodes, *overview.requests, *overview.security_groups]})
+    details = ask_servers(app, nodes) if servers else {}
+    if as_json:
+        shown = {name: group_json(name, nodes, overview.requests, details) for name in groups}
+        return result(json.dumps({"region": app.settings.AWS_REGION, "groups": shown}, indent=2))
+    for name in groups:
+        show_group(app, name, [node for node in nodes if node.group == name], overview.requests, details)
+    if not groups:
+        note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
+    elif len(groups) > 1 and (cost := format_cost(nodes)):
+        result(f"All groups: {cost}")
+    return None
+
+
+def group_json(
+    group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return one group as `status --json` shows it."""
+    return {
+        "nodes": [node_json(node) | details.get(node.id, {}) for node in nodes if node.group == group],
+        "spot_requests": [asdict(request) for request in requests if request.group == group],
+    }
+
+
+def show_group(
+    app: App,
+    group: str,
+    nodes: Sequence[Node],
+    requests: Sequence[SpotRequest],
+    details: dict[str, dict[str, Any]],
+) -> None:
+    """Print one group."""
+    alive = [node for node in nodes if node.state in ALIVE]
+    heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
+    result(", ".join(filter(None, [heading, format_cost(alive)])))
+    if nodes:
+        result(format_table(node_rows(nodes), terminal_width()))
+    for node in nodes:
+        if node.reason:
+            result(f"{node.name}: {node.state}: {node.reason}")
+        if node.id in details:
+            result(f"{node.name}: {details[node.id]['server']}")
+    for request in requests:
+        if request.group == group and request.state in ("open", "active"):
+            result(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
+    if not alive and not requests:
+        note(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+
+
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, dict[str, Any]]:
+    """Return node id -> load, cores and what its server says, of the running NODES."""
+    running = [node for node in nodes if node.state == "running"]
+    outcomes = app.fleet.each(running, server_step) if running else []
+    linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
+    return {outcome.node.id: server_detail(outcome, linked) for outcome in outcomes}
+
+
+def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
+    """Return (facts, cores that the server offers, or None, and why not)."""
+    facts = remote.facts()
+    try:
+        return facts, remote.ask_server(facts.version), ""
+    except NodeError as error:
+        return facts, None, str(error)
+
+
+def server_detail(outcome: Outcome, linked: set[str]) -> dict[str, Any]:
+    """Say in words and numbers what one node's server does."""
+    if not outcome.ok:
+        return {"server": outcome.error, "load": None, "server_cores": None}
+    facts, cores, why = outcome.value
+    text = f"serves {format_count(cores, 'core')}" if cores is not None else why
+    if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
+        text = f"up but not linked: run {command('start', outcome.node.group)}"
+    load = " ".join(f"{value:g}" for value in facts.load)
+    return {"server": f"{text}; load {load} on {format_count(facts.cores, 'core')}", "load": facts.load, "server_cores": cores}
+
+
+@cli.command("syncData")
+@click.argument("name")
+@group_argument
+@click.pass_obj
+def sync_data(app: App, name: str, group: str) -> None:
+    """Put data files on every node through S3.
+
+    NAME is a file or folder here, which is uploaded first, or the beginning of names under
+    S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
+    """
+    s3, bucket, prefix = open_bucket(app.settings)
+    nodes = app.running(group)
+    if files := plan_upload(name, prefix):
+        send_files(s3, bucket, files)
+        name = Path(name).resolve().name
+    objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
+    for key in refused:
+        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
+    if not objects:
+        raise ClusterError(f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3")
+    size = sum(one.size for one in objects)
+    note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
+    progress = SyncProgress(nodes, size)
+    step = functools.partial(sync_step, app.settings.DATA_DIR, sign(s3, bucket, objects), progress)
+    outcomes = app.fleet.each(nodes, step, progress)
+    for one in objects:
+        if not has_hash(one):
+            note(f"{printable(one.path)}: complete by its size, but not verified by hash (it has none in S3)")
+    app.report(outcomes, "Synchronized")
+    if refused:
+        raise ClusterError(f"{format_count(len(refused), 'object')} left out")
+
+
+def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
+    """Upload FILES as far as S3 lacks them, with a bar."""
+    size = sum(path.stat().st_size for path in files.values())
+    progress = Progress("Uploading", size)
+    lock = threading.Lock()
+
+    def count(sent: int) -> None:
+        with lock:
+            progress.done += sent
+
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.wait(0.2):
+            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
+
+    painter = threading.Thread(target=draw, daemon=True)
+    painter.start()
+    try:
+        sent = upload(s3, bucket, files, count)
+    except OSError as error:
+        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
+    finally:
+        done.set()
+        painter.join()
+    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
+
+
+class SyncProgress(Progress):
+    """The nodes that are done, and the bytes of all."""
+
+    def __init__(self, nodes: Sequence[Node], size: int) -> None:
+        super().__init__("Fetching", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
+        self.size = size * len(nodes)
+        self.moved: dict[str, int] = {}
+
+    def redraw(self) -> None:
+        """Draw the bar with the bytes beside it."""
+        self.detail = f"{self.counted()} nodes, {format_size(sum(self.moved.values()))} of {format_size(self.size)}"
+        super().redraw()
+
+
+def sync_step(data: str, job: bytes, progress: SyncProgress, remote: Remote) -> str:
+    """Fetch the objects of JOB on one node; return what was done."""
+    last: dict[str, Any] = {}
+    rest = b""
+
+    def read_report(block: bytes) -> None:
+        nonlocal rest
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                report = json.loads(line)
+                last.update(report if isinstance(report, dict) else {})
+                progress.moved[remote.node.id] = int(last.get("moved", 0))
+
+    run = shlex.join(["python3", "-c", SYNC, data])
+    code, output = remote.run(run, limit=SYNC_LIMIT, stdin=[job], sink=read_report, silence=SILENCE_LIMIT)
+    if code or "error" in last or "fetched" not in last:
+        raise NodeError(str(last.get("error") or f"exit code {code}{format_tail(output)}"))
+    if not last["fetched"]:
+        return "has everything already"
+    return f"fetched {format_count(last['fetched'], 'file')}, {format_size(last['moved'])}; {last['present']} there already"
+
+
+@cli.command("terminateAll")
+@group_argument
+@click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
+@click.pass_obj
+def terminate_all(app: App, group: str, all_regions: bool) -> None:
+    """Shut all nodes of the group down, and prove it."""
+    app.left = f"Some nodes of group {group!r} may still run; end them with {command('terminateAll', group)}."
+    regions = fetch_regions(app.ec2) if all_regions else [app.settings.AWS_REGION]
+    if not all_regions:
+        return terminate_in(app.ec2, group)
+    troubles = []
+    for region in regions:
+        try:
+            terminate_in(open_client(app.settings, "ec2", region), group)
+        except ClusterError as error:
+            troubles.append(f"{region}: {error.message}")
+    if troubles:
+        raise ClusterError("; ".join(troubles))
+    return None
+
+
+def fetch_regions(ec2: Client) -> list[str]:
+    """Return the names of the regions that the account can use."""
+    return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
+
+
+def terminate_in(ec2: Client, group: str) -> None:
+    """Terminate GROUP in one region and say what was proved."""
+    region = ec2.meta.region_name
+    progress = Progress(f"Terminating in {region}", 0)
+    nodes, cancelled, anything = terminate_group(ec2, group, progress.show)
+    if not anything:
+        return note(f"Nothing to terminate: group {group!r} does not exist in {region}")
+    for node in nodes:
+        result(f"{node.name}: terminated")
+    parts = [f"{format_count(len(nodes), 'node')} terminated"]
+    if cancelled:
+        parts.append(f"{format_count(cancelled, 'spot request')} cancelled")
+    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    paid = f" They cost {format_money(cost)}." if cost is not None else ""
+    return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
+
+
+if __name__ == "__main__":
+    cli(prog_name="cluster.py")

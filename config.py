@@ -1,0 +1,67 @@
+# Settings of cluster.py. Edit what you need; each line says what it is for.
+
+# --- Your AWS account -------------------------------------------------------
+
+# Best left empty: then the usual AWS ways are used (aws configure, aws sso login,
+# AWS_PROFILE, a role). If you do write keys here, keep this file to yourself:
+# chmod 600 config.py
+AWS_ACCESS_KEY_ID = ""
+AWS_SECRET_ACCESS_KEY = ""
+
+# Where your nodes run. A region near you makes the preview quicker; prices differ.
+# `./cluster.py regions` lists them.
+AWS_REGION = "us-east-1"
+
+# --- How you reach the nodes ------------------------------------------------
+
+# The key pair's name in EC2, and the file with its private half. The first
+# createNodes makes both. A relative path starts at the folder of this file.
+KEYPAIR_NAME = "mitsuba-key"
+SSH_PRIVATE_KEY_FILE = "mitsuba-key.pem"
+
+# The user that the image has (Ubuntu's images: "ubuntu"), and sshd's port.
+SSH_USER = "ubuntu"
+SSH_PORT = 22
+
+# Who may connect to the nodes, e.g. "203.0.113.7/32". Empty: only the public address
+# that this machine has right now (looked up at checkip.amazonaws.com).
+CLIENT_CIDR = ""
+
+# True: Mitsuba on your machine connects straight to the head node's port 7554.
+# False: that port stays closed and you use `./cluster.py tunnel` instead.
+PUBLIC_SERVER_PORT = True
+
+# --- The nodes --------------------------------------------------------------
+
+# The image for a region, e.g. {"us-east-1": "ami-0123456789abcdef0"}. A region that
+# is not listed uses Ubuntu's newest 22.04.
+AMI_IDS = {}
+
+# A subnet, e.g. "subnet-0123456789abcdef0". Empty: your account's default network.
+SUBNET_ID = ""
+
+# Size of each node's disk, in GB.
+ROOT_VOLUME_GB = 16
+
+# Nodes end themselves after so many hours (2.5 is fine), whatever happens to your
+# machine. 0: never, and they cost money until you run terminateAll.
+MAX_HOURS = 0
+
+# --- Mitsuba ----------------------------------------------------------------
+
+# The apt repository that has a package called mitsuba, as a line of sources.list:
+# "deb [signed-by=/path/on/the/node] https://example.org/ubuntu ./"
+# This is the original's; it may have nothing for today's Ubuntu. createNodes tells
+# you before it costs anything.
+PKG_REPOSITORY = "deb https://www.mitsuba-renderer.org binary/"
+
+# Empty: the package mitsuba from PKG_REPOSITORY. Otherwise the path or https address
+# of a .deb, a .tar.gz, or a shell script that installs Mitsuba. "#sha256=…" after it
+# is checked.
+MITSUBA_PACKAGE = ""
+
+# Where data files lie on the nodes, and where the server runs.
+DATA_DIR = "/mnt"
+
+# Where syncData keeps your data files: "s3://your-bucket/some/prefix".
+S3_PATH = "s3://XXXXXX"

@@ -1,0 +1,194 @@
+"""The AWS endpoint: moto behind a front that counts, logs and spoils calls.
+
+A fault is a rule, a JSON object: which calls it meets (`service`, `action`; `nth` counts
+the matching calls from 1, or `rate` is a probability) and what it does (`kind`). Kinds:
+
+    throttle, 500, 503, denied, expired   the error that AWS gives
+    code:NAME                             an error 400 with that code
+    html                                  an HTML page with status 502
+    reset, hang, truncate                 the connection is reset, silent, cut in mid-answer
+    lost                                  carried out, but the answer is lost (reset)
+    kill-before, kill-after               signal `signal` (9) to the process in `pid_file`
+
+`times` limits how often a rule strikes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from tests.localcloud.aws import error_response
+
+Environ = dict[str, Any]
+Start = Callable[..., Any]
+Application = Callable[[Environ, Start], Iterable[bytes]]
+
+CONTROL = "/_localcloud/"
+HANG_SECONDS = 3600
+ERRORS = {
+    "throttle": ("RequestLimitExceeded", "Request limit exceeded.", 503),
+    "500": ("InternalError", "An internal error has occurred", 500),
+    "503": ("Unavailable", "The server is overloaded and can't handle the request.", 503),
+    "denied": ("UnauthorizedOperation", "You are not authorized to perform this operation.", 403),
+    "expired": ("RequestExpired", "Request has expired.", 400),
+}
+
+
+@dataclass
+class Fault:
+    """One rule, as above."""
+
+    kind: str
+    service: str = "*"
+    action: str = "*"
+    nth: int = 0
+    rate: float = 1.0
+    times: int = 0
+    pid_file: str = ""
+    signal: int = signal.SIGKILL
+    seen: int = 0
+    struck: int = 0
+
+    def strikes(self, service: str, action: str) -> bool:
+        """Count a call; return whether the rule meets it."""
+        if self.service not in ("*", service) or self.action not in ("*", action):
+            return False
+        self.seen += 1
+        if self.times and self.struck >= self.times:
+            return False
+        hit = self.seen == self.nth if self.nth else random.random() < self.rate
+        self.struck += hit
+        return hit
+
+
+@dataclass
+class Front:
+    """A WSGI application that stands before moto's."""
+
+    moto: Application
+    log: Path
+    control: Callable[[str, Any], Any]  # (what, body) -> a JSON value
+    faults: list[Fault] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __call__(self, environ: Environ, start: Start) -> Iterable[bytes]:
+        """Answer one request."""
+        if environ["PATH_INFO"].startswith(CONTROL):
+            return self.answer_control(environ, start)
+        body = read_body(environ)
+        service, action = identify(environ, body)
+        with self.lock:
+            struck = [fault for fault in self.faults if fault.strikes(service, action)]
+            self.counts[action] = self.counts.get(action, 0) + 1
+        self.record(service=service, action=action, fault=",".join(fault.kind for fault in struck))
+        for fault in struck:
+            if (spoiled := self.spoil(fault, environ, start)) is not None:
+                return spoiled
+        return self.moto(environ, start)
+
+    def record(self, **what: Any) -> None:
+        """Append one line to the log of calls."""
+        line = json.dumps({"time": round(time.time(), 3), **what})
+        with self.lock, self.log.open("a") as log:
+            log.write(line + "\n")
+
+    def spoil(self, fault: Fault, environ: Environ, start: Start) -> Iterable[bytes] | None:
+        """Carry out a fault; None lets the call go on."""
+        if fault.kind in ERRORS or fault.kind.startswith("code:"):
+            code, message, status = ERRORS.get(fault.kind) or (fault.kind[5:], "Injected by the local cloud.", 400)
+            return respond(start, *error_response(code, message, status))
+        if fault.kind == "html":
+            return respond(start, 502, {"Content-Type": "text/html"}, "<html><h1>502 Bad Gateway</h1></html>")
+        if fault.kind == "reset":
+            return hang_up(environ)
+        if fault.kind == "hang":
+            time.sleep(HANG_SECONDS)
+        if fault.kind == "kill-before":
+            return kill(fault, environ)
+        answer = b"".join(self.moto(environ, lambda *_: lambda _: None))
+        if fault.kind == "truncate":
+            start("200 OK", [("Content-Type", "text/xml"), ("Content-Length", str(len(answer)))])
+            environ["werkzeug.socket"].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 1))
+            return [answer[: len(answer) // 2]]
+        if fault.kind == "kill-after":
+            return kill(fault, environ)
+        return hang_up(environ)  # lost
+
+    def answer_control(self, environ: Environ, start: Start) -> Iterable[bytes]:
+        """Answer one of this cloud's own requests."""
+        what = environ["PATH_INFO"][len(CONTROL) :]
+        body = json.loads(read_body(environ) or b"null")
+        if what == "faults":
+            with self.lock:
+                self.faults = [Fault(**rule) for rule in body]
+            value: Any = len(self.faults)
+        elif what == "counts":
+            with self.lock:
+                value, self.counts = self.counts, {}
+        else:
+            value = self.control(what, body)
+        text = value if isinstance(value, str) else json.dumps(value)
+        return respond(start, 200, {"Content-Type": "application/json"}, text + "\n")
+
+
+def read_body(environ: Environ) -> bytes:
+    """Return the request's body and leave it readable for moto; S3's bodies stay a stream."""
+    if "s3" in environ.get("HTTP_AUTHORIZATION", "").split("/")[3:4]:
+        return b""
+    body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    environ["wsgi.input"] = io.BytesIO(body)
+    return bytes(body)
+
+
+def identify(environ: Environ, body: bytes) -> tuple[str, str]:
+    """Return (service, action) of an AWS request, from its signature and its body."""
+    scope = re.search(r"Credential=[^/]+/\d+/[^/]+/([^/]+)/", environ.get("HTTP_AUTHORIZATION", ""))
+    service = scope[1] if scope else "s3"
+    if target := environ.get("HTTP_X_AMZ_TARGET"):
+        return service, target.split(".")[-1]
+    if service == "s3":
+        return service, f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
+    return service, parse_qs(body.decode()).get("Action", ["?"])[0]
+
+
+def respond(start: Start, status: int, headers: dict[str, str], text: str) -> Iterable[bytes]:
+    """Send a whole response."""
+    body = text.encode()
+    start(f"{status} {'OK' if status < 400 else 'Error'}", [*headers.items(), ("Content-Length", str(len(body)))])
+    return [body]
+
+
+def hang_up(environ: Environ) -> Iterable[bytes]:
+    """Reset the connection."""
+    connection: socket.socket = environ["werkzeug.socket"]
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    raise ConnectionResetError("reset by a fault rule")
+
+
+def kill(fault: Fault, environ: Environ) -> Iterable[bytes]:
+    """Send the rule's signal to the process whose id is in its file, then reset the connection."""
+    deadline = time.monotonic() + 10
+    while not (os.path.exists(fault.pid_file) and Path(fault.pid_file).read_text()):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"nobody wrote {fault.pid_file}")
+        time.sleep(0.01)
+    os.kill(int(Path(fault.pid_file).read_text()), fault.signal)
+    if fault.signal != signal.SIGKILL:
+        time.sleep(HANG_SECONDS if fault.kind == "hang" else 0.2)
+    return hang_up(environ)

@@ -1,0 +1,311 @@
+"""Process nodes: SSH listeners on 127.x.y.z, a thousand on one machine, without root.
+
+The SSH protocol, the host key from the user data and the user's key are real; so are
+commands of an ordinary user, which run in the node's own folder, and mtssrv's handshake.
+A step that would run as root never touches the host: it is acted out by the table ACTS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import functools
+import http.server
+import ipaddress
+import json
+import os
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+
+from tests.localcloud.packages import CONTROL
+
+CORES = 4
+VERSION = "0.6.0"
+SERVER_PORT = 7554
+HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
+
+
+class ProcessNetwork:
+    """The loopback addresses of one cloud's nodes, and the event loop that serves them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        self.second, self.claim = claim_addresses()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+
+    def addresses(self) -> Iterator[str]:
+        """Yield the nodes' addresses: 127.N.0.1 and so on, N this cloud's own."""
+        network = ipaddress.ip_network(f"127.{self.second}.0.0/16")
+        return (str(host) for host in network.hosts() if not str(host).endswith(".255.254"))
+
+    def make_node(self, instance: Any) -> ProcessNode:
+        """Return the node behind an instance."""
+        return ProcessNode(self, instance)
+
+    def repository(self, folder: Path) -> str:
+        """Serve an apt index that offers mitsuba; return its apt line."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "Packages").write_text(CONTROL)
+
+        class Files(http.server.SimpleHTTPRequestHandler):
+            def log_message(self, format: str, *args: Any) -> None:
+                """Say nothing."""
+
+        server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(Files, directory=str(folder))
+        )
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"deb [trusted=yes] http://127.0.0.1:{server.server_address[1]} ./"
+
+
+def claim_addresses() -> tuple[int, socket.socket]:
+    """Return an N for 127.N.x.y that no other cloud of this machine has, and the socket that holds it."""
+    for second in range(10, 250):
+        try:
+            return second, socket.create_server((f"127.{second}.255.254", SERVER_PORT))
+        except OSError:
+            continue
+    raise RuntimeError("240 clouds are running on this machine already")
+
+
+class ProcessNode:
+    """One listener, with the folder that stands for its disk."""
+
+    def __init__(self, network: ProcessNetwork, instance: Any) -> None:
+        self.network, self.instance = network, instance
+        self.public_ip: str | None = None
+        self.answered: float | None = None
+        self.folder = network.folder / instance.id
+        self.cores = CORES
+        self.role = ""
+        self.workers: list[str] = []
+        self.installed = False
+        self.deadline: float | None = None
+        self.listener: asyncssh.SSHAcceptor | None = None
+        self.server: asyncio.Server | None = None
+
+    # What the cloud asks of a node
+
+    def start(self, public_ip: str | None) -> None:
+        """Listen with the host key of the user data."""
+        self.public_ip = public_ip
+        (self.folder / "home").mkdir(parents=True, exist_ok=True)
+        self.call(self._listen())
+        self.answered = time.monotonic()
+
+    def stop(self, grace: float = 6) -> None:
+        """Stop listening and drop all connections."""
+        self.call(self._close())
+
+    def reboot(self) -> None:
+        """Drop everything and come back, without the server."""
+        self.call(self._close())
+        self.call(self._listen())
+
+    def console(self) -> str:
+        """Return what a process node writes to its console: nothing."""
+        return ""
+
+    def set_rules(self, rules: str) -> None:
+        """Ignore the rules: loopback has no firewall here."""
+
+    def call(self, work: Awaitable[Any]) -> Any:
+        """Run a coroutine on the network's loop and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self.network.loop).result(30)  # type: ignore[arg-type]
+
+    # SSH
+
+    async def _listen(self) -> None:
+        config = self.user_data()
+        key = asyncssh.import_private_key(config["ssh_keys"]["ed25519_private"])
+        pair = self.instance.ec2_backend.key_pairs[self.instance.key_name]
+        public = pair.material_public
+        line = public.decode() if isinstance(public, bytes) else public
+        self.listener = await asyncssh.listen(
+            self.instance.private_ip,
+            self.network.port,
+            server_factory=SshServer,
+            server_host_keys=[key],
+            authorized_client_keys=asyncssh.import_authorized_keys(line),
+            process_factory=self.attend,
+            encoding=None,
+            allow_scp=False,
+            sftp_factory=None,
+            login_timeout=120,
+            tcp_keepalive=False,
+        )
+
+    def user_data(self) -> dict[str, Any]:
+        """Return the cloud-config."""
+        text = base64.b64decode(str(self.instance.user_data)).decode()
+        config: dict[str, Any] = json.loads(text.removeprefix("#cloud-config\n"))
+        return config
+
+    async def _close(self) -> None:
+        for one in (self.listener, self.server):
+            if one:
+                one.close()
+        self.listener = self.server = None
+
+    async def attend(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
+        """Run one command of a session."""
+        words = shlex.split(process.command or "")
+        root = words[:2] == ["sudo", "-n"]
+        words = words[2:] if root else words
+        script = words[:2] == ["bash", "-c"] and len(words) > 3
+        act = ACTS.get(words[3]) if script else None
+        try:
+            if act:
+                code, output = await act(self, words[4:])
+                process.stdout.write(output.encode())
+            elif root:
+                code = 1
+                process.stderr.write(b"a process node acts out no such root step\n")
+            else:
+                code = await self.run(process, words)
+            process.exit(code)
+        except (OSError, asyncssh.Error) as error:
+            process.stderr.write(f"{error}\n".encode())
+            process.exit(255)
+
+    async def run(self, process: asyncssh.SSHServerProcess[bytes], words: list[str]) -> int:
+        """Run an ordinary command for real, in the node's folder and with a clean environment."""
+        if words[:2] == ["python3", "-c"] and len(words) == 4:
+            words[3] = str(self.data(words[3]))  # syncData's data directory
+        elif words[:2] != ["bash", "-c"]:
+            words = ["bash", "-c", process.command or ""]
+        home = str(self.folder / "home")
+        child = await asyncio.create_subprocess_exec(
+            *words,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            cwd=home,
+            env={"PATH": os.environ["PATH"], "HOME": home, "NODE": self.instance.private_ip},
+        )
+        await process.redirect(stdin=child.stdin, stdout=child.stdout)
+        return await child.wait()
+
+    def data(self, directory: str) -> Path:
+        """Return the node's own folder for an absolute directory of its disk."""
+        path = self.folder / directory.lstrip("/")
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    # mtssrv
+
+    async def serve(self) -> None:
+        """Start (or restart) a server of this node's role that knows the handshake."""
+        if self.server:
+            self.server.close()
+        self.server = await asyncio.start_server(self.greet, self.instance.private_ip, SERVER_PORT)
+
+    def offered(self) -> int:
+        """Return the cores that this node's server announces."""
+        if self.role != "head":
+            return self.cores
+        nodes = {node.instance.private_ip: node for node in ProcessNode.known(self.network)}
+        return max(1, self.cores - 2) + sum(nodes[one].cores for one in self.workers if one in nodes)
+
+    @staticmethod
+    def known(network: ProcessNetwork) -> list[ProcessNode]:
+        """Return the nodes of a network."""
+        return [node for node in NODES if node.network is network]
+
+    async def greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Do mtssrv's half of the handshake."""
+        try:
+            hello = await reader.readexactly(2)
+            version = (await reader.readuntil(b"\0"))[:-1]
+            flavour = await reader.readexactly(2)
+            if (hello, version, flavour) != (HELLO, VERSION.encode(), b"\x03\x00"):
+                writer.write(REFUSAL)
+            else:
+                name = f"ip-{self.instance.private_ip.replace('.', '-')}"
+                writer.write(HELLO + self.offered().to_bytes(2, "big") + name.encode() + b"\0")
+                await writer.drain()
+                while await reader.readexactly(2) != QUIT:
+                    pass
+            await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+
+NODES: list[ProcessNode] = []
+
+
+class SshServer(asyncssh.SSHServer):
+    """Allows forwarding, as sshd does by default."""
+
+    def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
+        """Let the probe and the tunnel through."""
+        return True
+
+
+Act = Callable[[ProcessNode, list[str]], Awaitable[tuple[int, str]]]
+
+
+async def wait_for_boot(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """There is no cloud-init to wait for."""
+    return 0, ""
+
+
+async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """Tell what the node pretends to be."""
+    version = VERSION if node.installed else ""
+    linked = " ".join(node.workers)
+    return 0, (
+        f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
+        "load=0.42 0.31 0.12\nmemory_mb=612 7168\n"
+    )
+
+
+async def install(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """Pretend to have installed the package."""
+    node.installed = True
+    node.data(arguments[1])
+    return 0, f"(a process node: nothing was installed)\nversion {VERSION}\n"
+
+
+async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """Start the handshake server in the given role."""
+    if not node.installed:
+        return 1, "Mitsuba is not installed here; run install first\n"
+    node.role, node.workers = arguments[0], arguments[4].split()
+    if node not in NODES:
+        NODES.append(node)
+    await node.serve()
+    return 0, ""
+
+
+async def server_log(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """There is no journal."""
+    return 0, "(a process node has no journal)\n"
+
+
+async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """Move the deadline that the user data set."""
+    return 0, "moved\n"
+
+
+# What is acted out instead of run, by the script's $0; all else of root's is refused.
+ACTS: dict[str, Act] = {
+    "wait-for-boot": wait_for_boot,
+    "facts": facts,
+    "install": install,
+    "start-server": start_server,
+    "server-log": server_log,
+    "extend": extend,
+}
