@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["boto3>=1.36,<2", "click>=8.1,<9", "paramiko>=3.4,<6"]
+# dependencies = ["boto3>=1.36,<2", "click>=8.1,<9", "paramiko>=5,<6"]
 # ///
 """Creates a Mitsuba rendering cluster on Amazon EC2, and takes it down again.
 
@@ -31,6 +31,7 @@ Server probe, SSH, Fan-out, S3, Output, Commands.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import inspect
@@ -45,7 +46,6 @@ import shutil
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
@@ -109,6 +109,7 @@ PRICE_LIMIT = 5  # the look-up of a price
 TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
 LOGIN_LIMIT = 60  # a node that should be up
+LOOK_LIMIT = 10  # the same, where all that is wanted is a look
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 CLOUD_INIT_LIMIT = 600
@@ -121,6 +122,7 @@ SERVER_LIMIT = 20  # from starting a server to its handshake
 HANDSHAKE_LIMIT = 3  # a server's answer; up to 0.35 s were seen in mid-render
 LAUNCH_TRIES = 6  # of one RunInstances request, with growing pauses (1, 2, 4 … s)
 TERMINATE_LIMIT = 600  # until EC2 says terminated
+WATCH_SECONDS = 3  # between two looks of systemLoad --watch
 UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
 
 CONNECTING = threading.BoundedSemaphore(64)  # key exchanges at once: more gain nothing
@@ -441,6 +443,14 @@ def format_bar(done: float, total: float, width: int = 20) -> str:
     return f"[{'#' * filled}{'·' * (width - filled)}]"
 
 
+def format_plot(values: Sequence[float], width: int) -> str:
+    """Return VALUES as a row of at most WIDTH little bars."""
+    step = max(1, -(-len(values) // width))
+    means = [sum(part) / len(part) for part in (values[i : i + step] for i in range(0, len(values), step))]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (mean - low) / (high - low))] if high > low else "▄" for mean in means)
+
+
 def format_tail(output: str) -> str:
     """Return the last lines of a step's output, indented for its error message."""
     lines = [line for line in output.splitlines() if line.strip()][-LOG_LINES:]
@@ -756,16 +766,21 @@ def load_record():
 
 def save_record(record):
     part = os.path.join(state, "record.part")
-    with open(part, "w") as file:
+    with open(part, "w", opener=no_follow) as file:
         json.dump(record, file)
     os.replace(part, os.path.join(state, "record.json"))
 
 
 def target(thing):
     path = os.path.join(data, thing["path"])
-    if not os.path.realpath(os.path.dirname(path)).startswith(os.path.realpath(data)):
+    folder, top = os.path.realpath(os.path.dirname(path)), os.path.realpath(data)
+    if os.path.commonpath([folder, top]) != top:
         raise ValueError("leads out of " + data)
     return path
+
+
+def no_follow(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW, 0o664)
 
 
 def is_here(thing, record):
@@ -847,7 +862,7 @@ def fetch(thing, pool):
             done = set(json.load(file)) if os.path.exists(part) else set()
     except (OSError, ValueError):
         done = set()
-    handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o664)
+    handle = no_follow(part, os.O_RDWR | os.O_CREAT)
     starts = range(0, thing["size"], PART)
     follower = Follower(part, thing, len(starts))
     try:
@@ -863,7 +878,7 @@ def fetch(thing, pool):
             finished.result()
             done.add(jobs[finished])
             follower.events[jobs[finished]].set()
-            with open(done_file, "w") as file:
+            with open(done_file, "w", opener=no_follow) as file:
                 json.dump(sorted(done), file)
         follower.join()
     finally:
@@ -1095,6 +1110,18 @@ def error_code(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code", ""))
 
 
+@contextlib.contextmanager
+def tolerate(*codes: str) -> Iterator[None]:
+    """Let AWS's errors with these CODES pass; with none named, all of AWS's errors."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        if codes and error_code(error) not in codes:
+            raise
+
+
 def explain(error: Exception) -> str:
     """Say in one line what a botocore error means and what to do."""
     code, kind = error_code(error), type(error).__name__
@@ -1209,9 +1236,7 @@ def fetch_nodes(ec2: Client, group: str | None = None) -> list[Node]:
 
 def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotRequest]:
     """Return the spot requests of GROUP (None: of all groups)."""
-    found = fetch_pages(
-        ec2, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=our_filter(group)
-    )
+    found = fetch_pages(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=our_filter(group))
     return [to_spot_request(raw) for raw in found]
 
 
@@ -1242,17 +1267,13 @@ def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
 
 def fetch_machine(ec2: Client, machine: str) -> Machine:
     """Return what an instance type can do; ClusterError where EC2 has no such type here."""
-    from botocore.exceptions import ClientError
-
-    region = ec2.meta.region_name
-    try:
-        raw = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"][0]
-    except ClientError as error:
-        if error_code(error) in ("InvalidInstanceType", "InvalidParameterValue"):
-            raise ClusterError(
-                f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/"
-            ) from error
-        raise
+    types = []
+    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
+        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
+    if not types:
+        region = ec2.meta.region_name
+        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
+    raw = types[0]
     return Machine(
         type=machine,
         architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
@@ -1289,9 +1310,7 @@ def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[s
 
 def fetch_ubuntu(ec2: Client, ssm: Client) -> str:
     """Return the id of Ubuntu's newest image: by Canonical's SSM parameter, else from EC2's list."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    with contextlib.suppress(BotoCoreError, ClientError):
+    with tolerate():
         return str(ssm.get_parameter(Name=UBUNTU_PARAMETER)["Parameter"]["Value"])
     named = [{"Name": "name", "Values": [UBUNTU_NAME]}]
     images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
@@ -1302,15 +1321,10 @@ def fetch_ubuntu(ec2: Client, ssm: Client) -> str:
 
 def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
     """Return the image for the region: of AMI_IDS, else Ubuntu's."""
-    from botocore.exceptions import ClientError
-
     chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm)
-    try:
+    found = []
+    with tolerate("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"):
         found = ec2.describe_images(ImageIds=[chosen])["Images"]
-    except ClientError as error:
-        if not error_code(error).startswith("InvalidAMIID"):
-            raise
-        found = []
     if not found:
         raise ClusterError(f"there is no image {chosen} in {settings.AWS_REGION}; see AMI_IDS")
     raw = found[0]
@@ -1348,9 +1362,6 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     The Pricing API answers in us-east-1 for all regions of the partition:
     https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
     wanted = {
         "instanceType": machine,
         "regionCode": settings.AWS_REGION,
@@ -1360,14 +1371,14 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
         "capacitystatus": "Used",
     }
     filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
-    try:
+    quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
+    with tolerate(), contextlib.suppress(KeyError, ValueError):
         pricing = open_client(settings, "pricing", "us-east-1", **quick)
         products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
         terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
         rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
         return max(filter(None, map(float, rates)), default=None)
-    except (BotoCoreError, ClientError, ClusterError, KeyError, ValueError):
-        return None
+    return None
 
 
 def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
@@ -1388,12 +1399,9 @@ def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str
 
 def fetch_spot_price(ec2: Client, machine: str) -> float | None:
     """Return the lowest present spot price of any zone; None where it can't be had."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
+    with tolerate():
         return min((prices[-1][1] for prices in fetch_spot_history(ec2, machine, 1).values()), default=None)
-    except (BotoCoreError, ClientError):
-        return None
+    return None
 
 
 def fetch_client_cidr(settings: Settings) -> str:
@@ -1406,13 +1414,15 @@ def fetch_client_cidr(settings: Settings) -> str:
     url = os.environ.get(ADDRESS_VARIABLE, ADDRESS_URL)
     advice = 'set CLIENT_CIDR in config.py, e.g. "203.0.113.7/32"'
     try:
-        with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:
+        with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310 - ours, or the user's own
             text = answer.read(100).decode("ascii", "replace").strip()
         return f"{ipaddress.IPv4Address(text)}/32"
     except (urllib.error.URLError, OSError) as error:
         raise ClusterError(f"this machine's public address can't be looked up at {url} ({error}); {advice}") from error
     except ValueError:
-        raise ClusterError(f"{url} says this machine is at {printable(text)[:60]!r}, not an IPv4 address; {advice}") from None
+        raise ClusterError(
+            f"{url} says this machine is at {printable(text)[:60]!r}, not an IPv4 address; {advice}"
+        ) from None
 
 
 def rule_owner(identity: Identity) -> str:
@@ -1425,28 +1435,18 @@ def rule_owner(identity: Identity) -> str:
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     """Return GROUP's security group; make it, tagged, where it is missing."""
-    from botocore.exceptions import ClientError
-
     if existing := fetch_security_groups(ec2, group):
         return existing[0]
     name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
-    try:
-        made = ec2.create_security_group(
-            GroupName=name,
-            Description="Mitsuba rendering cluster",
-            VpcId=vpc,
-            TagSpecifications=[{"ResourceType": "security-group", "Tags": tags}],
-        )
-    except ClientError as error:
-        if error_code(error) != "InvalidGroup.Duplicate":
-            raise
-        # Another machine's run a moment ago, or a stranger's: then no list shows our tag on it.
-        for _ in range(5):
-            if existing := fetch_security_groups(ec2, group):
-                return existing[0]
-            time.sleep(POLL)
-        raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it") from error
-    return SecurityGroup(made["GroupId"], group)
+    specification = [{"ResourceType": "security-group", "Tags": tags}]
+    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
+    with tolerate("InvalidGroup.Duplicate"):
+        return SecurityGroup(ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"], group)
+    for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
+        if existing := fetch_security_groups(ec2, group):
+            return existing[0]
+        time.sleep(POLL)
+    raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
 def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
@@ -1467,52 +1467,33 @@ def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: st
 
 def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
     """Add one ingress rule; one that is there already is as good."""
-    from botocore.exceptions import ClientError
-
-    try:
+    with tolerate("InvalidPermission.Duplicate"):
         ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission])
-    except ClientError as error:
-        if error_code(error) != "InvalidPermission.Duplicate":
-            raise
 
 
 def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> None:
     """Remove the rules with these (port, CIDR), whichever of them are still there."""
-    from botocore.exceptions import ClientError
-
     filters = [{"Name": "group-id", "Values": [security_group]}]
     rules = fetch_pages(ec2, "describe_security_group_rules", "SecurityGroupRules", Filters=filters)
-    ids = [
-        rule["SecurityGroupRuleId"]
-        for rule in rules
-        if not rule.get("IsEgress") and (rule.get("FromPort"), rule.get("CidrIpv4")) in doomed
+    ours = [
+        rule for rule in rules if not rule.get("IsEgress") and (rule.get("FromPort"), rule.get("CidrIpv4")) in doomed
     ]
-    if ids:
-        try:
+    if ours:
+        with tolerate("InvalidSecurityGroupRuleId.NotFound", "InvalidPermission.NotFound"):
+            ids = [rule["SecurityGroupRuleId"] for rule in ours]
             ec2.revoke_security_group_ingress(GroupId=security_group, SecurityGroupRuleIds=ids)
-        except ClientError as error:
-            if "NotFound" not in error_code(error):
-                raise
 
 
 def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
     """Import the user's key under NAME; refuse a NAME that another key has."""
-    from botocore.exceptions import ClientError
-
-    try:
+    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
+    pairs: list[dict[str, Any]] = []
+    with tolerate("InvalidKeyPair.NotFound"):
         pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-    except ClientError as error:
-        if error_code(error) != "InvalidKeyPair.NotFound":
-            raise
-        pairs = []
     if not pairs:
-        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-        try:
+        with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
             return
-        except ClientError as error:
-            if error_code(error) != "InvalidKeyPair.Duplicate":
-                raise
         pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
     if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
         raise ClusterError(
@@ -1529,25 +1510,17 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
 
 def fetch_console(ec2: Client, node: Node) -> str:
     """Return what a node wrote to its console; "" where EC2 has nothing yet."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
+    with tolerate():
         return str(ec2.get_console_output(InstanceId=node.id).get("Output") or "")
-    except (BotoCoreError, ClientError):
-        return ""
+    return ""
 
 
 def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
     """Start the end of NODES, a thousand a call; a list that lags may name one that EC2 forgot."""
-    from botocore.exceptions import ClientError
-
     ids = [node.id for node in nodes if node.state != "shutting-down"]
     for start in range(0, len(ids), TERMINATE_BATCH):
-        try:
+        with tolerate("InvalidInstanceID.NotFound"):
             ec2.terminate_instances(InstanceIds=ids[start : start + TERMINATE_BATCH])
-        except ClientError as error:
-            if error_code(error) != "InvalidInstanceID.NotFound":
-                raise
 
 
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
@@ -1581,16 +1554,11 @@ def wait_until_terminated(ec2: Client, group: str, show: Callable[[str], None]) 
 
 def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     """Delete a security group; return False while nodes (that no list may show yet) hold it."""
-    from botocore.exceptions import ClientError
-
-    try:
-        ec2.delete_security_group(GroupId=group.id)
-    except ClientError as error:
-        if error_code(error) == "DependencyViolation":
-            return False
-        if error_code(error) != "InvalidGroup.NotFound":
-            raise
-    return True
+    with tolerate("DependencyViolation"):
+        with tolerate("InvalidGroup.NotFound"):
+            ec2.delete_security_group(GroupId=group.id)
+        return True
+    return False
 
 
 def terminate_group(ec2: Client, group: str, show: Callable[[str], None]) -> tuple[list[Node], int, bool]:
@@ -1837,7 +1805,7 @@ def ask_all(addresses: Sequence[str], version: str) -> dict[str, bool | None]:
     """Ask many servers at once."""
     found: dict[str, bool | None] = {}
     threads = [
-        threading.Thread(target=lambda one=one: found.update({one: answers(one, version)}), daemon=True)  # type: ignore[misc]
+        threading.Thread(target=lambda one: found.update({one: answers(one, version)}), args=(one,), daemon=True)
         for one in addresses
     ]
     for thread in threads:
@@ -1899,8 +1867,8 @@ LINKED_PATH = "/run/mtssrv/linked"
 def guard_program() -> str:
     """Return the guard as a program of its own: the functions above, to the letter."""
     values = [f"{name} = {globals()[name]!r}" for name in GUARD_VALUES]
-    parts = (AnotherBuild, receive, shake_hands, ask_server, answers, ask_all, read_words)
-    parts += (filter_workers, watch_servers, guard)  # type: ignore[assignment]
+    parts: list[Any] = [AnotherBuild, receive, shake_hands, ask_server, answers, ask_all, read_words]
+    parts += [filter_workers, watch_servers, guard]
     return "\n".join([GUARD_HEADER, *values, *map(inspect.getsource, parts), "guard(sys.argv[1:])"])
 
 
@@ -1955,8 +1923,9 @@ def prefer_gcm(transport: paramiko.Transport) -> None:
 class Remote:
     """A connected node: runs commands on it."""
 
-    def __init__(self, node: Node, transport: paramiko.Transport) -> None:
+    def __init__(self, node: Node, transport: paramiko.Transport, user: str) -> None:
         self.node = node
+        self.user = user
         self.transport = transport
 
     def run(
@@ -2091,7 +2060,7 @@ def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
                 raise WrongHostKey(shown.get_name())
             transport.auth_publickey(settings.SSH_USER, identity.key)
         transport.set_keepalive(15)
-        return Remote(node, transport)
+        return Remote(node, transport, settings.SSH_USER)
     except BaseException:
         (transport or plain).close()
         raise
@@ -2190,7 +2159,7 @@ def unlock_identity(path: Path, text: str) -> Identity:
         raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
     passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
     try:
-        key = paramiko.PKey.from_path(path, passphrase.encode())
+        key = paramiko.PKey.from_path(path, passphrase)
     except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
     return Identity(key, f"{key.get_name()} {key.get_base64()}")
@@ -2252,7 +2221,7 @@ class Fleet:
         self.outcomes: queue.Queue[Outcome] = queue.Queue()
         raise_limits()
 
-    def begin(self, node: Node, step: Step, limit: float = LOGIN_LIMIT, first_boot: bool = False) -> None:
+    def begin(self, node: Node, step: Step, limit: float, first_boot: bool = False) -> None:
         """Start STEP on NODE in a thread of its own; its outcome goes to the queue."""
         threading.Thread(target=self._work, args=(node, step, limit, first_boot), daemon=True).start()
 
@@ -2278,10 +2247,12 @@ class Fleet:
             raise outcome.value
         return outcome
 
-    def each(self, nodes: Sequence[Node], step: Step, progress: Progress | None = None) -> list[Outcome]:
+    def each(
+        self, nodes: Sequence[Node], step: Step, progress: Progress | None = None, limit: float = LOGIN_LIMIT
+    ) -> list[Outcome]:
         """Run STEP on all NODES at once; return their outcomes in the order of NODES."""
         for node in nodes:
-            self.begin(node, step)
+            self.begin(node, step, limit)
         found: dict[str, Outcome] = {}
         while len(found) < len(nodes):
             with contextlib.suppress(queue.Empty):
@@ -2372,7 +2343,9 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
         if error_code(error) == "404":
             raise ClusterError(f"there is no bucket {bucket!r}; make it with: aws s3 mb s3://{bucket}") from error
         if error_code(error) == "403":
-            raise ClusterError(f"you may not use the bucket {bucket!r}; is it yours, and are these its keys?") from error
+            raise ClusterError(
+                f"you may not use the bucket {bucket!r}; is it yours, and are these its keys?"
+            ) from error
         if error_code(error) not in ("301", "400"):
             raise
     region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
@@ -2430,7 +2403,7 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
 
     from boto3.s3.transfer import TransferConfig
 
-    there = list_objects(s3, bucket, os.path.commonprefix(list(files)))
+    there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     sent = 0
     with ThreadPoolExecutor(1) as hasher:
@@ -2625,7 +2598,9 @@ class App:
 
     def running(self, group: str) -> list[Node]:
         """Return GROUP's running nodes, after a look at whether this machine may still connect."""
-        self.left = f"The nodes of {self.where(group)} keep running and cost money; {command('terminateAll', group)} ends them."
+        self.left = (
+            f"The nodes of {self.where(group)} keep running and cost money; {command('terminateAll', group)} ends them."
+        )
         nodes, groups, cidr = side_by_side(
             lambda: fetch_nodes(self.ec2, group),
             lambda: fetch_security_groups(self.ec2, group),
@@ -2636,7 +2611,9 @@ class App:
         if waiting:
             note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
         if not ready:
-            raise ClusterError(f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE COUNT')} makes some")
+            raise ClusterError(
+                f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE COUNT')} makes some"
+            )
         for security_group in groups if cidr else []:
             if repair_rules(self.ec2, security_group, self.settings, cidr, rule_owner(self.identity)):
                 note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
@@ -2647,7 +2624,9 @@ class App:
         failed = [outcome for outcome in outcomes if not outcome.ok]
         if failed:
             good = len(outcomes) - len(failed)
-            raise ClusterError(f"{what} on {good} of {len(outcomes)} nodes; failed: {', '.join(o.node.name for o in failed)}")
+            raise ClusterError(
+                f"{what} on {good} of {len(outcomes)} nodes; failed: {', '.join(o.node.name for o in failed)}"
+            )
         note(f"{what} on {format_count(len(outcomes), 'node')}")
 
 
@@ -2735,7 +2714,9 @@ group_argument = click.argument("group", type=GroupName(), default="default", me
 
 
 @click.group(cls=Tool, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--config", type=click.Path(path_type=Path), envvar=CONFIG_VARIABLE, help="Another settings file than config.py.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), envvar=CONFIG_VARIABLE, help="Another settings file than config.py."
+)
 @click.pass_context
 def cli(ctx: click.Context, config: Path | None) -> None:
     """Create a Mitsuba rendering cluster on Amazon EC2.
@@ -2792,7 +2773,8 @@ def create(app: App, order: Order) -> None:
     ensure_key_file(settings.key_file)
     launch, subnets = prepare(app, order)
     where = app.where(order.group)
-    app.left = f"Nodes of {where} may be running and cost money: {command('status')} shows them, {command('terminateAll', order.group)} ends them."
+    ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
+    app.left = f"Nodes of {where} may be running and cost money: {ways}."
     started = time.monotonic()
     one_try = open_client(settings, "ec2", retries={"total_max_attempts": 1}, read_timeout=60)
     nodes, why = launch_nodes(one_try, launch, subnets, order.count, note)
@@ -2804,10 +2786,8 @@ def create(app: App, order: Order) -> None:
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
-        raise ClusterError(
-            f"{len(outcomes) - len(failed)} of {order.count} nodes are ready in {where}{f' ({why})' if why else ''}; "
-            f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
-        )
+        good = f"{len(outcomes) - len(failed)} of {order.count} nodes"
+        raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', order.group)}")
 
 
@@ -2890,8 +2870,8 @@ def find_package_trouble(settings: Settings) -> str:
     source, _ = settings.package
     try:
         if source.startswith("https://"):
-            request = urllib.request.Request(source, method="HEAD")
-            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()
+            request = urllib.request.Request(source, method="HEAD")  # noqa: S310 - https, as just seen
+            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
         elif not settings.MITSUBA_PACKAGE and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
             return f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}"
     except (urllib.error.URLError, OSError, ValueError) as error:
@@ -2918,7 +2898,7 @@ def index_has(apt_line: str, package: str) -> bool:
     for folder in folders:
         for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
             try:
-                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:
+                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
                     if wanted.search(unpack(answer.read())):
                         return True
                 trouble = None
@@ -3033,10 +3013,10 @@ def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
 def upload_package(path: Path, remote: Remote) -> tuple[str, str]:
     """Send a package file to a node; return where it lies there, and what marks its content."""
     digest = digest_file(path, "sha256")
-    target = f"/var/tmp/mitsuba-{digest[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
+    target = f".mitsuba-{digest[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"  # in the user's home
     with path.open("rb") as file:
         remote.check(f"cat > {shlex.quote(target)}", limit=INSTALL_LIMIT, stdin=iter(lambda: file.read(MIB), b""))
-    return target, digest
+    return f"/home/{remote.user}/{target}", digest
 
 
 @cli.command("start")
@@ -3103,7 +3083,9 @@ def head_step(data: str, facts: Facts, workers: Sequence[Outcome], remote: Remot
     wanted = [outcome.node.private_ip for outcome in workers]
     strangers = [o.node.name for o in workers if o.value.facts.version != facts.version]
     if strangers:
-        raise NodeError(f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again")
+        raise NodeError(
+            f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again"
+        )
     cores = sum(outcome.value.cores for outcome in workers) + plan_head_cores(facts.cores)
     serving = facts.role == "head"
     if serving and set(facts.linked) == set(wanted):
@@ -3139,7 +3121,9 @@ def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None
         result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
         result(f"On the command line: mitsuba -c {head.name} scene.xml")
     else:
-        result(f"Port {SERVER_PORT} is closed. Run {command('tunnel', group)} and connect Mitsuba {version} to localhost")
+        result(
+            f"Port {SERVER_PORT} is closed. Run {command('tunnel', group)} and connect Mitsuba {version} to localhost"
+        )
     result(f"Head node: {head.name}")
 
 
@@ -3165,7 +3149,8 @@ def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     """Show what is running, since when, and what it costs."""
     overview = fetch_overview(app.ec2, group)
     nodes = [node for node in overview.nodes if node.state in ALIVE or node.reason]
-    groups = sorted({one.group for one in [*nodes, *overview.requests, *overview.security_groups]})
+    ours: list[Node | SpotRequest | SecurityGroup] = [*nodes, *overview.requests, *overview.security_groups]
+    groups = sorted({one.group for one in ours})
     details = ask_servers(app, nodes) if servers else {}
     if as_json:
         shown = {name: group_json(name, nodes, overview.requests, details) for name in groups}
@@ -3217,7 +3202,7 @@ def show_group(
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, dict[str, Any]]:
     """Return node id -> load, cores and what its server says, of the running NODES."""
     running = [node for node in nodes if node.state == "running"]
-    outcomes = app.fleet.each(running, server_step) if running else []
+    outcomes = app.fleet.each(running, server_step, limit=LOOK_LIMIT) if running else []
     linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
     return {outcome.node.id: server_detail(outcome, linked) for outcome in outcomes}
 
@@ -3240,7 +3225,11 @@ def server_detail(outcome: Outcome, linked: set[str]) -> dict[str, Any]:
     if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
         text = f"up but not linked: run {command('start', outcome.node.group)}"
     load = " ".join(f"{value:g}" for value in facts.load)
-    return {"server": f"{text}; load {load} on {format_count(facts.cores, 'core')}", "load": facts.load, "server_cores": cores}
+    return {
+        "server": f"{text}; load {load} on {format_count(facts.cores, 'core')}",
+        "load": facts.load,
+        "server_cores": cores,
+    }
 
 
 @cli.command("syncData")
@@ -3262,7 +3251,9 @@ def sync_data(app: App, name: str, group: str) -> None:
     for key in refused:
         note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
     if not objects:
-        raise ClusterError(f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3")
+        raise ClusterError(
+            f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
+        )
     size = sum(one.size for one in objects)
     note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = SyncProgress(nodes, size)
@@ -3338,7 +3329,8 @@ def sync_step(data: str, job: bytes, progress: SyncProgress, remote: Remote) -> 
         raise NodeError(str(last.get("error") or f"exit code {code}{format_tail(output)}"))
     if not last["fetched"]:
         return "has everything already"
-    return f"fetched {format_count(last['fetched'], 'file')}, {format_size(last['moved'])}; {last['present']} there already"
+    there = f"; {last['present']} there already" if last["present"] else ""
+    return f"fetched {format_count(last['fetched'], 'file')}, {format_size(last['moved'])}{there}"
 
 
 @cli.command("terminateAll")
@@ -3382,6 +3374,310 @@ def terminate_in(ec2: Client, group: str) -> None:
     cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
     paid = f" They cost {format_money(cost)}." if cost is not None else ""
     return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
+
+
+@cli.command("addSpotNodes")
+@type_argument
+@count_argument
+@click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
+@group_argument
+@hours_option
+@click.pass_obj
+def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: str, max_hours: float | None) -> None:
+    """Like createNodes --spot, for at most MAXPRICE $ an hour each."""
+    create(app, Order(machine, count, group, True, max_price, max_hours))
+
+
+@cli.command("spotPrices")
+@type_argument
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def spot_prices(app: App, machine: str, as_json: bool) -> None:
+    """Show the last day's spot prices of TYPE, per zone."""
+    history = fetch_spot_history(app.ec2, fetch_machine(app.ec2, machine).type)
+    if as_json:
+        return result(json.dumps({zone: [[t.isoformat(), p] for t, p in prices] for zone, prices in history.items()}))
+    if not history:
+        raise ClusterError(f"{app.settings.AWS_REGION} has no spot prices for {machine}")
+    rows = [["ZONE", "LOWEST", "MEAN", "NOW", "LAST DAY" if sys.stdout.isatty() else ""]]
+    for zone, prices in history.items():
+        values = [price for _, price in prices]
+        figures = [min(values), sum(values) / len(values), values[-1]]
+        plot = format_plot(values, 24) if sys.stdout.isatty() else ""
+        rows.append([zone, *(f"${figure:.4f}" for figure in figures), plot])
+    return result(format_table(rows, terminal_width()))
+
+
+@cli.command("terminate")
+@click.argument("name", metavar="NODE")
+@click.pass_obj
+def terminate(app: App, name: str) -> None:
+    """Shut one node down: its public name, address or instance id."""
+    node = find_node(app, name)
+    app.left = f"{node.name} may still run; {command('status')} shows it."
+    terminate_nodes(app.ec2, [node])
+    result(f"{node.name} ({node.id}) is being terminated")
+    if node.role == "head":
+        note(f"It was the head node: run {command('start', node.group)} to make another one the head")
+    elif node.role == "worker":
+        note("It was a worker: the head restarts without it within half a minute; a running render is lost")
+
+
+def find_node(app: App, name: str) -> Node:
+    """Return our node that NAME means; ClusterError where there is none."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
+    found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if not found:
+        raise ClusterError(
+            f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
+        )
+    return found[0]
+
+
+@cli.command("cancelSpot")
+@click.argument("name", metavar="ID")
+@click.pass_obj
+def cancel_spot(app: App, name: str) -> None:
+    """Cancel one spot request."""
+    found = [request for request in fetch_spot_requests(app.ec2) if request.id == name]
+    if not found:
+        raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
+    if found[0].state not in ("open", "active"):
+        raise ClusterError(f"spot request {name} is {found[0].state} already")
+    cancel_requests(app, found)
+
+
+@cli.command("cancelAllSpot")
+@click.pass_obj
+def cancel_all_spot(app: App) -> None:
+    """Cancel all spot requests that this tool made."""
+    cancel_requests(app, fetch_spot_requests(app.ec2))
+
+
+def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
+    """Cancel REQUESTS and say what that leaves running."""
+    cancelled = cancel_spot_requests(app.ec2, requests)
+    for name in cancelled:
+        result(f"Cancelled {name}")
+    running = [request.node_id for request in requests if request.node_id and request.id in cancelled]
+    if running:
+        note(f"Their nodes keep running and cost money: {', '.join(running)}; terminate or terminateAll ends them")
+    if not cancelled:
+        note("No spot request is open")
+
+
+@cli.command("login")
+@click.argument("name", metavar="[NODE]", required=False)
+@click.pass_obj
+def login(app: App, name: str | None) -> None:
+    """Open a shell on a node (the head, if none is named)."""
+    node = find_node(app, name) if name else find_head(app, "default")
+    app.running(node.group)
+    settings = app.settings
+    host = node.address if settings.SSH_PORT == 22 else f"[{node.address}]:{settings.SSH_PORT}"
+    with tempfile.NamedTemporaryFile("w", prefix="mitsuba-known-hosts-") as known:
+        known.write(f"{host} {node.host_key}\n")
+        known.flush()
+        options = {
+            "UserKnownHostsFile": known.name,
+            "GlobalKnownHostsFile": "/dev/null",
+            "StrictHostKeyChecking": "yes",
+            "IdentitiesOnly": "yes",
+            "ServerAliveInterval": "15",
+        }
+        words = ["ssh", "-p", str(settings.SSH_PORT), "-i", str(settings.key_file)]
+        words += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+        code = subprocess.call([*words, f"{settings.SSH_USER}@{node.address}"], env=clean_environment())
+    sys.exit(min(code, 255))
+
+
+def find_head(app: App, group: str) -> Node:
+    """Return GROUP's head node."""
+    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
+    if not heads:
+        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
+    return heads[0]
+
+
+@cli.command("systemLoad")
+@group_argument
+@click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
+@click.pass_obj
+def system_load(app: App, group: str, watch: bool) -> None:
+    """Show each node's load (1, 5 and 15 minutes), cores and memory."""
+    nodes = app.running(group)
+    while True:
+        outcomes = app.fleet.each(nodes, Remote.facts, limit=LOOK_LIMIT)
+        rows = [["LOAD 1", "5", "15", "CORES", "MEMORY", "NAME"]]
+        for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
+            facts: Facts = outcome.value
+            used = " of ".join(f"{value / 1024:.1f}" for value in facts.memory_mb) + " GiB"
+            rows.append([*(f"{value:.2f}" for value in facts.load), str(facts.cores), used, outcome.node.name])
+        if watch and sys.stdout.isatty():
+            click.clear()
+        result(format_table(rows, terminal_width()))
+        if not watch:
+            break
+        time.sleep(WATCH_SECONDS)
+    bad = [outcome for outcome in outcomes if not outcome.ok]
+    for outcome in bad:
+        note(f"{outcome.node.name}: {outcome.error}")
+    if bad:
+        raise ClusterError(f"{len(bad)} of {len(nodes)} nodes did not answer")
+
+
+@cli.command("runCommand")
+@click.argument("line", metavar='"CMD ARGS"')
+@group_argument
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def run_command(app: App, line: str, group: str, as_json: bool) -> None:
+    """Run a shell command on every node; print each one's output as it ends."""
+    nodes = app.running(group)
+    progress = CommandProgress(len(nodes), as_json)
+    outcomes = app.fleet.each(nodes, functools.partial(command_step, line), progress)
+    failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
+    if as_json:
+        result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
+    if failed:
+        raise ClusterError(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(o.node.name for o in failed)}")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command did on a node: its exit code, and its output in a temporary file."""
+
+    code: int
+    output: tempfile.SpooledTemporaryFile[bytes]
+
+
+class CommandProgress(Progress):
+    """Prints each node's output under its name when it ends."""
+
+    def __init__(self, total: int, as_json: bool) -> None:
+        super().__init__("Running", total)
+        self.as_json = as_json
+
+    def finished(self, outcome: Outcome) -> None:
+        """Print one node's output; a block at a time, since it may be long."""
+        super().finished(outcome)
+        if outcome.ok and not self.as_json:
+            code = outcome.value.code
+            result(f"--- {outcome.node.name}{f' (exit code {code})' if code else ''}")
+            with outcome.value.output as output:
+                output.seek(0)
+                for block in iter(lambda: output.read(MIB), b""):
+                    click.echo(block, nl=False)
+
+
+def command_step(line: str, remote: Remote) -> Ran:
+    """Run a command line on one node, as its shell reads it."""
+    output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
+    code, _ = remote.run(user_command("run-command", line), limit=SYNC_LIMIT, sink=output.write)
+    return Ran(code, output)
+
+
+def command_json(outcome: Outcome) -> dict[str, Any]:
+    """Return what a command did on a node, with the first megabyte of its output."""
+    if not outcome.ok:
+        return {"error": outcome.error, "code": None, "output": ""}
+    with outcome.value.output as output:
+        output.seek(0)
+        return {"error": None, "code": outcome.value.code, "output": output.read(MIB).decode("utf-8", "replace")}
+
+
+@cli.command("regions")
+@click.pass_obj
+def regions(app: App) -> None:
+    """List the regions; the one of config.py is marked."""
+    for region in fetch_regions(app.ec2):
+        result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
+
+
+@cli.command("tunnel")
+@group_argument
+@click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
+@click.pass_obj
+def tunnel(app: App, group: str, port: int) -> None:
+    """Forward localhost:7554 to the head node's server over SSH, until Ctrl-C."""
+    app.running(group)
+    head = find_head(app, group)
+    try:
+        listener = socket.create_server(("127.0.0.1", port), backlog=128)
+    except OSError as error:
+        raise ClusterError(
+            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
+        ) from error
+    outcome = app.fleet.each([head], lambda remote: remote)[0]
+    if not outcome.ok:
+        raise ClusterError(f"{head.name}: {outcome.error}")
+    app.left = f"The tunnel is closed. {app.left}"
+    result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
+    note(f"Forwarding to {head.name} until Ctrl-C")
+    listener.settimeout(1)
+    while outcome.value.transport.is_active():
+        with contextlib.suppress(TimeoutError):
+            connection, _ = listener.accept()
+            threading.Thread(target=forward, args=(outcome.value, connection), daemon=True).start()
+    raise ClusterError(f"the connection to {head.name} broke; run {command('tunnel', group)} again")
+
+
+def forward(remote: Remote, connection: socket.socket) -> None:
+    """Carry one connection to the node's server and back, until both directions have ended."""
+    import paramiko
+
+    with connection, contextlib.suppress(OSError, EOFError, paramiko.SSHException), remote.server_stream() as channel:
+        connection.settimeout(None)
+        channel.settimeout(None)
+        back = threading.Thread(target=pump, args=(channel, connection), daemon=True)
+        back.start()
+        pump(connection, channel)
+        back.join()
+
+
+def pump(source: Any, target: Any) -> None:
+    """Copy SOURCE to TARGET up to its end, and pass the end on."""
+    with contextlib.suppress(OSError, EOFError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with contextlib.suppress(OSError, EOFError):
+        target.shutdown(socket.SHUT_WR)
+
+
+@cli.command("extend")
+@click.argument("hours", type=click.FloatRange(0, 8760, min_open=True))
+@group_argument
+@click.pass_obj
+def extend(app: App, hours: float, group: str) -> None:
+    """Move the moment at which the nodes end themselves by HOURS."""
+    nodes = [node for node in app.running(group) if node.max_hours]
+    if not nodes:
+        raise ClusterError(f"no running node of {app.where(group)} has a time limit")
+    progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: ends at {outcome.value}")
+    outcomes = app.fleet.each(nodes, functools.partial(extend_step, hours), progress)
+    by_hours: dict[float, list[Node]] = {}
+    for outcome in outcomes:
+        if outcome.ok:
+            by_hours.setdefault((outcome.node.max_hours or 0) + hours, []).append(outcome.node)
+    for total_hours, same in by_hours.items():
+        tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
+    app.report(outcomes, f"Extended by {hours:g} hours")
+
+
+def extend_step(hours: float, remote: Remote) -> str:
+    """Move one node's own timer; return when it ends now."""
+    output = remote.check(root_command("extend", EXTEND, str(round(hours * 3600))))
+    return output.strip().splitlines()[-1]
+
+
+def hidden(original: click.Command, name: str) -> click.Command:
+    """Return a command under its old name, which the overview leaves out."""
+    twin = copy.copy(original)
+    twin.name, twin.hidden = name, True
+    return twin
+
+
+cli.add_command(hidden(create_nodes, "addNodes"))
 
 
 if __name__ == "__main__":

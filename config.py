@@ -35,7 +35,7 @@ PUBLIC_SERVER_PORT = True
 
 # The image for a region, e.g. {"us-east-1": "ami-0123456789abcdef0"}. A region that
 # is not listed uses Ubuntu's newest 22.04.
-AMI_IDS = {}
+AMI_IDS: dict[str, str] = {}
 
 # A subnet, e.g. "subnet-0123456789abcdef0". Empty: your account's default network.
 SUBNET_ID = ""

@@ -72,8 +72,8 @@ print(urllib.request.urlopen(f"{address}/_localcloud/{what}", body.encode(), 60)
 """
 
 
-def bring_up(where: Places, kind: str, package: str | None = None) -> None:
-    """Start a cloud in WHERE and wait until it answers."""
+def bring_up(where: Places, kind: str, package: str | None = None) -> subprocess.Popen[bytes]:
+    """Start a cloud in WHERE and wait until it answers; return its daemon."""
     if where.ready.exists():
         raise click.ClickException(f"a cloud is running in {where.root} already")
     where.root.mkdir(parents=True, exist_ok=True)
@@ -90,6 +90,7 @@ def bring_up(where: Places, kind: str, package: str | None = None) -> None:
         )
     where.pid.write_text(str(daemon.pid))
     wait_until_ready(where, daemon)
+    return daemon
 
 
 def say(text: str) -> None:

@@ -118,7 +118,15 @@ def error_response(code: str, message: str, status: int = 400) -> tuple[int, dic
         f"<Response><Errors><Error><Code>{code}</Code><Message>{escape(message)}</Message></Error></Errors>"
         "<RequestID>00000000-0000-0000-0000-000000000000</RequestID></Response>"
     )
-    return status, {"Content-Type": "text/xml"}, body
+    return status, {"Content-Type": "text/xml", "status": str(status)}, body
+
+
+def price_list(kind: str) -> str:
+    """Return the Pricing API's answer to GetProducts for one instance type."""
+    price = {"unit": "Hrs", "pricePerUnit": {"USD": f"{RATES[kind]:.10f}"}} if kind in RATES else None
+    term = {"T": {"priceDimensions": {"D": price}}}
+    products = [json.dumps({"terms": {"OnDemand": term}})] if price else []
+    return json.dumps({"FormatVersion": "aws_v1", "PriceList": products})
 
 
 def mend(cloud: Cloud) -> None:
@@ -145,7 +153,7 @@ def mend_addresses(cloud: Cloud) -> None:
     elastic.random_ip = next_public_address
     if cloud.private_addresses:
         private = cloud.private_addresses
-        Subnet.get_available_subnet_ip = lambda self, instance: next(private)  # type: ignore[method-assign]
+        Subnet.get_available_subnet_ip = lambda self, instance: next(private)
 
 
 def mend_instances(cloud: Cloud) -> None:
@@ -240,7 +248,7 @@ def mend_instances(cloud: Cloud) -> None:
             end.daemon = True
             end.start()
 
-    models.Instance = CloudInstance  # type: ignore[misc]
+    models.Instance = CloudInstance
 
 
 def cloud_end_of_spot(instance: Any) -> None:
@@ -306,8 +314,8 @@ def mend_launches(cloud: Cloud) -> None:
         text = Base64EncodedString.from_raw_string(instance.node.console())
         return ActionResult({"InstanceId": instance.id, "Timestamp": utcnow(), "Output": text})
 
-    InstanceResponse.run_instances = run_instances  # type: ignore[method-assign]
-    general.General.get_console_output = get_console_output  # type: ignore[method-assign]
+    InstanceResponse.run_instances = run_instances
+    general.General.get_console_output = get_console_output
     assert issubclass(EC2ClientError, Exception)
 
 
@@ -404,7 +412,7 @@ def mend_lists(cloud: Cloud) -> None:
         more = str(start + size) if start + size < len(pairs) else None
         return ActionResult({"Reservations": list(pages.values()), "NextToken": more})
 
-    InstanceResponse.describe_instances = describe_instances  # type: ignore[method-assign]
+    InstanceResponse.describe_instances = describe_instances
 
 
 def mend_security_groups(cloud: Cloud) -> None:
@@ -431,8 +439,8 @@ def mend_security_groups(cloud: Cloud) -> None:
             raise InvalidPermissionDuplicateError()
         plain_add(self, rule)
 
-    SecurityGroupBackend.delete_security_group = delete_security_group  # type: ignore[method-assign]
-    SecurityGroup.add_ingress_rule = add_ingress_rule  # type: ignore[method-assign]
+    SecurityGroupBackend.delete_security_group = delete_security_group
+    SecurityGroup.add_ingress_rule = add_ingress_rule
 
 
 def mend_spot(cloud: Cloud) -> None:
@@ -462,7 +470,7 @@ def mend_spot(cloud: Cloud) -> None:
                 )
         return ActionResult({"SpotPriceHistory": history})
 
-    SpotInstances.describe_spot_price_history = describe_spot_price_history  # type: ignore[method-assign]
+    SpotInstances.describe_spot_price_history = describe_spot_price_history
 
 
 def make_spot_requests(response: Any, reservation: Any) -> None:
@@ -487,7 +495,7 @@ def make_spot_requests(response: Any, reservation: Any) -> None:
             self.launched = utcnow()
             self.valid_from = self.valid_until = None
             self.launch_group = self.availability_zone_group = None
-            self.launch_specification = None  # type: ignore[assignment]
+            self.launch_specification = None
             self.add_tags(tags)
 
         @property
@@ -495,13 +503,15 @@ def make_spot_requests(response: Any, reservation: Any) -> None:
             return {"Code": self.status_code, "Message": "", "UpdateTime": self.launched}
 
         @property
-        def create_time(self) -> datetime:  # type: ignore[override]
+        def create_time(self) -> Any:
             return self.launched
 
     tags = response._parse_tag_specification().get("spot-instances-request", {})
     options = (response.params.get("InstanceMarketOptions") or {}).get("SpotOptions") or {}
     for instance in reservation.instances:
-        request = FulfilledRequest(instance, str(options.get("MaxPrice") or RATES.get(instance.instance_type, 0.1)), tags)
+        request = FulfilledRequest(
+            instance, str(options.get("MaxPrice") or RATES.get(instance.instance_type, 0.1)), tags
+        )
         instance.ec2_backend.spot_instance_requests[request.id] = request
         instance.spot_instance_request_id = request.id
         instance.instance_lifecycle = "spot"

@@ -214,7 +214,9 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         self.serve_aws()
-        write_config(self.where.root / "config.py", self.config | {"SSH_PRIVATE_KEY_FILE": str(self.where.root / "key.pem")})
+        write_config(
+            self.where.root / "config.py", self.config | {"SSH_PRIVATE_KEY_FILE": str(self.where.root / "key.pem")}
+        )
         if self.kind == "nspawn":
             threading.Thread(target=self.refresh_firewalls, daemon=True).start()
         self.where.ready.write_text(json.dumps({"kind": self.kind, "environment": self.environment}))

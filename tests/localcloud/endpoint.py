@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-from tests.localcloud.aws import error_response
+from tests.localcloud.aws import error_response, price_list
 
 Environ = dict[str, Any]
 Start = Callable[..., Any]
@@ -99,6 +99,9 @@ class Front:
         for fault in struck:
             if (spoiled := self.spoil(fault, environ, start)) is not None:
                 return spoiled
+        if service == "pricing":  # moto has none
+            kind = next(one["Value"] for one in json.loads(body)["Filters"] if one["Field"] == "instanceType")
+            return respond(start, 200, {"Content-Type": "application/x-amz-json-1.1"}, price_list(kind))
         return self.moto(environ, start)
 
     def record(self, **what: Any) -> None:
@@ -141,8 +144,11 @@ class Front:
             with self.lock:
                 value, self.counts = self.counts, {}
         else:
-            value = self.control(what, body)
-        text = value if isinstance(value, str) else json.dumps(value)
+            try:
+                value = self.control(what, body)
+            except (KeyError, ValueError) as error:
+                return respond(start, 400, {"Content-Type": "text/plain"}, str(error))
+        text = value if what == "address" else json.dumps(value)
         return respond(start, 200, {"Content-Type": "application/json"}, text + "\n")
 
 
@@ -177,6 +183,7 @@ def hang_up(environ: Environ) -> Iterable[bytes]:
     """Reset the connection."""
     connection: socket.socket = environ["werkzeug.socket"]
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.shutdown(socket.SHUT_RDWR)  # close() alone would wait for werkzeug's own copies
     connection.close()
     raise ConnectionResetError("reset by a fault rule")
 

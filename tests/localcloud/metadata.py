@@ -7,7 +7,7 @@ import http.server
 import json
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 TOKEN_HEADER = "X-aws-ec2-metadata-token"
 Tree = dict[str, Any]
@@ -70,7 +70,7 @@ def make_handler(find_instance: Callable[[str], Any]) -> type[http.server.BaseHT
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        tokens: set[str] = set()
+        tokens: ClassVar[set[str]] = set()
 
         def log_message(self, format: str, *args: object) -> None:
             """Say nothing: boots ask hundreds of times."""
@@ -85,12 +85,14 @@ def make_handler(find_instance: Callable[[str], Any]) -> type[http.server.BaseHT
             """Answer a look-up."""
             instance = find_instance(self.client_address[0])
             if instance is None:
-                return self.answer(404, "")
+                self.answer(404, "")
+                return
             # cloud-init takes this place for no EC2 and asks without a token: they are
             # demanded only from the moment at which sshd answers.
             strict = instance.metadata_options.http_tokens == "required" and instance.node.answered
             if strict and self.headers.get(TOKEN_HEADER) not in self.tokens:
-                return self.answer(401, "")
+                self.answer(401, "")
+                return
             path = [part for part in self.path.split("?")[0].split("/") if part]
             text = look_up(instance, path[1:])
             self.answer(404 if text is None else 200, text or "")

@@ -228,7 +228,7 @@ class NspawnNode:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
-                preexec_fn=enter_cgroup,
+                preexec_fn=enter_cgroup,  # before any other thread's work: it writes one file
                 start_new_session=True,
             )
         threading.Thread(target=self._wait, args=(self._process,), daemon=True).start()

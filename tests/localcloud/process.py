@@ -61,9 +61,7 @@ class ProcessNetwork:
             def log_message(self, format: str, *args: Any) -> None:
                 """Say nothing."""
 
-        server = http.server.ThreadingHTTPServer(
-            ("127.0.0.1", 0), functools.partial(Files, directory=str(folder))
-        )
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Files, directory=str(folder)))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         return f"deb [trusted=yes] http://127.0.0.1:{server.server_address[1]} ./"
 
@@ -182,8 +180,10 @@ class ProcessNode:
         """Run an ordinary command for real, in the node's folder and with a clean environment."""
         if words[:2] == ["python3", "-c"] and len(words) == 4:
             words[3] = str(self.data(words[3]))  # syncData's data directory
+        elif not process.command:
+            words = ["bash"]  # a login
         elif words[:2] != ["bash", "-c"]:
-            words = ["bash", "-c", process.command or ""]
+            words = ["bash", "-c", process.command]
         home = str(self.folder / "home")
         child = await asyncio.create_subprocess_exec(
             *words,
@@ -198,7 +198,7 @@ class ProcessNode:
 
     def data(self, directory: str) -> Path:
         """Return the node's own folder for an absolute directory of its disk."""
-        path = self.folder / directory.lstrip("/")
+        path: Path = self.folder / directory.lstrip("/")
         path.mkdir(parents=True, exist_ok=True)
         return path
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import localbucket
 
@@ -29,8 +29,8 @@ class Handler(localbucket.S3Handler):
 
     disable_nagle_algorithm = True
     record: Record = staticmethod(lambda **_: None)
-    metadata: dict[Path, dict[str, str]] = {}
-    pending: dict[str, dict[str, str]] = {}  # of multipart uploads, by upload id
+    metadata: ClassVar[dict[Path, dict[str, str]]] = {}
+    pending: ClassVar[dict[str, dict[str, str]]] = {}  # of multipart uploads, by upload id
     sent = 0
 
     def log_message(self, format: str, *args: Any) -> None:

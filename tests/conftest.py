@@ -1,0 +1,52 @@
+"""Two local clouds: process nodes for every test that they can carry, nspawn for what only root proves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.localcloud.__main__ import best_kind, bring_up, take_down
+from tests.localcloud.places import Places
+from tests.support import LocalCloud
+
+NSPAWN = best_kind() == "nspawn"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run all tests on real nodes in one worker, one after another; none without root."""
+    for item in items:
+        if "nodes" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("nspawn"))
+            if not NSPAWN:
+                item.add_marker(pytest.mark.skip(reason="needs root on Debian or Ubuntu, and nspawn"))
+
+
+def running(root: Path, kind: str) -> Iterator[LocalCloud]:
+    """Run a cloud in ROOT."""
+    where = Places(root)
+    daemon = bring_up(where, kind)
+    yield LocalCloud(where, kind)
+    take_down(where)
+    daemon.wait()
+
+
+@pytest.fixture(scope="session")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
+    """A cloud of process nodes, one for each worker."""
+    yield from running(tmp_path_factory.mktemp("process"), "process")
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCloud]:
+    """A cloud of real nodes."""
+    yield from running(tmp_path_factory.mktemp("nspawn"), "nspawn")
+
+
+@pytest.fixture
+def group(cloud: LocalCloud, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A group of this test's own, ended afterwards."""
+    name = request.node.name.split("[")[0].replace("test_", "")[:60]
+    yield name
+    cloud.cluster("terminateAll", name)

@@ -1,0 +1,138 @@
+"""What the tests share: a running local cloud, and the tool run in it as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+from tests.localcloud.__main__ import ask, environment, inside
+from tests.localcloud.places import PROJECT, Places
+
+LIMIT = 240  # seconds for one command, far beyond what any should take
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def last_line(self) -> str:
+        """The last line of stderr: the one that says what went wrong."""
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ""
+
+
+class LocalCloud:
+    """A running local cloud."""
+
+    def __init__(self, where: Places, kind: str) -> None:
+        self.where, self.kind = where, kind
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        """Return the environment in which AWS means this cloud."""
+        return environment(self.where) | changes
+
+    def start(self, *words: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
+        """Start any program inside the cloud."""
+        command = inside(self.where, list(words))
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": PROJECT} | options
+        return subprocess.Popen(command, env=env or self.environment(), text=True, **pipes)
+
+    def run(self, *words: str, **options: Any) -> Result:
+        """Run any program inside the cloud."""
+        with self.start(*words, **options) as child:
+            out, err = child.communicate(timeout=LIMIT)
+            return Result(child.returncode, out, err)
+
+    def cluster(self, *words: str, settings: dict[str, Any] | None = None, **env: str) -> Result:
+        """Run ./cluster.py with WORDS; SETTINGS replace some of config.py."""
+        if settings is not None:
+            env["MITSUBA_CLUSTER_CONFIG"] = str(self.config(settings))
+        return self.run(sys.executable, "cluster.py", *words, env=self.environment(**env))
+
+    def config(self, settings: dict[str, Any]) -> Path:
+        """Write a config.py that differs from the cloud's own in SETTINGS; return its path."""
+        text = (self.where.root / "config.py").read_text()
+        path = self.where.root / f"config-{time.monotonic_ns()}.py"
+        path.write_text(text + "".join(f"{name} = {value!r}\n" for name, value in settings.items()))
+        return path
+
+    def ask(self, what: str, body: Any = None) -> Any:
+        """Ask the cloud itself for something."""
+        return ask(self.where, what, body)
+
+    @contextmanager
+    def faults(self, *rules: dict[str, Any]) -> Iterator[None]:
+        """Spoil AWS calls for a while."""
+        self.ask("faults", list(rules))
+        try:
+            yield
+        finally:
+            self.ask("faults", [])
+
+    @contextmanager
+    def options(self, **changes: Any) -> Iterator[None]:
+        """Change EC2's options for a while."""
+        before = self.ask("options", {})
+        self.ask("options", changes)
+        try:
+            yield
+        finally:
+            self.ask("options", {name: before[name] for name in changes})
+
+    def calls(self, work: Callable[[], Any]) -> dict[str, int]:
+        """Return how often each AWS action was called while WORK was done."""
+        self.ask("counts")
+        work()
+        counts: dict[str, int] = self.ask("counts")
+        return counts
+
+    def client(self, service: str) -> Any:
+        """Return a boto3 client; only for process clouds, which this process can reach."""
+        given = self.environment()
+        url = given["AWS_ENDPOINT_URL_S3"] if service == "s3" else given["AWS_ENDPOINT_URL"]
+        key, secret = given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
+        session = boto3.Session(key, secret, region_name="us-east-1")
+        return session.client(service, endpoint_url=url)
+
+    def status(self, group: str) -> dict[str, Any]:
+        """Return what `status --json` says of GROUP; {} where it says nothing."""
+        shown = self.cluster("status", group, "--json")
+        assert shown.code == 0, shown.err
+        groups: dict[str, Any] = json.loads(shown.out)["groups"]
+        return dict(groups.get(group, {}))
+
+    def nodes(self, group: str) -> list[dict[str, Any]]:
+        """Return GROUP's nodes as status shows them."""
+        return list(self.status(group).get("nodes", []))
+
+
+def wait_until(check: Callable[[], Any], limit: float = 60, what: str = "it") -> Any:
+    """Wait until CHECK returns something true; return that."""
+    deadline = time.monotonic() + limit
+    while True:
+        if found := check():
+            return found
+        assert time.monotonic() < deadline, f"{what} did not happen within {limit} s"
+        time.sleep(0.1)
+
+
+def interrupt(child: subprocess.Popen[str], number: int = signal.SIGINT) -> Result:
+    """Send a signal to a running command and return what it did."""
+    os.kill(child.pid, number)
+    out, err = child.communicate(timeout=LIMIT)
+    return Result(child.returncode, out, err)

@@ -1,0 +1,256 @@
+"""What only real nodes prove: cloud-init, apt, systemd, security groups, the head guard, deadlines.
+
+The tests of one cluster run in their order, each on what the one before left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.localcloud.places import CLIENT, HERE, STRANGER
+from tests.support import LocalCloud, Result, wait_until
+
+GROUP = "main"
+RENDER = str(HERE / "mitsuba" / "mitsuba")
+GUARD_LIMIT = 30  # seconds within which the head serves again by itself
+
+REACH = """
+import socket, sys
+source, address, port = sys.argv[1:]
+try:
+    socket.create_connection((address, int(port)), 3, (source, 0)).close()
+except OSError as error:
+    sys.exit(type(error).__name__)
+"""
+
+
+class Cluster:
+    """The cluster that the tests share."""
+
+    def __init__(self, cloud: LocalCloud) -> None:
+        self.cloud = cloud
+
+    def tool(self, *words: str) -> Result:
+        """Run the tool on the shared group and see it succeed."""
+        done = self.cloud.cluster(*words)
+        assert done.code == 0, done.err
+        return done
+
+    def nodes(self, role: str = "") -> list[dict[str, Any]]:
+        """Return the running nodes (of a role), oldest first."""
+        shown = [node for node in self.cloud.nodes(GROUP) if node["state"] == "running"]
+        return [node for node in shown if node["role"] == role or not role]
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The head node."""
+        (head,) = self.nodes("head")
+        return head
+
+    def ssh(self, node: dict[str, Any], command: str) -> Result:
+        """Run a command on a node, past the tool."""
+        words = ["ssh", "-q", "-i", str(self.cloud.where.root / "key.pem")]
+        words += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+        return self.cloud.run(*words, f"ubuntu@{node['address']}", command)
+
+    def offered(self, host: str) -> int:
+        """Return the cores that Mitsuba is offered at HOST; 0 where it does not serve."""
+        done = self.cloud.run("timeout", "3", sys.executable, RENDER, "-c", host, "scene.xml")
+        found = re.search(r": (\d+) cores", done.out)
+        return int(found[1]) if found else 0
+
+    def serves_again(self, cores: int) -> None:
+        """See the head offer CORES, by itself, at the same address, in time."""
+        head = self.head
+        start = time.monotonic()
+        wait_until(lambda: self.offered(head["public_name"]) == cores, GUARD_LIMIT, f"an offer of {cores} cores")
+        assert time.monotonic() - start < GUARD_LIMIT
+
+    def pids(self) -> dict[str, str]:
+        """Return each node's mtssrv process."""
+        return {node["id"]: self.ssh(node, "systemctl show -P MainPID mtssrv").out for node in self.nodes()}
+
+
+@pytest.fixture(scope="module")
+def cluster(nodes: LocalCloud) -> Iterator[Cluster]:
+    """A cluster of three nodes that serve."""
+    made = Cluster(nodes)
+    created = made.tool("createNodes", "c1.xlarge", "3", GROUP)
+    assert created.err.splitlines()[-1].startswith("3 nodes ready.")
+    assert made.tool("install", GROUP).out.count(": Mitsuba 0.6.0\n") == 3
+    started = made.tool("start", GROUP)
+    assert started.out.splitlines()[-1] == f"Head node: {made.head['public_name']}"
+    yield made
+    nodes.cluster("terminateAll", GROUP)
+
+
+def own_cores(count: int) -> int:
+    """Return what a head with COUNT workers offers on this machine, whose cores each node sees."""
+    cores = len(os.sched_getaffinity(0))
+    return count * cores + max(1, cores - 2)
+
+
+def test_mitsuba_is_offered_all_cores_through_the_security_group(cluster: Cluster) -> None:
+    assert cluster.head["public_name"].startswith("ec2-203-0-113-")
+    assert cluster.offered(cluster.head["public_name"]) == own_cores(2)
+
+
+@pytest.mark.parametrize("port", ["22", "7554"])
+def test_nobody_else_gets_in(cluster: Cluster, port: str) -> None:
+    reach = (sys.executable, "-c", REACH)
+    address = cluster.head["public_ip"]
+    assert cluster.cloud.run(*reach, CLIENT, address, port).code == 0
+    assert cluster.cloud.run(*reach, STRANGER, address, port).err == "TimeoutError\n"
+
+
+def test_metadata_is_for_root_alone(cluster: Cluster) -> None:
+    ask = "curl -s -o /dev/null -m 3 -w '%{http_code}' http://169.254.169.254/latest/user-data"
+    assert cluster.ssh(cluster.head, ask).out == "000"
+    assert cluster.ssh(cluster.head, f"sudo -u mitsuba {ask}").out == "000"
+    assert cluster.ssh(cluster.head, f"sudo {ask}").out == "401"  # no token: IMDSv2 alone is spoken
+    token = "curl -s -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 60' http://169.254.169.254/latest/api/token"
+    assert cluster.ssh(cluster.head, f'sudo {ask} -H "X-aws-ec2-metadata-token: $(sudo {token})"').out == "200"
+
+
+def test_the_server_is_a_hardened_unit_in_the_data_directory(cluster: Cluster) -> None:
+    shown = cluster.ssh(
+        cluster.head, "systemctl show mtssrv -P User -P WorkingDirectory -P NoNewPrivileges -P ProtectSystem -P Restart"
+    )
+    assert shown.out.split() == ["mitsuba", "/mnt", "yes", "strict", "always"] or set(shown.out.split()) == {
+        *("mitsuba", "/mnt", "yes", "strict", "always")
+    }
+    assert cluster.ssh(cluster.head, "stat -c '%U:%G %a' /mnt").out == "ubuntu:mitsuba 2775\n"
+    assert "Listening on port 7554" in cluster.ssh(cluster.head, "sudo journalctl -u mtssrv -o cat").out
+
+
+def digests(cluster: Cluster, pattern: str) -> list[set[str]]:
+    """Return the SHA-256 of the data files that PATTERN matches, a set a node."""
+    outputs = [cluster.ssh(node, f"cd /mnt && sha256sum {pattern}").out for node in cluster.nodes()]
+    return [{line.split()[0] for line in output.splitlines()} for output in outputs]
+
+
+def bytes_served(cloud: LocalCloud, work: Callable[[], Any]) -> int:
+    """Return how many bytes S3 sent while WORK was done."""
+    before = cloud.where.calls.read_text()
+    work()
+    lines = cloud.where.calls.read_text()[len(before) :].splitlines()
+    return sum(int(found[1]) for line in lines if (found := re.search(r'"bytes": (\d+)', line)))
+
+
+def test_data_reaches_every_node_byte_for_byte_and_only_once(cluster: Cluster, tmp_path: Path) -> None:
+    big = tmp_path / "big.vol"
+    big.write_bytes(os.urandom(1 << 20) * 256)
+    folder = tmp_path / "smoke"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"density {number}.vol").write_bytes(os.urandom(1 << 20))
+    sync = lambda: (cluster.tool("syncData", str(big), GROUP), cluster.tool("syncData", str(folder), GROUP))  # noqa: E731
+    assert bytes_served(cluster.cloud, sync) == 3 * (256 + 3) * (1 << 20)
+    assert digests(cluster, "big.vol") == 3 * [{hashlib.sha256(big.read_bytes()).hexdigest()}]
+    parts = {hashlib.sha256(part.read_bytes()).hexdigest() for part in folder.iterdir()}
+    assert digests(cluster, "smoke/*.vol") == 3 * [parts]
+    assert bytes_served(cluster.cloud, sync) == 0
+    assert bytes_served(cluster.cloud, lambda: cluster.tool("syncData", "smoke/density", GROUP)) == 0
+
+
+def test_a_second_start_changes_nothing(cluster: Cluster) -> None:
+    before = cluster.pids()
+    again = cluster.tool("start", GROUP)
+    assert again.out.count("serves already") == 3
+    assert cluster.pids() == before
+
+
+def test_a_killed_server_comes_back(cluster: Cluster) -> None:
+    worker = cluster.nodes("worker")[0]
+    pid = cluster.ssh(worker, "systemctl show -P MainPID mtssrv; sudo systemctl kill -s KILL mtssrv").out
+    wait_until(lambda: cluster.ssh(worker, "systemctl show -P MainPID mtssrv").out not in (pid, "0\n"))
+    head = cluster.head
+    wait_until(lambda: cluster.offered(head["address"]), GUARD_LIMIT)
+
+
+def relink(cluster: Cluster, cores: int) -> None:
+    """Run start and see all nodes linked."""
+    cluster.tool("start", GROUP)
+    assert cluster.offered(cluster.head["address"]) == cores
+
+
+def test_a_frozen_worker_is_left_out(cluster: Cluster) -> None:
+    relink(cluster, own_cores(2))
+    worker = cluster.nodes("worker")[0]
+    cluster.cloud.ask("freeze", {"node": worker["id"]})
+    try:
+        cluster.serves_again(own_cores(1))
+    finally:
+        cluster.cloud.ask("thaw", {"node": worker["id"]})
+    shown = wait_until(lambda: found_unlinked(cluster, worker["name"]))
+    assert "up but not linked: run ./cluster.py start main" in shown
+
+
+def found_unlinked(cluster: Cluster, name: str) -> str:
+    """Return the line of `status --servers` for a node, once it answers."""
+    lines = cluster.cloud.cluster("status", GROUP, "--servers").out.splitlines()
+    return next((line for line in lines if line.startswith(f"{name}: up")), "")
+
+
+def test_a_worker_that_drops_off_the_network_is_left_out(cluster: Cluster) -> None:
+    relink(cluster, own_cores(2))
+    worker = cluster.nodes("worker")[0]
+    cluster.cloud.ask("cut", {"node": worker["id"]})
+    cluster.serves_again(own_cores(1))
+    cluster.tool("terminate", worker["id"])
+
+
+def test_new_nodes_join_and_the_rest_stays(cluster: Cluster) -> None:
+    head, before = cluster.head["id"], cluster.pids()
+    (worker,) = (node for node in cluster.nodes("worker") if node["state"] == "running")
+    more = cluster.tool("createNodes", "c1.xlarge", "2", GROUP)
+    assert "has 2 nodes already; 2 more are added" in more.err
+    assert cluster.tool("install", GROUP).out.count(": Mitsuba 0.6.0\n") == 4
+    relink(cluster, own_cores(3))
+    assert cluster.head["id"] == head
+    assert cluster.pids()[worker["id"]] == before[worker["id"]]
+
+
+def test_a_terminated_worker_is_left_out(cluster: Cluster) -> None:
+    cluster.tool("terminate", cluster.nodes("worker")[0]["id"])
+    cluster.serves_again(own_cores(2))
+
+
+def test_one_bad_node_does_not_stop_the_others(cluster: Cluster) -> None:
+    bad = cluster.nodes("worker")[0]
+    spoil = "sudo rm /var/lib/mitsuba-cluster/installed && sudo sh -c 'echo \"#!/bin/false\" > /usr/bin/apt-get'"
+    assert cluster.ssh(bad, spoil).code == 0
+    done = cluster.cloud.cluster("install", GROUP)
+    assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (1, 2)
+    assert f"{bad['name']}: the installation failed" in done.err
+    assert "the package lists could not be fetched" in done.err
+    assert done.last_line == f"Error: Installed on 2 of 3 nodes; failed: {bad['name']}"
+
+
+def test_terminate_all_leaves_nothing(cluster: Cluster) -> None:
+    ended = cluster.tool("terminateAll", GROUP)
+    assert "security group removed: nothing of group 'main' is left in us-east-1." in ended.err
+    assert all(node["state"] == "terminated" for node in cluster.cloud.ask("status").values())
+    assert cluster.cloud.status(GROUP) == {}
+
+
+@pytest.mark.parametrize("reboot", [False, True], ids=["", "after a reboot"])
+def test_a_node_ends_itself_at_its_deadline(nodes: LocalCloud, reboot: bool) -> None:
+    group = f"deadline{reboot}"
+    made = nodes.cluster("createNodes", "c1.xlarge", "1", group, "--max-hours", "0.01" if reboot else "0.004")
+    assert made.code == 0, made.err
+    name = nodes.nodes(group)[0]["id"]
+    if reboot:
+        nodes.ask("reboot", {"node": name})
+    shown = wait_until(lambda: [n for n in nodes.nodes(group) if n["state"] == "terminated"], 90, "its own end")
+    assert shown[0]["reason"] == "Client.InstanceInitiatedShutdown: Instance initiated shutdown"
+    assert nodes.cluster("terminateAll", group).code == 0
