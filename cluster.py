@@ -562,8 +562,9 @@ apt() {
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
 update() {
-  for pause in 2 4 8 16 30 60 0; do
+  for pause in 2 4 8 16 0; do
     if apt -o APT::Update::Error-Mode=any update; then return 0; fi
+    if [ "$pause" = 0 ]; then break; fi
     echo "apt-get update failed; next try in $pause seconds"
     sleep "$pause"
   done

@@ -22,12 +22,13 @@ PACKAGES = (
     "openssh-server procps psmisc python3 rsync sudo systemd systemd-sysv udev wget xz-utils zstd"
 ).split()
 
-# What a container has no use for, or what would only slow its boot.
+# What a container has no use for, what would only slow its boot, and nftables.service, which would
+# flush the rules that stand for the security group.
 MASKED_UNITS = (
     "getty@tty1.service console-getty.service systemd-udevd.service systemd-udev-trigger.service "
     "systemd-timesyncd.service systemd-networkd-wait-online.service dpkg-db-backup.timer "
     "e2scrub_all.timer fstrim.timer man-db.timer cloud-init-hotplugd.socket "
-    "systemd-resolved.service systemd-firstboot.service systemd-hwdb-update.service"
+    "systemd-resolved.service systemd-firstboot.service systemd-hwdb-update.service nftables.service"
 ).split()
 
 # /mnt takes the place of the instance store; cloud-init finds the metadata server as on EC2.

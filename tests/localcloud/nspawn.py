@@ -64,7 +64,9 @@ def set_up_network() -> None:
         [
             "link set lo up",
             *(f"addr add {address}/32 dev lo" for address in (METADATA, CLIENT, STRANGER)),
-            "link add bridge type bridge",
+            # An address of its own: else it takes a port's, and changes it when nodes come and go,
+            # and the other nodes' idea of the router is stale for half a minute.
+            "link add bridge address 02:00:ac:1f:00:01 type bridge",
             f"addr add {ROUTER}/16 dev bridge",
             f"addr add {RESOLVER}/16 dev bridge",
             f"link set bridge mtu {MTU} up",
