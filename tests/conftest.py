@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("nspawn"))
             if not NSPAWN:
                 item.add_marker(pytest.mark.skip(reason="needs root on Debian or Ubuntu, and nspawn"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --mistakes."""
+    parser.addoption("--mistakes", action="store_true", help="print the table of mistakes and their lines")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table of mistakes, as the tests have seen them."""
+    if config.getoption("--mistakes"):
+        reports = [report for report in terminalreporter.getreports("passed") if report.when == "call"]
+        rows = sorted(tuple(value) for report in reports for name, value in report.user_properties if name == "mistake")
+        for what, code, line in rows:
+            terminalreporter.write_line(f"| {what} | {code} | {line} |")
 
 
 def running(root: Path, kind: str) -> Iterator[LocalCloud]:

@@ -169,7 +169,9 @@ def test_run_command_keeps_the_shells_meaning(cloud: LocalCloud, group: str) -> 
 
 def test_run_command_with_huge_output(cloud: LocalCloud, group: str) -> None:
     create(cloud, group, 1)
-    done = cloud.run("sh", "-c", f"{sys.executable} cluster.py runCommand 'head -c 100000000 /dev/zero' {group} | wc -c")
+    done = cloud.run(
+        "sh", "-c", f"{sys.executable} cluster.py runCommand 'head -c 100000000 /dev/zero' {group} | wc -c"
+    )
     assert int(done.out) > 100_000_000
 
 

@@ -1,0 +1,94 @@
+"""Killed or interrupted at every EC2 call: whatever exists is shown by status and ended by terminateAll."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import LocalCloud, Result
+
+LANES = 6  # the calls of a sweep are dealt out to so many tests, which run side by side
+
+
+def killed_at(cloud: LocalCloud, call: int, kind: str, number: int, *words: str) -> Result:
+    """Run the tool, with a signal from the endpoint at its k-th call, before or after it is carried out."""
+    pid_file = cloud.where.root / f"pid-{words[-1]}"
+    pid_file.unlink(missing_ok=True)
+    rule = {"kind": kind, "service": "*", "nth": call, "pid_file": str(pid_file), "signal": number}
+    with cloud.faults(rule):
+        script = f'echo $$ > {pid_file}.part; mv {pid_file}.part {pid_file}; exec "$@"'
+        return cloud.run("sh", "-c", script, "sh", sys.executable, "cluster.py", *words)
+
+
+def existing(cloud: LocalCloud, group: str) -> tuple[list[str], int]:
+    """Return what EC2 itself has of GROUP: instances that live, and the number of security groups."""
+    ec2 = cloud.client("ec2")
+    ours = [{"Name": "tag:mitsuba-group", "Values": [group]}]
+    reservations = ec2.describe_instances(Filters=ours)["Reservations"]
+    instances = [one for reservation in reservations for one in reservation["Instances"]]
+    living = [one["InstanceId"] for one in instances if one["State"]["Name"] != "terminated"]
+    return sorted(living), len(ec2.describe_security_groups(Filters=ours)["SecurityGroups"])
+
+
+def sweep(lane: int) -> Iterator[int]:
+    """Yield the calls of one lane: 1, 7, 13 … for the first of six."""
+    yield from range(lane + 1, 100, LANES)
+
+
+def see_and_end(cloud: LocalCloud, group: str) -> None:
+    """See all that exists in status, and nothing left after terminateAll."""
+    living, security_groups = existing(cloud, group)
+    shown = cloud.status(group)
+    assert bool(shown) == bool(living or security_groups)
+    alive = [node["id"] for node in shown.get("nodes", []) if node["state"] != "terminated"]
+    assert sorted(alive) == living
+    ended = cloud.cluster("terminateAll", group)
+    assert ended.code == 0, ended.err
+    assert existing(cloud, group) == ([], 0)
+
+
+@pytest.mark.parametrize("lane", range(LANES))
+@pytest.mark.parametrize("kind", ["kill-before", "kill-after"])
+def test_create_killed_at_every_call(cloud: LocalCloud, kind: str, lane: int) -> None:
+    for call in sweep(lane):
+        group = f"{kind}-{call}"
+        done = killed_at(cloud, call, kind, signal.SIGKILL, "createNodes", "c1.xlarge", "1", group)
+        if done.code == 0:
+            assert call > 12, "createNodes makes more calls than that: it was not killed"
+            see_and_end(cloud, group)
+            break
+        assert done.code == -signal.SIGKILL
+        if call % 2:
+            again = cloud.cluster("createNodes", "c1.xlarge", "1", group)
+            assert again.code == 0, again.err
+        see_and_end(cloud, group)
+
+
+@pytest.mark.parametrize("kind", ["kill-before", "kill-after"])
+def test_terminate_killed_at_every_call(cloud: LocalCloud, kind: str) -> None:
+    for call in range(1, 100):
+        group = f"end-{kind}-{call}"
+        assert cloud.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+        done = killed_at(cloud, call, kind, signal.SIGKILL, "terminateAll", group)
+        see_and_end(cloud, group)
+        if done.code == 0:
+            assert call > 4
+            break
+
+
+@pytest.mark.parametrize("lane", range(LANES))
+def test_create_interrupted_at_every_call(cloud: LocalCloud, lane: int) -> None:
+    for call in sweep(lane):
+        group = f"interrupt-{call}"
+        done = killed_at(cloud, call, "kill-after", signal.SIGINT, "createNodes", "c1.xlarge", "1", group)
+        if done.code == 0:
+            break
+        assert done.code == 130, done.err
+        assert done.last_line.startswith("Interrupted.")
+        living, _ = existing(cloud, group)
+        if living:
+            assert f"./cluster.py terminateAll {group} ends them" in done.last_line
+        see_and_end(cloud, group)

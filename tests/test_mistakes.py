@@ -1,0 +1,265 @@
+"""Every mistake: one clear line that says what to do, the right exit code, nothing left behind.
+
+`python -m pytest tests/test_mistakes.py --mistakes` prints the table of them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.localcloud.places import PROJECT
+from tests.support import LocalCloud, Result
+
+CREATE = ("createNodes", "c1.xlarge", "1")
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is typed and set, and the line and code that it must give."""
+
+    name: str
+    words: tuple[str, ...]
+    says: str
+    code: int = 1
+    settings: dict[str, Any] | None = None
+    env: dict[str, str] = field(default_factory=dict)
+
+
+MISTAKES = [
+    Mistake("unknown type", ("createNodes", "c9.huge", "1"), "us-east-1 has no instance type 'c9.huge'"),
+    Mistake("count 0", ("createNodes", "c1.xlarge", "0"), "0 is not in the range 1<=x<=5000", 2),
+    Mistake("count -1", ("createNodes", "c1.xlarge", "--", "-1"), "-1 is not in the range", 2),
+    Mistake("count x", ("createNodes", "c1.xlarge", "x"), "'x' is not a valid integer", 2),
+    Mistake("no count", ("createNodes", "c1.xlarge"), "Missing argument 'COUNT'", 2),
+    Mistake("unknown command", ("createNode",), "No such command 'createNode'", 2),
+    Mistake("bad group", (*CREATE, "a/b"), "'a/b' is no group name", 2),
+    Mistake("group like an option", ("status", "--", "-x"), "'-x' is no group name", 2),
+    Mistake("not offered here", CREATE, "c1.xlarge is not offered in eu-central-1", 1, {"AWS_REGION": "eu-central-1"}),
+    Mistake("arm64 type", ("createNodes", "c7g.large", "1"), "c7g.large is an arm64 machine, and Mitsuba 0.6"),
+    Mistake(
+        "uefi-only image",
+        CREATE,
+        "boots by uefi only, which c1.xlarge can't",
+        settings={"AMI_IDS": {"us-east-1": "ami-0fedcba9876543210"}},
+    ),
+    Mistake(
+        "arm64 image",
+        CREATE,
+        "is for arm64, which c1.xlarge is not",
+        settings={"AMI_IDS": {"us-east-1": "ami-0123456789abcdef0"}},
+    ),
+    Mistake(
+        "no such image",
+        CREATE,
+        "there is no image ami-0000",
+        settings={"AMI_IDS": {"us-east-1": "ami-00000000000000000"}},
+    ),
+    Mistake(
+        "no credentials",
+        ("status",),
+        "no AWS credentials: run `aws configure`",
+        env={"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""},
+    ),
+    Mistake("unknown profile", ("status",), "no AWS credentials", env={"AWS_PROFILE": "nobody"}),
+    Mistake(
+        "unknown region", ("status",), "'us-east-9' is no region that boto3 knows", settings={"AWS_REGION": "us-east-9"}
+    ),
+    Mistake(
+        "no nodes", ("install", "empty"), "no running nodes in group 'empty' (us-east-1); ./cluster.py createNodes"
+    ),
+    Mistake("no nodes to end", ("terminateAll", "empty"), "Nothing to terminate: group 'empty' does not exist", 0),
+    Mistake("unknown node", ("terminate", "i-0123456789abcdef0"), "no node 'i-0123456789abcdef0' of this tool"),
+    Mistake("malformed node", ("login", "; rm -rf /"), "no node '; rm -rf /' of this tool"),
+    Mistake("no head", ("tunnel", "empty"), "no running nodes in group 'empty'"),
+    Mistake("unknown request", ("cancelSpot", "sir-nothing"), "no spot request 'sir-nothing' of this tool"),
+    Mistake("S3_PATH unset", ("syncData", "x"), "S3_PATH is not set in config.py", settings={"S3_PATH": "s3://XXXXXX"}),
+    Mistake(
+        "no bucket", ("syncData", "x"), "there is no bucket 'nowhere-123'", settings={"S3_PATH": "s3://nowhere-123"}
+    ),
+    Mistake(
+        "no settings file", ("--config", "/nowhere/config.py", "status"), "there is no settings file /nowhere/config.py"
+    ),
+    Mistake("no package file", CREATE, "MITSUBA_PACKAGE: there is no file", settings={"MITSUBA_PACKAGE": "gone.deb"}),
+    Mistake(
+        "address look-up fails",
+        CREATE,
+        "set CLIENT_CIDR in config.py",
+        env={"MITSUBA_CLUSTER_ADDRESS_URL": "http://127.0.0.1:1/"},
+    ),
+    Mistake(
+        "open to the world",
+        CREATE,
+        "would open mtssrv, which has no password, to the world",
+        settings={"CLIENT_CIDR": "0.0.0.0/0"},
+    ),
+    Mistake(
+        "half a credential", CREATE, "set both AWS_ACCESS_KEY_ID and", settings={"AWS_ACCESS_KEY_ID": "AKIAEXAMPLE"}
+    ),
+]
+
+WRONG_SETTINGS: dict[str, Any] = {
+    "AWS_ACCESS_KEY_ID": "with space",
+    "AWS_SECRET_ACCESS_KEY": 5,
+    "AWS_REGION": "Virginia",
+    "KEYPAIR_NAME": "",
+    "SSH_PRIVATE_KEY_FILE": 7,
+    "SSH_USER": "Big User",
+    "SSH_PORT": "22",
+    "AMI_IDS": ["ami-1"],
+    "SUBNET_ID": "mine",
+    "CLIENT_CIDR": "everyone",
+    "PUBLIC_SERVER_PORT": "yes",
+    "ROOT_VOLUME_GB": 1.5,
+    "MAX_HOURS": -1,
+    "PKG_REPOSITORY": "https://example.org",
+    "MITSUBA_PACKAGE": "http://example.org/mitsuba.deb",
+    "DATA_DIR": "mnt",
+    "S3_PATH": "bucket/prefix",
+}
+
+
+def only_one_line(done: Result) -> str:
+    """Return the line of a failed command, having seen that there is no traceback."""
+    assert "Traceback" not in done.err, done.err
+    return done.last_line
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name.replace(" ", "-"))
+def test_mistake(cloud: LocalCloud, mistake: Mistake, request: pytest.FixtureRequest) -> None:
+    before = len(cloud.ask("status"))
+    done = cloud.cluster(*mistake.words, settings=mistake.settings, **mistake.env)
+    line = only_one_line(done)
+    assert mistake.says in line
+    assert done.code == mistake.code
+    assert done.out == ""
+    request.node.user_properties.append(("mistake", (mistake.name, str(done.code), line)))
+    assert len(cloud.ask("status")) == before
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS)
+def test_wrong_setting(cloud: LocalCloud, name: str) -> None:
+    done = cloud.cluster("status", settings={name: WRONG_SETTINGS[name]})
+    shown = "(not shown)" if name.startswith("AWS_") and "KEY" in name else repr(WRONG_SETTINGS[name])
+    assert re.fullmatch(rf"Error: config-\d+\.py: {name} is {re.escape(shown)}; expected: .+", only_one_line(done))
+    assert done.code == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("AWS_REGION = 'us-east-1\n", "line 1: unterminated string literal"),
+        ("AWS_REGION = region\n", "can't be read: NameError: name 'region' is not defined"),
+        ("1 / 0\n", "can't be read: ZeroDivisionError"),
+    ],
+)
+def test_broken_config(cloud: LocalCloud, tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    done = cloud.cluster("--config", str(path), "status")
+    assert (done.code, says in only_one_line(done)) == (1, True)
+
+
+def test_unknown_setting_is_a_warning(cloud: LocalCloud) -> None:
+    done = cloud.cluster("status", "nothing-here", settings={"AWS_REGON": "us-west-2"})
+    assert (done.code, "sets AWS_REGON, which is no setting" in done.err) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("expired", "your AWS session has expired; renew it, e.g. with `aws sso login`"),
+        ("code:AuthFailure", "AWS refuses these credentials (AuthFailure)"),
+        ("denied", "your AWS user may not do DescribeInstances"),
+        ("html", "AWS is busy (502 from DescribeInstances)"),
+    ],
+)
+def test_refusals_of_aws(cloud: LocalCloud, fault: str, says: str) -> None:
+    with cloud.faults({"kind": fault, "action": "DescribeInstances"}):
+        done = cloud.cluster("status")
+    assert (done.code, says in only_one_line(done)) == (1, True), done.err
+
+
+KEY_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no key": (lambda path: path.write_text("hello"), "is no SSH private key"),
+    "0644": (lambda path: path.chmod(0o644), "can be read by other users: chmod 600"),
+    "broken": (lambda path: path.write_text(path.read_text()[:120]), "can't be read as an SSH private key"),
+}
+
+
+@pytest.mark.parametrize("name", KEY_FILES)
+def test_key_file(cloud: LocalCloud, tmp_path: Path, name: str) -> None:
+    spoil, says = KEY_FILES[name]
+    assert cloud.cluster("createNodes", "c1.xlarge", "1", "key-file").code == 0
+    path = tmp_path / "key.pem"
+    shutil.copy(cloud.where.root / "key.pem", path)
+    path.chmod(0o600)
+    spoil(path)
+    done = cloud.cluster("runCommand", "true", "key-file", settings={"SSH_PRIVATE_KEY_FILE": str(path)})
+    cloud.cluster("terminateAll", "key-file")
+    assert (done.code, says in only_one_line(done)) == (1, True), done.err
+
+
+def test_key_pair_name_of_another_key(cloud: LocalCloud, tmp_path: Path) -> None:
+    assert cloud.cluster(*CREATE, "first-key").code == 0
+    other = {"SSH_PRIVATE_KEY_FILE": str(tmp_path / "other.pem")}
+    done = cloud.cluster(*CREATE, "second-key", settings=other)
+    cloud.cluster("terminateAll", "first-key")
+    assert "EC2 has another key under the name 'mitsuba-key': choose another KEYPAIR_NAME" in only_one_line(done)
+    assert cloud.status("second-key") == {}
+
+
+def test_s3cfg_that_is_no_ini_file(cloud: LocalCloud) -> None:
+    path = cloud.where.root / ".s3cfg"
+    path.write_text("access_key: but no section\n")
+    try:
+        done = cloud.cluster("syncData", "x")
+    finally:
+        path.unlink()
+    assert "is no settings file of s3cmd" in only_one_line(done)
+
+
+def test_prefix_that_matches_nothing(cloud: LocalCloud) -> None:
+    assert cloud.cluster(*CREATE, "no-match").code == 0
+    done = cloud.cluster("syncData", "nothing-like-this", "no-match")
+    cloud.cluster("terminateAll", "no-match")
+    assert "there is no file 'nothing-like-this' here, and nothing under s3://scenes/data" in only_one_line(done)
+
+
+@pytest.mark.parametrize("module", ["click", "boto3", "paramiko"])
+def test_missing_dependency(tmp_path: Path, module: str) -> None:
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('no', name={module!r})\n")
+    command = {"click": "--help", "boto3": "status", "paramiko": "install"}[module]
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)}
+    probe = [sys.executable, "cluster.py", command]
+    if module == "paramiko":  # needed only once nodes are found: import it as the SSH section does
+        probe = [sys.executable, "-c", "import cluster, pathlib; cluster.load_identity(pathlib.Path('x'))"]
+    done = subprocess.run(probe, cwd=PROJECT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    if module != "paramiko":
+        assert f"cluster.py needs {module}." in done.stderr
+        assert "python3 -m venv" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port(cloud: LocalCloud) -> None:
+    group = "taken-port"
+    for words in (CREATE, ("install",), ("start",)):
+        assert cloud.cluster(*words, group).code == 0
+    address = cloud.nodes(group)[0]["address"]
+    assert address.startswith("127.")
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = cloud.cluster("tunnel", group, "--port", port)
+    cloud.cluster("terminateAll", group)
+    assert f"port {port} of this machine is taken" in only_one_line(done)

@@ -1,0 +1,312 @@
+"""Pure functions, the handshake against literal bytes, and what stands in two places and must agree."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import fields
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cluster
+from tests.localcloud.places import HERE, PROJECT
+
+LAUNCHED = datetime(2026, 1, 1, tzinfo=timezone.utc)
+GREETING = bytes.fromhex("1bcd302e362e30000300")  # of mitsuba-server's documentation: 0.6.0, single precision
+ANSWER = bytes.fromhex("1bcd000469702d3137322d33312d302d3500")  # 4 cores, ip-172-31-0-5
+
+
+def node(name: str, minutes: int = 0, **changes: Any) -> cluster.Node:
+    """Return a running node that was launched MINUTES after the first."""
+    return cluster.Node(name, "g", "c1.xlarge", "running", LAUNCHED + timedelta(minutes=minutes), **changes)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, []), (1, [1]), (100, [100]), (250, [100, 100, 50])])
+def test_plan_batches(count: int, expected: list[int]) -> None:
+    assert cluster.plan_batches(count, 100) == expected
+
+
+def test_plan_head_prefers_the_old_head_then_on_demand_then_age() -> None:
+    spot, old, young = node("i-spot", 0, market="spot"), node("i-old", 1), node("i-young", 2)
+    assert cluster.plan_head([young, spot, old]) is old
+    assert cluster.plan_head([young, spot]) is young
+    head = node("i-head", 9, market="spot", role="head")
+    assert cluster.plan_head([old, head]) is head
+
+
+@pytest.mark.parametrize(("own", "expected"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 6)])
+def test_plan_head_cores(own: int, expected: int) -> None:
+    assert cluster.plan_head_cores(own) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("data/a.vol", "a.vol"),
+        ("data/deep/er/a.vol", "deep/er/a.vol"),
+        ("data/../etc/passwd", None),
+        ("data/a/../../b", None),
+        ("data/./a", None),
+        ("data//a", "a"),
+        ("data/a//b", None),
+        ("data/" + "x" * 256, None),
+        ("data/a\0b", None),
+        ("data/-rf *", "-rf *"),
+    ],
+)
+def test_plan_relative_path(key: str, expected: str | None) -> None:
+    assert cluster.plan_relative_path(key, "data") == expected
+
+
+@given(st.text(max_size=60))
+def test_no_key_leads_out_of_the_data_directory(key: str) -> None:
+    path = cluster.plan_relative_path(f"data/{key}", "data")
+    if path is not None:
+        assert os.path.commonpath([os.path.normpath(f"/mnt/{path}"), "/mnt"]) == "/mnt"
+        assert not path.startswith("/")
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8")), max_size=4))
+def test_quoting_survives_the_shell(arguments: list[str]) -> None:
+    line = cluster.user_command("name", "printf '%s\\0' \"$@\"", *arguments)
+    shown = subprocess.run(["sh", "-c", line], capture_output=True, check=True).stdout
+    assert shown.split(b"\0")[:-1] == ([one.encode() for one in arguments] or [b""])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0, "0s"), (59, "59s"), (60, "1m"), (3661, "1h01m"), (90061, "1d01h")]
+)
+def test_format_duration(seconds: float, expected: str) -> None:
+    assert cluster.format_duration(seconds) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(12, "12 B"), (1500, "1.5 kB"), (268435456, "268 MB"), (2e12, "2.0 TB")]
+)
+def test_format_size(size: float, expected: str) -> None:
+    assert cluster.format_size(size) == expected
+
+
+def test_format_table_stacks_what_does_not_fit() -> None:
+    rows = [["NAME", "TYPE", "STATE"], ["a-long-name", "c1.xlarge", "running"]]
+    assert cluster.format_table(rows, 80) == "NAME         TYPE       STATE\na-long-name  c1.xlarge  running"
+    assert cluster.format_table(rows, 24) == "a-long-name\n  type c1.xlarge\n  state running"
+
+
+def test_spent_counts_a_minute_at_least_and_the_public_address() -> None:
+    one = node("i-1", price=0.595, public_ip="203.0.113.1")
+    assert cluster.spent(one, LAUNCHED + timedelta(seconds=1)) == pytest.approx(0.01)
+    assert cluster.spent(one, LAUNCHED + timedelta(hours=10)) == pytest.approx(6)
+    assert cluster.spent(node("i-2"), LAUNCHED) is None
+
+
+@pytest.mark.parametrize("text", ["\033[2Jgone", "a\rb", "\x07"])
+def test_what_nodes_say_cannot_steer_the_terminal(text: str) -> None:
+    assert not re.search(r"[\x00-\x08\x0a-\x1f]", cluster.printable(text))
+
+
+class Peer:
+    """A server on loopback that records what it got, and answers with fixed bytes."""
+
+    def __init__(self, *answers: bytes, silent: bool = False) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        self.got: list[bytes] = []
+        self.ended: list[str] = []
+        self.answers, self.silent = answers, silent
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        """Answer one connection for each of the answers."""
+        with self.listener:
+            for answer in self.answers:
+                connection, _ = self.listener.accept()
+                with connection:
+                    self.converse(connection, answer)
+
+    def converse(self, connection: socket.socket, answer: bytes) -> None:
+        """Answer one greeting and note how the connection ends."""
+        got = connection.recv(100)
+        if not self.silent:
+            connection.sendall(answer)
+            if len(answer) < 2:
+                connection.shutdown(socket.SHUT_WR)
+        try:
+            while more := connection.recv(100):
+                got += more
+            self.ended.append("closed")
+        except ConnectionResetError:
+            self.ended.append("reset")
+        self.got.append(got)
+
+    @contextlib.contextmanager
+    def dial(self) -> Iterator[socket.socket]:
+        """Connect to it."""
+        with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+            yield connection
+
+
+def test_handshake_sends_and_reads_mitsubas_very_bytes() -> None:
+    peer = Peer(ANSWER)
+    assert cluster.ask_server(peer.dial, "0.6.0") == (4, "ip-172-31-0-5")
+    peer.thread.join(5)
+    assert peer.got == [GREETING + bytes.fromhex("000c")]
+    assert peer.ended == ["closed"]
+
+
+def test_handshake_tries_double_precision_then_gives_up() -> None:
+    peer = Peer(bytes.fromhex("000d"), bytes.fromhex("000d"))
+    with pytest.raises(cluster.AnotherBuild):
+        cluster.ask_server(peer.dial, "0.6.0")
+    peer.thread.join(5)
+    assert peer.got == [GREETING, GREETING[:-1] + b"\1"]
+
+
+@pytest.mark.parametrize(("answer", "error"), [(b"", EOFError), (b"HTTP/1.1 400", ValueError), (b"\x1b", EOFError)])
+def test_handshake_with_a_stranger(answer: bytes, error: type[Exception]) -> None:
+    peer = Peer(answer)
+    with pytest.raises(error):
+        cluster.ask_server(peer.dial, "0.6.0")
+    peer.thread.join(5)
+
+
+def test_handshake_with_a_silent_server_ends() -> None:
+    peer = Peer(b"", silent=True)
+    with pytest.raises(TimeoutError):
+        cluster.ask_server(peer.dial, "0.6.0")
+    peer.thread.join(5)
+
+
+def test_the_guard_is_a_program_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "guard.py"
+    path.write_text(cluster.guard_program())
+    done = subprocess.run(
+        [sys.executable, "-I", str(path), "filter", "0.6.0", str(tmp_path / "none"), str(tmp_path / "linked")],
+        check=False,
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "linked").read_text() == ""
+
+
+@contextlib.contextmanager
+def stand_in(folder: Path, *words: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the stand-in server in FOLDER."""
+    command = [sys.executable, str(HERE / "mitsuba" / "mtssrv"), *words]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, env=os.environ | env, **pipes) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+            child.communicate()
+
+
+def free_port() -> int:
+    """Return a port that nobody has."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def ready(child: subprocess.Popen[bytes]) -> None:
+    """Wait for the stand-in's ready line."""
+    assert child.stdout
+    while b"Listening on port" not in (line := child.stdout.readline()):
+        assert line, "the stand-in ended"
+
+
+def test_stand_in_answers_with_mitsubas_very_bytes(tmp_path: Path) -> None:
+    port = free_port()
+    with stand_in(tmp_path, "-p", "4", "-n", "ip-172-31-0-5", "-i", "127.0.0.1", "-l", str(port)) as server:
+        ready(server)
+        with socket.create_connection(("127.0.0.1", port), 5) as connection:
+            connection.sendall(GREETING)
+            assert connection.recv(100) == ANSWER
+        with socket.create_connection(("127.0.0.1", port), 5) as connection:
+            connection.sendall(GREETING[:-1] + b"\1")
+            assert connection.recv(100) == bytes.fromhex("000d")
+    assert "Listening on port" in (tmp_path / "mtssrv.ip-172-31-0-5.log").read_text()
+
+
+def test_stand_in_head_dies_with_its_worker(tmp_path: Path) -> None:
+    first, second = free_port(), free_port()
+    with stand_in(tmp_path, "-i", "127.0.0.1", "-l", str(first), "-n", "w", "-p", "3") as worker:
+        ready(worker)
+        hosts = ("-c", f"127.0.0.1:{first}")
+        with stand_in(tmp_path, "-i", "127.0.0.1", "-l", str(second), "-n", "h", "-p", "1", *hosts) as head:
+            ready(head)
+            with socket.create_connection(("127.0.0.1", second), 5) as connection:
+                connection.sendall(GREETING)
+                assert connection.recv(4)[2:] == b"\0\4"
+            worker.kill()
+            assert head.wait(10) == 255
+
+
+def test_stand_in_fails_with_0_and_says_why(tmp_path: Path) -> None:
+    with stand_in(tmp_path, "-c", f"127.0.0.1:{free_port()}") as head:
+        out, err = head.communicate(timeout=10)
+        assert head.returncode == 0
+        assert b"Caught a critical exception" in err
+        assert b"Listening" not in out
+
+
+def test_inline_metadata_lists_what_pyproject_lists() -> None:
+    inline = re.search(r"^# dependencies = (\[.*\])$", (PROJECT / "cluster.py").read_text(), re.M)
+    project = re.search(r"^dependencies = (\[.*\])$", (PROJECT / "pyproject.toml").read_text(), re.M)
+    assert inline
+    assert project
+    assert ast.literal_eval(inline[1]) == ast.literal_eval(project[1])
+
+
+def test_config_has_every_setting_with_its_default() -> None:
+    settings = cluster.load_settings(PROJECT / "config.py")
+    text = (PROJECT / "config.py").read_text()
+    for one in fields(cluster.Settings):
+        if one.name.isupper():
+            assert re.search(rf"^{one.name}\b.* = ", text, re.M), one.name
+    assert cluster.Settings(S3_PATH="s3://XXXXXX") == settings
+    assert set(cluster.CHECKS) == {one.name for one in fields(cluster.Settings) if one.name.isupper()}
+
+
+def test_placeholders_carry_no_secret() -> None:
+    assert "PRIVATE KEY" not in (PROJECT / "mitsuba-key.pem").read_text()
+    for line in (PROJECT / ".s3cfg").read_text().splitlines():
+        assert not re.match(r"(access|secret)_key\s*=\s*\S", line)
+
+
+def test_git_never_picks_up_the_key(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    git("config", "user.name", "test")
+    git("config", "user.email", "test@example.org")
+    key = tmp_path / "mitsuba-key.pem"
+    key.write_bytes((PROJECT / "mitsuba-key.pem").read_bytes())
+    git("add", "-A")
+    git("commit", "-qm", "placeholder")
+    cluster.ensure_key_file(key)
+    assert "PRIVATE KEY" in key.read_text()
+    assert key.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "other").write_text("x")
+    git("add", "-A")
+    git("commit", "-qam", "work")
+    git("stash", "--include-untracked") if git("status", "--porcelain") else None
+    assert "PRIVATE KEY" not in git("log", "-p")
+    assert "PRIVATE KEY" in key.read_text()
+    made = key.read_text()
+    cluster.ensure_key_file(key)
+    assert key.read_text() == made
