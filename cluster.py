@@ -714,7 +714,7 @@ ReadWritePaths={data}
 ProtectKernelTunables=yes
 ProtectKernelModules=yes
 ProtectControlGroups=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 IPAddressDeny=169.254.169.254 fd00:ec2::254
 
 [Install]
@@ -2507,8 +2507,8 @@ class Progress:
         self.done += 1
         if outcome.error:
             note(f"{outcome.node.name}: {outcome.error}")
-        elif self.say:
-            result(self.say(outcome))
+        elif self.say and (line := self.say(outcome)):
+            result(line)
 
 
 def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
@@ -3061,7 +3061,7 @@ def describe_server(outcome: Outcome, head: Node) -> str:
     """Return the line of one node in start's output."""
     served: Served = outcome.value
     if outcome.node.id == head.id:
-        return f"{outcome.node.name}: head, {served.news}"
+        return ""  # its own line comes when it serves
     return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.news}"
 
 
@@ -3071,7 +3071,7 @@ def worker_step(data: str, head: Node, remote: Remote) -> Served:
     if not facts.version:
         raise NodeError("Mitsuba is not installed here; run install first")
     if remote.node.id == head.id:
-        return Served(facts, 0, f"Mitsuba {facts.version}")
+        return Served(facts, 0, "")
     if facts.role == "worker":
         with contextlib.suppress(NodeError):
             return Served(facts, remote.ask_server(facts.version), "serves already")
@@ -3176,11 +3176,7 @@ def group_json(
 
 
 def show_group(
-    app: App,
-    group: str,
-    nodes: Sequence[Node],
-    requests: Sequence[SpotRequest],
-    details: dict[str, dict[str, Any]],
+    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
 ) -> None:
     """Print one group."""
     alive = [node for node in nodes if node.state in ALIVE]

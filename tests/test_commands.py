@@ -123,11 +123,7 @@ def test_calls_do_not_grow_with_the_number_of_nodes(cloud: LocalCloud, group: st
         *steps, ended = (cloud.calls(functools.partial(cloud.cluster, one, group)) for one in commands)
         counts.append([*steps, {name: count for name, count in ended.items() if name not in POLLS}])
     assert counts[0] == counts[1]
-    assert counts[0][0] == {
-        "DescribeInstances": 1,
-        "DescribeSpotInstanceRequests": 1,
-        "DescribeSecurityGroups": 1,
-    }
+    assert counts[0][0] == {"DescribeInstances": 1, "DescribeSpotInstanceRequests": 1, "DescribeSecurityGroups": 1}
 
 
 POLLS = ("DescribeInstances", "DeleteSecurityGroup")

@@ -148,7 +148,7 @@ class Daemon:
 
         inside = self.kind == "nspawn"
         moto = DomainDispatcherApplication(create_backend_app)
-        front = endpoint.Front(moto, self.where.calls, self.control)
+        front = endpoint.Front(endpoint.with_prices(moto), self.where.calls, self.control)
         address = "0.0.0.0" if inside else "127.0.0.1"
         server = make_server(address, places.EC2_PORT if inside else 0, front, threaded=True, request_handler=Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -199,12 +199,7 @@ class Daemon:
         """Return one node as `status` shows it; boot: seconds from launch to sshd's answer."""
         node = instance.node
         boot = round(node.answered - instance.born, 2) if node.answered else None
-        return {
-            "state": instance.state,
-            "private": instance.private_ip,
-            "public": instance.public_ip,
-            "boot": boot,
-        }
+        return {"state": instance.state, "private": instance.private_ip, "public": instance.public_ip, "boot": boot}
 
     # Life
 

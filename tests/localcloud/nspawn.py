@@ -96,12 +96,7 @@ class NspawnNode:
     """One node: a booted systemd with its own disk, addresses and security group."""
 
     def __init__(
-        self,
-        instance_id: str,
-        private_ip: str,
-        folder: Path,
-        image: Path,
-        on_exit: Callable[[], None],
+        self, instance_id: str, private_ip: str, folder: Path, image: Path, on_exit: Callable[[], None]
     ) -> None:
         self.id = instance_id
         self.private_ip = private_ip

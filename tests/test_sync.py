@@ -1,0 +1,139 @@
+"""syncData against two S3 servers: the exact one (moto's) and the fast one (localbucket)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+import cluster
+from tests.support import LocalCloud, Result
+
+GROUP = "sync"
+
+
+class Bucket:
+    """One S3 server with a bucket, and the tool pointed at it."""
+
+    def __init__(self, cloud: LocalCloud, kind: str) -> None:
+        self.cloud, self.kind = cloud, kind
+        given = cloud.environment()
+        self.url = given["AWS_ENDPOINT_URL" if kind == "moto" else "AWS_ENDPOINT_URL_S3"]
+        key, secret = given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
+        self.s3 = boto3.Session(key, secret, region_name="us-east-1").client("s3", endpoint_url=self.url)
+        if kind == "moto":
+            self.s3.create_bucket(Bucket="scenes")
+
+    def sync(self, name: str, **settings: Any) -> Result:
+        """Run syncData."""
+        env = {"AWS_ENDPOINT_URL_S3": self.url}
+        return self.cloud.cluster("syncData", name, GROUP, settings={"S3_PATH": "s3://scenes/data"} | settings, **env)
+
+    def on_nodes(self, path: str) -> list[bytes | None]:
+        """Return a data file of each node; None where it is missing."""
+        files = [self.cloud.where.nodes / node["id"] / "mnt" / path for node in self.cloud.nodes(GROUP)]
+        return [file.read_bytes() if file.exists() else None for file in files]
+
+
+@pytest.fixture(scope="module")
+def two_nodes(cloud: LocalCloud) -> Iterator[LocalCloud]:
+    """A group of two nodes."""
+    assert cloud.cluster("createNodes", "c1.xlarge", "2", GROUP).code == 0
+    yield cloud
+    cloud.cluster("terminateAll", GROUP)
+
+
+@pytest.fixture(scope="module", params=["moto", "localbucket"])
+def bucket(two_nodes: LocalCloud, request: pytest.FixtureRequest) -> Bucket:
+    """Each of the two S3 servers in turn."""
+    return Bucket(two_nodes, request.param)
+
+
+def test_a_file_is_sent_once(bucket: Bucket, tmp_path: Path) -> None:
+    data = tmp_path / f"cloud {bucket.kind}.vol"
+    data.write_bytes(os.urandom(40 << 20))
+    first = bucket.sync(str(data))
+    assert first.code == 0, first.err
+    assert "Uploaded 1 of 1 file to s3://scenes" in first.err
+    assert first.out.count("fetched 1 file, 41.9 MB") == 2
+    assert bucket.on_nodes(data.name) == 2 * [data.read_bytes()]
+    second = bucket.sync(str(data))
+    assert "Uploaded 0 of 1 file" in second.err
+    assert second.out.count("has everything already") == 2
+    data.write_bytes(os.urandom(1 << 20))
+    third = bucket.sync(str(data))
+    assert "Uploaded 1 of 1 file" in third.err
+    assert bucket.on_nodes(data.name) == 2 * [data.read_bytes()]
+
+
+def test_a_prefix_brings_all_that_begins_so(bucket: Bucket) -> None:
+    for name in ("smoke1.vol", "smoke/deep/2.vol", "other.vol"):
+        bucket.s3.put_object(Bucket="scenes", Key=f"data/{bucket.kind}-{name}", Body=name.encode())
+    done = bucket.sync(f"{bucket.kind}-smoke")
+    assert done.code == 0, done.err
+    assert bucket.on_nodes(f"{bucket.kind}-smoke1.vol") == 2 * [b"smoke1.vol"]
+    assert bucket.on_nodes(f"{bucket.kind}-smoke/deep/2.vol") == 2 * [b"smoke/deep/2.vol"]
+    assert bucket.on_nodes(f"{bucket.kind}-other.vol") == 2 * [None]
+
+
+def test_an_empty_file(bucket: Bucket, tmp_path: Path) -> None:
+    data = tmp_path / f"empty-{bucket.kind}"
+    data.write_bytes(b"")
+    done = bucket.sync(str(data))
+    assert done.code == 0, done.err
+    assert bucket.on_nodes(data.name) == [b"", b""]
+
+
+def test_keys_that_are_no_paths_are_left_out(two_nodes: LocalCloud) -> None:
+    bucket = Bucket(two_nodes, "moto")
+    good = ["-rf *", 'it\'s $(touch x); "y"', "naïve ☃", "new\nline"]
+    for name in [*good, "x" * 300]:  # no stand-in takes a key with ".."; test_units.py has those
+        bucket.s3.put_object(Bucket="scenes", Key=f"data/odd/{name}", Body=b"odd")
+    done = bucket.sync("odd/")
+    assert done.code == 1
+    assert done.last_line == "Error: 1 object left out"
+    assert "Traceback" not in done.err
+    for name in good:
+        assert bucket.on_nodes(f"odd/{name}") == [b"odd", b"odd"]
+
+
+def test_a_damaged_transfer_is_refused_and_leaves_nothing(two_nodes: LocalCloud) -> None:
+    bucket = Bucket(two_nodes, "localbucket")
+    wrong = {"sha256": "0" * 64}
+    bucket.s3.put_object(Bucket="scenes", Key="data/damaged", Body=b"damaged", Metadata=wrong)
+    done = bucket.sync("damaged")
+    assert done.code == 1
+    assert done.err.count("damaged: its checksum is wrong after the transfer") == 2
+    assert bucket.on_nodes("damaged") == [None, None]
+    assert not list(two_nodes.where.nodes.glob("*/mnt/.mitsuba-cluster/*.part*"))
+
+
+def test_a_file_larger_than_the_free_space(two_nodes: LocalCloud, tmp_path: Path) -> None:
+    """Run the nodes' program itself: its job names a size that no disk here has."""
+    job = [{"key": "k", "path": "k", "size": 1 << 60, "etag": "e", "sha256": "", "url": "http://127.0.0.1:1/"}]
+    done = subprocess.run(
+        [sys.executable, "-c", cluster.SYNC, str(tmp_path)],
+        input=json.dumps(job),
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert re.search(r"\d+ MB are needed in .*, \d+ MB are free", json.loads(done.stdout)["error"])
+    assert not list(tmp_path.glob("k*"))
+
+
+def test_no_address_shows_in_the_output(two_nodes: LocalCloud, tmp_path: Path) -> None:
+    bucket = Bucket(two_nodes, "localbucket")
+    data = tmp_path / "secret.vol"
+    data.write_bytes(b"x" * 1000)
+    done = bucket.sync(str(data))
+    assert "X-Amz-Signature" not in done.out + done.err
+    assert "Signature" not in done.out + done.err
