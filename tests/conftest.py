@@ -16,12 +16,11 @@ NSPAWN = best_kind() == "nspawn"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run all tests on real nodes in one worker, one after another; none without root."""
+    """Begin with the tests on real nodes, the longest chain; leave them out without root."""
     for item in items:
-        if "nodes" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("nspawn"))
-            if not NSPAWN:
-                item.add_marker(pytest.mark.skip(reason="needs root on Debian or Ubuntu, and nspawn"))
+        if "nodes" in getattr(item, "fixturenames", ()) and not NSPAWN:
+            item.add_marker(pytest.mark.skip(reason="needs root on Debian or Ubuntu, and nspawn"))
+    items.sort(key=lambda item: "nodes" not in getattr(item, "fixturenames", ()))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

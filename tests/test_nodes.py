@@ -19,6 +19,8 @@ import pytest
 from tests.localcloud.places import CLIENT, HERE, STRANGER
 from tests.support import LocalCloud, Result, wait_until
 
+pytestmark = pytest.mark.xdist_group("nspawn")  # one cloud, one test after another
+
 GROUP = "main"
 RENDER = str(HERE / "mitsuba" / "mitsuba")
 GUARD_LIMIT = 30  # seconds within which the head serves again by itself
