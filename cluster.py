@@ -101,6 +101,7 @@ ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
 BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
+TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 
 # Limits, in seconds.
 POLL = 1.0  # between two looks at EC2, one call for all nodes
@@ -548,8 +549,8 @@ echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
 """
 
-# $1 SSH user, $2 data directory, $3 apt line (or empty), $4 package: a name, or a file or https
-# address of a .deb, .tar.gz or shell script, $5 its SHA-256 (or empty), $6 what all this amounts to.
+# $1 SSH user, $2 data directory, $3 apt line, $4 package: a name in that repository, or else a file or
+# https address of a .deb, .tar.gz or shell script, $5 its SHA-256 (or empty), $6 what all this amounts to.
 INSTALL = """
 set -euo pipefail
 user=$1 data=$2 repository=$3 package=$4 sha256=$5 recipe=$6
@@ -605,15 +606,12 @@ install_tree() {
 }
 
 install_mitsuba() {
-  if [ -n "$repository" ]; then
-    echo "$repository" > /etc/apt/sources.list.d/mitsuba.list
-    update
-  fi
+  rm -f /etc/apt/sources.list.d/mitsuba.list
   case $package in
-    *.deb) fetch "$state/mitsuba.deb"; [ -n "$repository" ] || update; apt install "$state/mitsuba.deb" ;;
+    *.deb) fetch "$state/mitsuba.deb"; update; apt install --allow-downgrades "$state/mitsuba.deb" ;;
     *.tar.gz | *.tgz) fetch "$state/mitsuba.tar.gz"; install_tree "$state/mitsuba.tar.gz" ;;
     */*) fetch "$state/install.sh"; bash "$state/install.sh" ;;
-    *) apt install "$package" ;;
+    *) echo "$repository" > /etc/apt/sources.list.d/mitsuba.list; update; apt install "$package" ;;
   esac
 }
 
@@ -1098,8 +1096,8 @@ def open_client(settings: Settings, service: str, region: str = "", **options: A
         raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see https://docs.aws.amazon.com/ec2")
     defaults: dict[str, Any] = {
         "connect_timeout": 10,
-        "read_timeout": 30,
-        "retries": {"mode": "standard", "total_max_attempts": 6},
+        "read_timeout": 20,
+        "retries": {"mode": "standard", "total_max_attempts": 5},
         "max_pool_connections": 64,
     }
     return session.client(service, region_name=region, config=Config(**(defaults | options)))
@@ -1251,8 +1249,11 @@ def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
     """Make several calls at once; return their results in order, or raise the first error."""
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(len(calls)) as pool:
+    pool = ThreadPoolExecutor(len(calls))
+    try:
         return [future.result() for future in [pool.submit(call) for call in calls]]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for the slowest
 
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
@@ -1504,9 +1505,10 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
 
 
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
-    """Set one tag of many nodes by one call."""
-    if nodes:
-        ec2.create_tags(Resources=[node.id for node in nodes], Tags=[{"Key": name, "Value": value}])
+    """Set one tag of many nodes, a thousand a call."""
+    ids = [node.id for node in nodes]
+    for start in range(0, len(ids), TAG_BATCH):
+        ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
 
 
 def fetch_console(ec2: Client, node: Node) -> str:
@@ -2994,9 +2996,10 @@ def log_folder(group: str) -> Path:
 def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
     """Install Mitsuba on one node; return its version."""
     source, digest = settings.package
-    package, recipe = source, json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE])
+    package, content = source, ""
     if settings.MITSUBA_PACKAGE and "://" not in source:
-        package, recipe = upload_package(settings.folder / source, remote)
+        package, content = upload_package(settings.folder / source, remote)
+    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, content])
     arguments = [settings.SSH_USER, settings.DATA_DIR, settings.PKG_REPOSITORY, package, digest, recipe]
     path = logs / f"{remote.node.id}.install.log"
     try:

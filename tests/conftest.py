@@ -24,7 +24,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --mistakes."""
+    """Add --mistakes and --all-faults."""
+    parser.addoption("--all-faults", action="store_true", help="run every case of the fault sweep")
     parser.addoption("--mistakes", action="store_true", help="print the table of mistakes and their lines")
 
 

@@ -6,12 +6,15 @@ import functools
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import cluster
 from tests.localcloud.places import PROJECT
 from tests.support import LocalCloud, interrupt, wait_until
 
@@ -272,6 +275,38 @@ def test_regions_and_system_load(cloud: LocalCloud, group: str) -> None:
     shown = cloud.cluster("systemLoad", group)
     assert shown.out.splitlines()[0].split() == ["LOAD", "1", "5", "15", "CORES", "MEMORY", "NAME"]
     assert shown.out.count("0.42") == 2
+
+
+def test_tunnel_lets_any_number_of_connections_through(cloud: LocalCloud, group: str) -> None:
+    serve(cloud, group)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    child = cloud.start(sys.executable, "cluster.py", "tunnel", group, "--port", str(port))
+    assert child.stderr
+    while "Forwarding to" not in (line := child.stderr.readline()):
+        assert line
+
+    def ask() -> int:
+        return cluster.ask_server(lambda: socket.create_connection(("127.0.0.1", port), 20), "0.6.0")[0]
+
+    assert [ask() for _ in range(50)] == 50 * [6]
+    with ThreadPoolExecutor(50) as pool:
+        assert [one.result() for one in [pool.submit(ask) for _ in range(50)]] == 50 * [6]
+    done = interrupt(child)
+    assert done.code == 130
+    assert "Interrupted. The tunnel is closed." in done.err
+
+
+def test_closed_port_means_tunnel(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 1)
+    closed = {"PUBLIC_SERVER_PORT": False}
+    for command in ("install", "start"):
+        done = cloud.cluster(command, group, settings=closed)
+        assert done.code == 0, done.err
+    assert f"Port 7554 is closed. Run ./cluster.py tunnel {group}" in done.out
+    found = cloud.client("ec2").describe_security_groups(Filters=[{"Name": "tag:mitsuba-group", "Values": [group]}])
+    ports = {rule.get("FromPort") for rule in found["SecurityGroups"][0]["IpPermissions"]}
+    assert 7554 not in ports
 
 
 def test_time_limit_is_tagged_and_moved(cloud: LocalCloud, group: str) -> None:

@@ -5,17 +5,22 @@ The tests of one cluster run in their order, each on what the one before left.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
+import signal
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.localcloud.packages import build_stand_in
 from tests.localcloud.places import CLIENT, HERE, STRANGER
 from tests.support import LocalCloud, Result, wait_until
 
@@ -245,6 +250,38 @@ def test_terminate_all_leaves_nothing(cluster: Cluster) -> None:
     assert cluster.cloud.status(GROUP) == {}
 
 
+def make_package(kind: str, folder: Path) -> Path:
+    """Return the stand-in as a .deb, as a .tar.gz with its programs in a folder, or as a script that installs it."""
+    if kind == "deb":
+        return build_stand_in(folder)
+    if kind == "tar.gz":
+        path = folder / "mitsuba-0.6.0.tar.gz"
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(HERE / "mitsuba", "mitsuba-0.6.0/dist")
+        return path
+    path = folder / "set up mitsuba.sh"
+    server = base64.b64encode((HERE / "mitsuba" / "mtssrv").read_bytes()).decode()
+    path.write_text(f"set -e\necho {server} | base64 -d > /usr/local/bin/mtssrv\nchmod 755 /usr/local/bin/mtssrv\n")
+    return path
+
+
+def test_packages_of_every_kind(nodes: LocalCloud, tmp_path: Path) -> None:
+    group = "packages"
+    assert nodes.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+    (node,) = nodes.nodes(group)
+    for kind in ("sh", "tar.gz", "deb"):
+        path = make_package(kind, tmp_path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        done = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": f"{path}#sha256={digest}"})
+        assert (done.code, done.out) == (0, f"{node['name']}: Mitsuba 0.6.0\n"), done.err
+        where = Cluster(nodes).ssh(node, "command -v mtssrv; sudo rm -f /usr/local/bin/mtssrv").out
+        assert where == ("/usr/bin/mtssrv\n" if kind == "deb" else "/usr/local/bin/mtssrv\n")
+    wrong = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": f"{path}#sha256={'0' * 64}"})
+    assert wrong.code == 1
+    assert "checksum did NOT match" in wrong.err
+    assert nodes.cluster("terminateAll", group).code == 0
+
+
 @pytest.mark.parametrize("reboot", [False, True], ids=["", "after a reboot"])
 def test_a_node_ends_itself_at_its_deadline(nodes: LocalCloud, reboot: bool) -> None:
     group = f"deadline{reboot}"
@@ -255,4 +292,55 @@ def test_a_node_ends_itself_at_its_deadline(nodes: LocalCloud, reboot: bool) -> 
         nodes.ask("reboot", {"node": name})
     shown = wait_until(lambda: [n for n in nodes.nodes(group) if n["state"] == "terminated"], 90, "its own end")
     assert shown[0]["reason"] == "Client.InstanceInitiatedShutdown: Instance initiated shutdown"
+    assert nodes.cluster("terminateAll", group).code == 0
+
+
+def test_closed_server_port_tunnel_and_extended_deadline(nodes: LocalCloud) -> None:
+    group, closed = "closed", {"PUBLIC_SERVER_PORT": False}
+    for words in (("createNodes", "c1.xlarge", "1", group, "--max-hours", "1"), ("install", group), ("start", group)):
+        done = nodes.cluster(*words, settings=closed)
+        assert done.code == 0, done.err
+    (node,) = nodes.nodes(group)
+    reach = (sys.executable, "-c", REACH)
+    assert nodes.run(*reach, CLIENT, node["address"], "22").code == 0
+    assert nodes.run(*reach, CLIENT, node["address"], "7554").err == "TimeoutError\n"
+
+    env = nodes.environment(MITSUBA_CLUSTER_CONFIG=str(nodes.config(closed)))
+    tunnel = nodes.start(sys.executable, "cluster.py", "tunnel", group, env=env)
+    assert tunnel.stderr
+    while "Forwarding to" not in (line := tunnel.stderr.readline()):
+        assert line
+    assert Cluster(nodes).offered("localhost") == own_cores(0)
+    tunnel.send_signal(signal.SIGINT)
+    tunnel.communicate(timeout=20)
+
+    moved = nodes.cluster("extend", "1.5", group, settings=closed)
+    assert moved.code == 0, moved.err
+    (shown,) = nodes.nodes(group)
+    assert shown["max_hours"] == 2.5
+    timer = Cluster(nodes).ssh(node, "systemctl show -P NextElapseUSecRealtime mitsuba-deadline.timer").out
+    launched = datetime.fromisoformat(shown["launched"].replace("Z", "+00:00"))
+    ends = datetime.strptime(timer.strip(), "%a %Y-%m-%d %H:%M:%S UTC").replace(tzinfo=timezone.utc)
+    assert timedelta(hours=2.5) <= ends - launched < timedelta(hours=2.5, minutes=2)
+    assert nodes.cluster("terminateAll", group).code == 0
+
+
+def test_a_reclaimed_spot_node(nodes: LocalCloud) -> None:
+    group = "spot"
+    for words in (
+        ("addSpotNodes", "c1.xlarge", "1", "0.5", group),
+        ("createNodes", "c1.xlarge", "1", group),
+        ("install", group),
+        ("start", group),
+    ):
+        done = nodes.cluster(*words)
+        assert done.code == 0, done.err
+    spot, head = nodes.nodes(group)
+    assert (spot["market"], spot["role"], head["market"], head["role"]) == ("spot", "worker", "on-demand", "head")
+    nodes.ask("interrupt", {"node": spot["id"], "seconds": 1})
+    made = Cluster(nodes)
+    wait_until(lambda: made.offered(head["public_name"]) == own_cores(0), GUARD_LIMIT, "the head's new start")
+    shown = wait_until(lambda: [node for node in nodes.nodes(group) if node["state"] == "terminated"])
+    assert shown[0]["reason"] == "Server.SpotInstanceTermination: Spot instance termination"
+    assert "Spot instance termination" in nodes.cluster("status", group).out
     assert nodes.cluster("terminateAll", group).code == 0

@@ -17,6 +17,8 @@ import pytest
 import cluster
 from tests.support import LocalCloud, Result
 
+pytestmark = pytest.mark.xdist_group("sync")  # two nodes serve them all
+
 GROUP = "sync"
 
 

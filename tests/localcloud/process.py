@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import functools
 import http.server
 import ipaddress
@@ -193,7 +194,12 @@ class ProcessNode:
             cwd=home,
             env={"PATH": os.environ["PATH"], "HOME": home, "NODE": self.instance.private_ip},
         )
-        await process.redirect(stdin=child.stdin, stdout=child.stdout)
+        feeding = asyncio.ensure_future(feed(process, child))
+        assert child.stdout
+        while block := await child.stdout.read(1 << 16):
+            process.stdout.write(block)
+            await process.stdout.drain()
+        feeding.cancel()
         return await child.wait()
 
     def data(self, directory: str) -> Path:
@@ -241,6 +247,16 @@ class ProcessNode:
             pass
         finally:
             writer.close()
+
+
+async def feed(process: asyncssh.SSHServerProcess[bytes], child: asyncio.subprocess.Process) -> None:
+    """Hand the session's input to a child up to its end."""
+    assert child.stdin
+    with contextlib.suppress(OSError, asyncssh.Error):
+        while block := await process.stdin.read(1 << 16):
+            child.stdin.write(block)
+            await child.stdin.drain()
+    child.stdin.close()
 
 
 NODES: list[ProcessNode] = []

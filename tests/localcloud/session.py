@@ -44,9 +44,14 @@ def play(where: Places, nodes: int) -> int:
 
 
 def run(where: Places, words: list[str]) -> tuple[int, str]:
-    """Run a command inside the cloud, showing its output; return its exit code and stdout."""
+    """Run a command inside the cloud, showing its output; return its exit code and output."""
     child = subprocess.Popen(
-        inside(where, words), env=environment(where), cwd=PROJECT, stdout=subprocess.PIPE, text=True
+        inside(where, words),
+        env=environment(where),
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert child.stdout
     output = ""

@@ -1,0 +1,69 @@
+"""Each command under each fault of the AWS endpoint: it succeeds, or ends in time with one clear line.
+
+By default a seeded sample runs; all of it with `python -m pytest tests/test_faults.py --all-faults`.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import LocalCloud
+
+pytestmark = pytest.mark.xdist_group("faults")  # two nodes serve them all
+
+GROUP = "faults"
+BOUND = 100  # seconds; the longest wait behind one fault is a silent endpoint's read time-out, tried again
+COMMANDS = {
+    "createNodes": ("c1.xlarge", "1", GROUP),
+    "install": (GROUP,),
+    "start": (GROUP,),
+    "status": (GROUP,),
+    "syncData": ("DATA", GROUP),
+    "runCommand": ("true", GROUP),
+}
+KINDS = ("throttle", "500", "503", "reset", "html", "truncate", "code:InvalidInstanceID.NotFound", "expired", "denied")
+CASES = [(command, kind, rate) for command in COMMANDS for kind in KINDS for rate in (0.1, 0.5, 1.0)]
+SAMPLE = 14
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Choose the cases."""
+    if "case" in metafunc.fixturenames:
+        everything = metafunc.config.getoption("--all-faults")
+        chosen = CASES if everything else random.Random(7).sample(CASES, SAMPLE)
+        metafunc.parametrize("case", chosen, ids=lambda case: "-".join(map(str, case)))
+
+
+@pytest.fixture(scope="module")
+def serving(cloud: LocalCloud) -> Iterator[LocalCloud]:
+    """A group of two nodes that serve."""
+    for words in (("createNodes", "c1.xlarge", "2", GROUP), ("install", GROUP), ("start", GROUP)):
+        assert cloud.cluster(*words).code == 0
+    yield cloud
+    cloud.cluster("terminateAll", GROUP)
+
+
+def test_fault(serving: LocalCloud, case: tuple[str, str, float], tmp_path: Path) -> None:
+    command, kind, rate = case
+    data = tmp_path / "data"
+    data.write_bytes(b"data" * 1000)
+    before = len(serving.ask("status"))
+    words = [str(data) if word == "DATA" else word for word in COMMANDS[command]]
+    start = time.monotonic()
+    with serving.faults({"kind": kind, "service": "ec2", "rate": rate}):
+        done = serving.cluster(command, *words)
+    assert time.monotonic() - start < BOUND
+    assert "Traceback" not in done.err, done.err
+    assert done.code in (0, 1)
+    if done.code:
+        assert done.last_line.startswith(("Error: ", "Interrupted."))
+    if kind in ("throttle", "500", "503") and rate == 0.1:
+        assert done.code == 0, done.err
+    assert len(serving.ask("status")) - before <= (command == "createNodes")
+    ended = serving.cluster("status", GROUP)
+    assert ended.code == 0, ended.err
