@@ -2701,7 +2701,7 @@ class Tool(click.Group):
         os._exit(code)  # at once: threads may still wait for nodes
 
 
-class GroupName(click.ParamType[str]):
+class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
     """A cluster's name."""
 
     name = "group"
@@ -2773,7 +2773,6 @@ def create(app: App, order: Order) -> None:
     """Do what createNodes and addSpotNodes have in common."""
     settings = app.settings
     check_package_file(settings)
-    ensure_key_file(settings.key_file)
     launch, subnets = prepare(app, order)
     where = app.where(order.group)
     ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
@@ -2810,6 +2809,7 @@ def prepare(app: App, order: Order) -> tuple[Launch, list[tuple[str, str, str]]]
     check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
     hours = settings.MAX_HOURS if order.max_hours is None else order.max_hours
     announce(app, order, before, price, hours, trouble)
+    ensure_key_file(settings.key_file)
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
     group = ensure_security_group(ec2, order.group, subnets[0][2])

@@ -274,7 +274,7 @@ def test_regions_and_system_load(cloud: LocalCloud, group: str) -> None:
     create(cloud, group)
     shown = cloud.cluster("systemLoad", group)
     assert shown.out.splitlines()[0].split() == ["LOAD", "1", "5", "15", "CORES", "MEMORY", "NAME"]
-    assert shown.out.count("0.42") == 2
+    assert shown.out.count("\n0.42 ") == 2
 
 
 def test_tunnel_lets_any_number_of_connections_through(cloud: LocalCloud, group: str) -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.xdist_group("faults")  # two nodes serve them all
 GROUP = "faults"
 BOUND = 100  # seconds; the longest wait behind one fault is a silent endpoint's read time-out, tried again
 COMMANDS = {
-    "createNodes": ("c1.xlarge", "1", GROUP),
+    "createNodes": ("c1.xlarge", "1", f"{GROUP}-more"),
     "install": (GROUP,),
     "start": (GROUP,),
     "status": (GROUP,),
@@ -46,6 +46,7 @@ def serving(cloud: LocalCloud) -> Iterator[LocalCloud]:
         assert cloud.cluster(*words).code == 0
     yield cloud
     cloud.cluster("terminateAll", GROUP)
+    cloud.cluster("terminateAll", f"{GROUP}-more")
 
 
 def test_fault(serving: LocalCloud, case: tuple[str, str, float], tmp_path: Path) -> None:

@@ -136,7 +136,9 @@ def only_one_line(done: Result) -> str:
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name.replace(" ", "-"))
 def test_mistake(cloud: LocalCloud, mistake: Mistake, request: pytest.FixtureRequest) -> None:
     before = len(cloud.ask("status"))
-    done = cloud.cluster(*mistake.words, settings=mistake.settings, **mistake.env)
+    key = {"SSH_PRIVATE_KEY_FILE": str(cloud.where.root / "never-made.pem")}
+    done = cloud.cluster(*mistake.words, settings=key | (mistake.settings or {}), **mistake.env)
+    assert not (cloud.where.root / "never-made.pem").exists()
     line = only_one_line(done)
     assert mistake.says in line
     assert done.code == mistake.code
