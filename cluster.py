@@ -413,6 +413,17 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
 
 
+def wrap(words: Sequence[str], width: int) -> list[str]:
+    """Join WORDS by commas into lines of at most WIDTH (one word a line at least)."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + 2 + len(word) <= width:
+            lines[-1] += ", " + word
+        else:
+            lines.append(word)
+    return lines
+
+
 def format_table(rows: Sequence[Sequence[str]], width: int) -> str:
     """Align ROWS (the first is the header) in columns; stack the cells where WIDTH is too small."""
     columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -425,17 +436,6 @@ def format_table(rows: Sequence[Sequence[str]], width: int) -> str:
         pairs = [f"{name.lower()} {cell}" for name, cell in zip(header[1:], row[1:]) if cell]
         blocks.append("\n  ".join([row[0], *wrap(pairs, width - 2)]))
     return "\n".join(blocks)
-
-
-def wrap(words: Sequence[str], width: int) -> list[str]:
-    """Join WORDS by commas into lines of at most WIDTH (one word a line at least)."""
-    lines: list[str] = []
-    for word in words:
-        if lines and len(lines[-1]) + 2 + len(word) <= width:
-            lines[-1] += ", " + word
-        else:
-            lines.append(word)
-    return lines
 
 
 def format_bar(done: float, total: float, width: int = 20) -> str:
@@ -452,15 +452,15 @@ def format_plot(values: Sequence[float], width: int) -> str:
     return "".join("▁▂▃▄▅▆▇█"[int(7 * (mean - low) / (high - low))] if high > low else "▄" for mean in means)
 
 
+def printable(text: str) -> str:
+    """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
+    return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
+
+
 def format_tail(output: str) -> str:
     """Return the last lines of a step's output, indented for its error message."""
     lines = [line for line in output.splitlines() if line.strip()][-LOG_LINES:]
     return "".join(f"\n    {printable(line)}" for line in lines)
-
-
-def printable(text: str) -> str:
-    """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
-    return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
 
 
 def spent(node: Node, now: datetime) -> float | None:
@@ -1036,25 +1036,6 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
-def load_settings(path: Path) -> Settings:
-    """Read and check a settings file; ClusterError names the first thing wrong with it."""
-    values = {name: value for name, value in run_config(path).items() if name.isupper()}
-    known = {one.name for one in fields(Settings)}
-    for name in values.keys() - known:
-        click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
-    for name, (check, expected) in CHECKS.items():
-        if name in values and not check(values[name]):
-            shown = "(not shown)" if name in SECRETS else repr(values[name])
-            raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
-    values = {name: value for name, value in values.items() if name in known}
-    for name in SECRETS:
-        if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
-            values[name] = ""
-    settings = Settings(**values, folder=path.resolve().parent)
-    check_together(path, settings)
-    return settings
-
-
 def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
     try:
@@ -1077,6 +1058,25 @@ def check_together(path: Path, settings: Settings) -> None:
             f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to the world; "
             "set PUBLIC_SERVER_PORT = False and use the tunnel command"
         )
+
+
+def load_settings(path: Path) -> Settings:
+    """Read and check a settings file; ClusterError names the first thing wrong with it."""
+    values = {name: value for name, value in run_config(path).items() if name.isupper()}
+    known = {one.name for one in fields(Settings)}
+    for name in values.keys() - known:
+        click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
+    for name, (check, expected) in CHECKS.items():
+        if name in values and not check(values[name]):
+            shown = "(not shown)" if name in SECRETS else repr(values[name])
+            raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
+    values = {name: value for name, value in values.items() if name in known}
+    for name in SECRETS:
+        if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
+            values[name] = ""
+    settings = Settings(**values, folder=path.resolve().parent)
+    check_together(path, settings)
+    return settings
 
 
 # --- EC2 --------------------------------------------------------------------
@@ -1451,22 +1451,6 @@ def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
-def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
-    """Open the ports to CIDR and to the group itself; return whether that replaced an old address of ours."""
-    wanted = {settings.SSH_PORT, SERVER_PORT} if settings.PUBLIC_SERVER_PORT else {settings.SSH_PORT}
-    present = {(rule.port, rule.cidr) for rule in group.rules}
-    source = [{"CidrIp": cidr, "Description": owner}]
-    for port in sorted(wanted):
-        if (port, cidr) not in present:
-            authorize(ec2, group.id, {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": source})
-    if not group.open_inside:
-        authorize(ec2, group.id, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group.id}]})
-    stale = [r for r in group.rules if r.owner == owner and (r.port not in wanted or r.cidr != cidr)]
-    if stale:
-        revoke(ec2, group.id, {(rule.port, rule.cidr) for rule in stale})
-    return any(rule.cidr != cidr for rule in stale)
-
-
 def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
     """Add one ingress rule; one that is there already is as good."""
     with tolerate("InvalidPermission.Duplicate"):
@@ -1484,6 +1468,22 @@ def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> No
         with tolerate("InvalidSecurityGroupRuleId.NotFound", "InvalidPermission.NotFound"):
             ids = [rule["SecurityGroupRuleId"] for rule in ours]
             ec2.revoke_security_group_ingress(GroupId=security_group, SecurityGroupRuleIds=ids)
+
+
+def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
+    """Open the ports to CIDR and to the group itself; return whether that replaced an old address of ours."""
+    wanted = {settings.SSH_PORT, SERVER_PORT} if settings.PUBLIC_SERVER_PORT else {settings.SSH_PORT}
+    present = {(rule.port, rule.cidr) for rule in group.rules}
+    source = [{"CidrIp": cidr, "Description": owner}]
+    for port in sorted(wanted):
+        if (port, cidr) not in present:
+            authorize(ec2, group.id, {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": source})
+    if not group.open_inside:
+        authorize(ec2, group.id, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group.id}]})
+    stale = [r for r in group.rules if r.owner == owner and (r.port not in wanted or r.cidr != cidr)]
+    if stale:
+        revoke(ec2, group.id, {(rule.port, rule.cidr) for rule in stale})
+    return any(rule.cidr != cidr for rule in stale)
 
 
 def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
@@ -2069,6 +2069,24 @@ def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
         raise
 
 
+def refusal(error: Exception, settings: Settings) -> str:
+    """Say why a node that answers can't be used."""
+    if isinstance(error, WrongHostKey):
+        return (
+            "shows another host key than the one it was launched with: something else answers at this address, "
+            "or somebody is in between; nothing was sent to it"
+        )
+    return f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}"
+
+
+def unreachable(node: Node, settings: Settings, error: Exception) -> str:
+    """Say why a node was given up."""
+    return (
+        f"port {settings.SSH_PORT} of {node.address} does not answer from here ({error or type(error).__name__}); "
+        f"does the security group allow this machine's address, and does the subnet route to the internet?"
+    )
+
+
 def open_remote(node: Node, settings: Settings, identity: Identity, limit: float, first_boot: bool = False) -> Remote:
     """Connect to a node, trying again for LIMIT seconds while it is silent, refuses or resets.
 
@@ -2092,44 +2110,6 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
             if time.monotonic() > deadline:
                 raise NodeError(unreachable(node, settings, error)) from error
         time.sleep(0.2)
-
-
-def refusal(error: Exception, settings: Settings) -> str:
-    """Say why a node that answers can't be used."""
-    if isinstance(error, WrongHostKey):
-        return (
-            "shows another host key than the one it was launched with: something else answers at this address, "
-            "or somebody is in between; nothing was sent to it"
-        )
-    return f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}"
-
-
-def unreachable(node: Node, settings: Settings, error: Exception) -> str:
-    """Say why a node was given up."""
-    return (
-        f"port {settings.SSH_PORT} of {node.address} does not answer from here ({error or type(error).__name__}); "
-        f"does the security group allow this machine's address, and does the subnet route to the internet?"
-    )
-
-
-def load_identity(path: Path) -> Identity:
-    """Load the user's SSH key; ClusterError says what is wrong with the file."""
-    import paramiko
-
-    text = path.read_text("latin-1") if path.exists() else ""
-    if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
-        return agent_identity(path, match[0])
-    if "PRIVATE KEY" not in text:
-        raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
-    try:
-        key = paramiko.PKey.from_path(path)
-    except paramiko.PasswordRequiredException:
-        return unlock_identity(path, text)
-    except (paramiko.SSHException, ValueError, TypeError) as error:
-        raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
 
 def agent_identity(path: Path, public: str) -> Identity:
@@ -2168,17 +2148,36 @@ def unlock_identity(path: Path, text: str) -> Identity:
     return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
 
-def ensure_key_file(path: Path) -> None:
-    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+def load_identity(path: Path) -> Identity:
+    """Load the user's SSH key; ClusterError says what is wrong with the file."""
+    import paramiko
+
     text = path.read_text("latin-1") if path.exists() else ""
-    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
-        return
-    if text and "placeholder" not in text:
-        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
-    private, _ = make_ed25519()
-    hide_from_git(path)
-    write_secret(path, private)
-    click.echo(f"Made a new SSH key: {path}", err=True)
+    if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
+        return agent_identity(path, match[0])
+    if "PRIVATE KEY" not in text:
+        raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
+    try:
+        key = paramiko.PKey.from_path(path)
+    except paramiko.PasswordRequiredException:
+        return unlock_identity(path, text)
+    except (paramiko.SSHException, ValueError, TypeError) as error:
+        raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
+    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment for child processes: without AWS credentials."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+
+
+def hide_from_git(path: Path) -> None:
+    """Keep git from picking up what is about to replace a tracked placeholder."""
+    if (path.parent / ".git").exists() and shutil.which("git"):
+        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
+        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -2196,22 +2195,35 @@ def write_secret(path: Path, text: str) -> None:
         raise
 
 
-def hide_from_git(path: Path) -> None:
-    """Keep git from picking up what is about to replace a tracked placeholder."""
-    if (path.parent / ".git").exists() and shutil.which("git"):
-        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
-        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
-
-
-def clean_environment() -> dict[str, str]:
-    """Return the environment for child processes: without AWS credentials."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+def ensure_key_file(path: Path) -> None:
+    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
+        return
+    if text and "placeholder" not in text:
+        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    private, _ = make_ed25519()
+    hide_from_git(path)
+    write_secret(path, private)
+    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 # --- Fan-out ----------------------------------------------------------------
 # One step on every node, a thread a node; each outcome comes back, none is lost.
 
 Step = Callable[[Remote], Any]
+
+
+def raise_limits() -> None:
+    """Allow as many open files as the system lets us: a node takes a few."""
+    import logging
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    threading.stack_size(512 * 1024)  # a thousand nodes are two thousand threads
+    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # errors reach the user by us
 
 
 class Fleet:
@@ -2266,18 +2278,6 @@ class Fleet:
             if progress:
                 progress.redraw()
         return [found[node.id] for node in nodes]
-
-
-def raise_limits() -> None:
-    """Allow as many open files as the system lets us: a node takes a few."""
-    import logging
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    threading.stack_size(512 * 1024)  # a thousand nodes are two thousand threads
-    logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # errors reach the user by us
 
 
 # --- S3 ---------------------------------------------------------------------
@@ -2454,23 +2454,6 @@ def has_hash(one: RemoteObject) -> bool:
 # Progress on stderr, results on stdout. Only the main thread gets here.
 
 
-def note(text: str) -> None:
-    """Say something about the progress."""
-    Progress.clear()
-    click.echo(text, err=True)
-
-
-def result(text: str) -> None:
-    """Print a result."""
-    Progress.clear()
-    click.echo(text)
-
-
-def terminal_width() -> int:
-    """Return the width for a table on stdout: unlimited in a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
-
-
 class Progress:
     """A bar on a terminal, nothing of it in a pipe; a line for each node that is done."""
 
@@ -2511,6 +2494,23 @@ class Progress:
             note(f"{outcome.node.name}: {outcome.error}")
         elif self.say and (line := self.say(outcome)):
             result(line)
+
+
+def note(text: str) -> None:
+    """Say something about the progress."""
+    Progress.clear()
+    click.echo(text, err=True)
+
+
+def result(text: str) -> None:
+    """Print a result."""
+    Progress.clear()
+    click.echo(text)
+
+
+def terminal_width() -> int:
+    """Return the width for a table on stdout: unlimited in a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
 def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
@@ -2564,6 +2564,32 @@ def node_json(node: Node) -> dict[str, Any]:
 
 # --- Commands ---------------------------------------------------------------
 # In the order of the user's day. Each: resolve, fan out, report, exit.
+
+
+def command(name: str, arguments: str = "") -> str:
+    """Return a command line that the user can type; the default group need not be named."""
+    return " ".join(filter(None, ["./cluster.py", name, "" if arguments == "default" else arguments]))
+
+
+def try_client_cidr(settings: Settings) -> str:
+    """Return who may connect, or "" with a warning: a set-up cluster can do without the look-up."""
+    try:
+        return fetch_client_cidr(settings)
+    except ClusterError as error:
+        note(f"Warning: {error.message}")
+        return ""
+
+
+def warn_of_secrets(path: Path, settings: Settings) -> None:
+    """Keep git's hands off files with secrets, and say who else could read them."""
+    if settings.AWS_SECRET_ACCESS_KEY:
+        note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            note(f"Warning: other users of this machine can read it: chmod 600 {path}")
+        hide_from_git(path)
+    s3cfg = settings.folder / ".s3cfg"
+    if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
+        hide_from_git(s3cfg)
 
 
 class App:
@@ -2631,32 +2657,6 @@ class App:
                 f"{what} on {good} of {len(outcomes)} nodes; failed: {', '.join(o.node.name for o in failed)}"
             )
         note(f"{what} on {format_count(len(outcomes), 'node')}")
-
-
-def command(name: str, arguments: str = "") -> str:
-    """Return a command line that the user can type; the default group need not be named."""
-    return " ".join(filter(None, ["./cluster.py", name, "" if arguments == "default" else arguments]))
-
-
-def try_client_cidr(settings: Settings) -> str:
-    """Return who may connect, or "" with a warning: a set-up cluster can do without the look-up."""
-    try:
-        return fetch_client_cidr(settings)
-    except ClusterError as error:
-        note(f"Warning: {error.message}")
-        return ""
-
-
-def warn_of_secrets(path: Path, settings: Settings) -> None:
-    """Keep git's hands off files with secrets, and say who else could read them."""
-    if settings.AWS_SECRET_ACCESS_KEY:
-        note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
-        if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            note(f"Warning: other users of this machine can read it: chmod 600 {path}")
-        hide_from_git(path)
-    s3cfg = settings.folder / ".s3cfg"
-    if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
-        hide_from_git(s3cfg)
 
 
 def on_terminate(*_: object) -> None:
@@ -2757,40 +2757,138 @@ type_argument = click.argument("machine", metavar="TYPE")
 hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
 
 
-@cli.command("createNodes")
-@type_argument
-@count_argument
-@group_argument
-@click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
-@hours_option
-@click.pass_obj
-def create_nodes(app: App, machine: str, count: int, group: str, spot: bool, max_hours: float | None) -> None:
-    """Allocate COUNT nodes of TYPE (e.g. c1.xlarge) and wait until each answers."""
-    create(app, Order(machine, count, group, spot, None, max_hours))
+def boot_step(remote: Remote) -> None:
+    """Wait for the end of cloud-init."""
+    remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
 
 
-def create(app: App, order: Order) -> None:
-    """Do what createNodes and addSpotNodes have in common."""
-    settings = app.settings
-    check_package_file(settings)
-    launch, subnets = prepare(app, order)
-    where = app.where(order.group)
-    ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
-    app.left = f"Nodes of {where} may be running and cost money: {ways}."
-    started = time.monotonic()
-    one_try = open_client(settings, "ec2", retries={"total_max_attempts": 1}, read_timeout=60)
-    nodes, why = launch_nodes(one_try, launch, subnets, order.count, note)
-    if not nodes:
-        raise ClusterError(f"EC2 gave no {order.type}: {why}")
-    note(f"{len(nodes)} of {order.count} nodes launched; waiting until each answers")
-    outcomes = await_nodes(app, order.group, nodes)
-    result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
-    note(f"This took {format_duration(time.monotonic() - started)}.")
-    failed = [outcome for outcome in outcomes if not outcome.ok]
-    if failed or why:
-        good = f"{len(outcomes) - len(failed)} of {order.count} nodes"
-        raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
-    note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', order.group)}")
+def settle(app: App, waiting: dict[str, Node], begun: set[str], elapsed: float) -> Iterator[Outcome]:
+    """Yield, for POLL seconds, the outcome of each WAITING node that is decided."""
+    for node in list(waiting.values()):
+        if node.state in ("shutting-down", "terminated"):
+            yield Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
+        elif node.id not in begun and elapsed > BOOT_LIMIT:
+            yield Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
+    end = time.monotonic() + (POLL if len(begun) == len(waiting) else POLL / 3)
+    while waiting and time.monotonic() < end:
+        with contextlib.suppress(queue.Empty):
+            outcome = app.fleet.take(max(0.01, end - time.monotonic()))
+            if outcome.node.id in waiting:
+                if outcome.error and "does not answer" in outcome.error:
+                    console = fetch_console(app.ec2, outcome.node)
+                    outcome = replace(outcome, error=outcome.error + format_tail(console))
+                yield replace(outcome, node=waiting[outcome.node.id])
+
+
+def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome]:
+    """Wait until each node answers and has booted; each goes on by itself once it has an address."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    progress = Progress("Answering", len(nodes))
+    waiting = {node.id: node for node in nodes}
+    begun: set[str] = set()
+    done: dict[str, Outcome] = {}
+    start = good = time.monotonic()
+    while waiting:
+        try:
+            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
+            good = time.monotonic()
+        except (BotoCoreError, ClientError):  # a look that fails ends no launch
+            seen = {}
+            if time.monotonic() - good > POLL_TROUBLE_LIMIT:
+                raise
+        waiting |= seen
+        for node in seen.values():
+            if node.address and node.id not in begun and node.state in ("pending", "running"):
+                begun.add(node.id)
+                app.fleet.begin(node, boot_step, BOOT_LIMIT, first_boot=True)
+        running = sum(node.state == "running" for node in waiting.values()) + len(done)
+        progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
+        for outcome in settle(app, waiting, begun, time.monotonic() - start):
+            done[outcome.node.id] = outcome
+            del waiting[outcome.node.id]
+            progress.finished(outcome)
+    return [done[node.id] for node in nodes]
+
+
+def index_has(apt_line: str, package: str) -> bool:
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where it has no index."""
+    import gzip
+    import lzma
+    import urllib.request
+
+    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
+    if not found:
+        raise ValueError("this is no apt line")
+    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
+    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
+    if suite.endswith("/"):
+        folders = [f"{base}/{suite}".rstrip("/")]
+    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
+    trouble: OSError | None = None
+    for folder in folders:
+        for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
+            try:
+                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                    if wanted.search(unpack(answer.read())):
+                        return True
+                trouble = None
+                break
+            except OSError as error:
+                trouble = error
+    if trouble:
+        raise trouble
+    return False
+
+
+def find_package_trouble(settings: Settings) -> str:
+    """Return why `install` would not find Mitsuba, or "": better known before the meter runs."""
+    import urllib.error
+    import urllib.request
+
+    advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
+    source, _ = settings.package
+    try:
+        if source.startswith("https://"):
+            request = urllib.request.Request(source, method="HEAD")  # noqa: S310 - https, as just seen
+            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
+        elif not settings.MITSUBA_PACKAGE and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+            return f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}"
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        what = source if settings.MITSUBA_PACKAGE else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
+        return f"{what} can't be read ({error}); {advice}"
+    return ""
+
+
+def check_package_file(settings: Settings) -> None:
+    """Refuse a MITSUBA_PACKAGE that is a path and leads nowhere."""
+    source, _ = settings.package
+    if settings.MITSUBA_PACKAGE and "://" not in source and not (settings.folder / source).is_file():
+        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {settings.folder / source}")
+
+
+def announce(app: App, order: Order, before: Sequence[Node], price: float | None, hours: float, trouble: str) -> None:
+    """Say what will be launched, what it costs, and what stands in the way of the next step."""
+    if order.max_price is not None and price is not None and order.max_price < price:
+        raise ClusterError(
+            f"the spot price of {order.type} is {format_money(price)} an hour now, above your maximum of "
+            f"{format_money(order.max_price)}; see {command('spotPrices', order.type)}"
+        )
+    present = sum(node.state in ("pending", "running") for node in before)
+    if present:
+        note(f"{app.where(order.group)} has {format_count(present, 'node')} already; {order.count} more are added")
+    note(format_price(order.type, order.count, price))
+    if hours:
+        note(f"Each ends itself after {hours:g} hours.")
+    else:
+        note(f"They run until {command('terminateAll', order.group)}; --max-hours would end them by themselves.")
+    if trouble:
+        note(f"Warning: {trouble}")
+
+
+def fetch_price(ec2: Client, settings: Settings, order: Order) -> float | None:
+    """Return the present $ an hour of one of the ORDER's nodes."""
+    return fetch_spot_price(ec2, order.type) if order.spot else fetch_on_demand_price(settings, order.type)
 
 
 def prepare(app: App, order: Order) -> tuple[Launch, list[tuple[str, str, str]]]:
@@ -2833,164 +2931,49 @@ def prepare(app: App, order: Order) -> tuple[Launch, list[tuple[str, str, str]]]
     return launch, subnets
 
 
-def fetch_price(ec2: Client, settings: Settings, order: Order) -> float | None:
-    """Return the present $ an hour of one of the ORDER's nodes."""
-    return fetch_spot_price(ec2, order.type) if order.spot else fetch_on_demand_price(settings, order.type)
+def create(app: App, order: Order) -> None:
+    """Do what createNodes and addSpotNodes have in common."""
+    settings = app.settings
+    check_package_file(settings)
+    launch, subnets = prepare(app, order)
+    where = app.where(order.group)
+    ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
+    app.left = f"Nodes of {where} may be running and cost money: {ways}."
+    started = time.monotonic()
+    one_try = open_client(settings, "ec2", retries={"total_max_attempts": 1}, read_timeout=60)
+    nodes, why = launch_nodes(one_try, launch, subnets, order.count, note)
+    if not nodes:
+        raise ClusterError(f"EC2 gave no {order.type}: {why}")
+    note(f"{len(nodes)} of {order.count} nodes launched; waiting until each answers")
+    outcomes = await_nodes(app, order.group, nodes)
+    result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
+    note(f"This took {format_duration(time.monotonic() - started)}.")
+    failed = [outcome for outcome in outcomes if not outcome.ok]
+    if failed or why:
+        good = f"{len(outcomes) - len(failed)} of {order.count} nodes"
+        raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
+    note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', order.group)}")
 
 
-def announce(app: App, order: Order, before: Sequence[Node], price: float | None, hours: float, trouble: str) -> None:
-    """Say what will be launched, what it costs, and what stands in the way of the next step."""
-    if order.max_price is not None and price is not None and order.max_price < price:
-        raise ClusterError(
-            f"the spot price of {order.type} is {format_money(price)} an hour now, above your maximum of "
-            f"{format_money(order.max_price)}; see {command('spotPrices', order.type)}"
-        )
-    present = sum(node.state in ("pending", "running") for node in before)
-    if present:
-        note(f"{app.where(order.group)} has {format_count(present, 'node')} already; {order.count} more are added")
-    note(format_price(order.type, order.count, price))
-    if hours:
-        note(f"Each ends itself after {hours:g} hours.")
-    else:
-        note(f"They run until {command('terminateAll', order.group)}; --max-hours would end them by themselves.")
-    if trouble:
-        note(f"Warning: {trouble}")
-
-
-def check_package_file(settings: Settings) -> None:
-    """Refuse a MITSUBA_PACKAGE that is a path and leads nowhere."""
-    source, _ = settings.package
-    if settings.MITSUBA_PACKAGE and "://" not in source and not (settings.folder / source).is_file():
-        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {settings.folder / source}")
-
-
-def find_package_trouble(settings: Settings) -> str:
-    """Return why `install` would not find Mitsuba, or "": better known before the meter runs."""
-    import urllib.error
-    import urllib.request
-
-    advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
-    source, _ = settings.package
-    try:
-        if source.startswith("https://"):
-            request = urllib.request.Request(source, method="HEAD")  # noqa: S310 - https, as just seen
-            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not settings.MITSUBA_PACKAGE and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            return f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}"
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        what = source if settings.MITSUBA_PACKAGE else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
-        return f"{what} can't be read ({error}); {advice}"
-    return ""
-
-
-def index_has(apt_line: str, package: str) -> bool:
-    """Tell whether an apt repository offers PACKAGE for amd64; OSError where it has no index."""
-    import gzip
-    import lzma
-    import urllib.request
-
-    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
-    if not found:
-        raise ValueError("this is no apt line")
-    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
-    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
-    if suite.endswith("/"):
-        folders = [f"{base}/{suite}".rstrip("/")]
-    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    trouble: OSError | None = None
-    for folder in folders:
-        for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
-            try:
-                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-                    if wanted.search(unpack(answer.read())):
-                        return True
-                trouble = None
-                break
-            except OSError as error:
-                trouble = error
-    if trouble:
-        raise trouble
-    return False
-
-
-def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome]:
-    """Wait until each node answers and has booted; each goes on by itself once it has an address."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    progress = Progress("Answering", len(nodes))
-    waiting = {node.id: node for node in nodes}
-    begun: set[str] = set()
-    done: dict[str, Outcome] = {}
-    start = good = time.monotonic()
-    while waiting:
-        try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
-            good = time.monotonic()
-        except (BotoCoreError, ClientError):  # a look that fails ends no launch
-            seen = {}
-            if time.monotonic() - good > POLL_TROUBLE_LIMIT:
-                raise
-        waiting |= seen
-        for node in seen.values():
-            if node.address and node.id not in begun and node.state in ("pending", "running"):
-                begun.add(node.id)
-                app.fleet.begin(node, boot_step, BOOT_LIMIT, first_boot=True)
-        running = sum(node.state == "running" for node in waiting.values()) + len(done)
-        progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
-        for outcome in settle(app, waiting, begun, time.monotonic() - start):
-            done[outcome.node.id] = outcome
-            del waiting[outcome.node.id]
-            progress.finished(outcome)
-    return [done[node.id] for node in nodes]
-
-
-def settle(app: App, waiting: dict[str, Node], begun: set[str], elapsed: float) -> Iterator[Outcome]:
-    """Yield, for POLL seconds, the outcome of each WAITING node that is decided."""
-    for node in list(waiting.values()):
-        if node.state in ("shutting-down", "terminated"):
-            yield Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
-        elif node.id not in begun and elapsed > BOOT_LIMIT:
-            yield Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
-    end = time.monotonic() + (POLL if len(begun) == len(waiting) else POLL / 3)
-    while waiting and time.monotonic() < end:
-        with contextlib.suppress(queue.Empty):
-            outcome = app.fleet.take(max(0.01, end - time.monotonic()))
-            if outcome.node.id in waiting:
-                if outcome.error and "does not answer" in outcome.error:
-                    console = fetch_console(app.ec2, outcome.node)
-                    outcome = replace(outcome, error=outcome.error + format_tail(console))
-                yield replace(outcome, node=waiting[outcome.node.id])
-
-
-def boot_step(remote: Remote) -> None:
-    """Wait for the end of cloud-init."""
-    remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
-
-
-@cli.command("install")
+@cli.command("createNodes")
+@type_argument
+@count_argument
 @group_argument
+@click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
+@hours_option
 @click.pass_obj
-def install(app: App, group: str) -> None:
-    """Install Mitsuba and its dependencies on every node."""
-    check_package_file(app.settings)
-    nodes = app.running(group)
-    logs = log_folder(group)
-    progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    outcomes = app.fleet.each(nodes, functools.partial(install_step, app.settings, logs), progress)
-    note(f"Each node's whole output: {logs}")
-    app.report(outcomes, "Installed")
-    note(f"Next: {command('start', group)}")
+def create_nodes(app: App, machine: str, count: int, group: str, spot: bool, max_hours: float | None) -> None:
+    """Allocate COUNT nodes of TYPE and wait until each answers."""
+    create(app, Order(machine, count, group, spot, None, max_hours))
 
 
-def log_folder(group: str) -> Path:
-    """Return (and make) the folder for the logs of GROUP's nodes."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    folder = Path(base) / "mitsuba-cluster" / group
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ClusterError(f"the log folder {folder} can't be made: {error.strerror}") from error
-    return folder
+def upload_package(path: Path, remote: Remote) -> tuple[str, str]:
+    """Send a package file to a node; return where it lies there, and what marks its content."""
+    digest = digest_file(path, "sha256")
+    target = f".mitsuba-{digest[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"  # in the user's home
+    with path.open("rb") as file:
+        remote.check(f"cat > {shlex.quote(target)}", limit=INSTALL_LIMIT, stdin=iter(lambda: file.read(MIB), b""))
+    return f"/home/{remote.user}/{target}", digest
 
 
 def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
@@ -3014,41 +2997,66 @@ def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
     return version[1]
 
 
-def upload_package(path: Path, remote: Remote) -> tuple[str, str]:
-    """Send a package file to a node; return where it lies there, and what marks its content."""
-    digest = digest_file(path, "sha256")
-    target = f".mitsuba-{digest[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"  # in the user's home
-    with path.open("rb") as file:
-        remote.check(f"cat > {shlex.quote(target)}", limit=INSTALL_LIMIT, stdin=iter(lambda: file.read(MIB), b""))
-    return f"/home/{remote.user}/{target}", digest
+def log_folder(group: str) -> Path:
+    """Return (and make) the folder for the logs of GROUP's nodes."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    folder = Path(base) / "mitsuba-cluster" / group
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(f"the log folder {folder} can't be made: {error.strerror}") from error
+    return folder
 
 
-@cli.command("start")
+@cli.command("install")
 @group_argument
 @click.pass_obj
-def start(app: App, group: str) -> None:
-    """Start Mitsuba's server on every node; the last line names the head node."""
+def install(app: App, group: str) -> None:
+    """Install Mitsuba and its dependencies on every node."""
+    check_package_file(app.settings)
     nodes = app.running(group)
-    head = plan_head(nodes)
-    progress = Progress("Starting", len(nodes), lambda outcome: describe_server(outcome, head))
-    outcomes = app.fleet.each(nodes, functools.partial(worker_step, app.settings.DATA_DIR, head), progress)
-    workers = [outcome for outcome in outcomes if outcome.node.id != head.id]
-    ready = next(outcome for outcome in outcomes if outcome.node.id == head.id)
-    linked = [outcome for outcome in workers if outcome.ok]
-    if ready.ok:
-        step = functools.partial(head_step, app.settings.DATA_DIR, ready.value.facts, linked)
-        ready = app.fleet.each([head], step, Progress("Linking", 1))[0]
-    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
-    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
-    if not ready.ok:
-        raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}")
-    say_how_to_connect(app, group, head, ready.value)
-    if failed:
-        raise Partial(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+    logs = log_folder(group)
+    progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
+    outcomes = app.fleet.each(nodes, functools.partial(install_step, app.settings, logs), progress)
+    note(f"Each node's whole output: {logs}")
+    app.report(outcomes, "Installed")
+    note(f"Next: {command('start', group)}")
 
 
-class Partial(ClusterError):
-    """Some nodes failed, and the results are printed already."""
+def local_mitsuba() -> str:
+    """Return the version of this machine's own mitsuba, or ""."""
+    program = shutil.which("mitsuba")
+    if not program:
+        return ""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        words = [program, "-h"]
+        done = subprocess.run(words, env=clean_environment(), capture_output=True, timeout=10, check=False)
+        found = re.search(rb"version (\d[\d.]*\d)", done.stdout + done.stderr, re.I)
+        return found[1].decode() if found else ""
+    return ""
+
+
+def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
+    """Tell the user what to type into Mitsuba; the head's name comes last."""
+    version, local = served.facts.version, local_mitsuba()
+    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.news}")
+    if local and local != version:
+        note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
+    if app.settings.PUBLIC_SERVER_PORT:
+        result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
+        result(f"On the command line: mitsuba -c {head.name} scene.xml")
+    else:
+        result(
+            f"Port {SERVER_PORT} is closed. Run {command('tunnel', group)} and connect Mitsuba {version} to localhost"
+        )
+    result(f"Head node: {head.name}")
+
+
+def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
+    """Note in EC2 who is head and who is worker, as far as it is news."""
+    if head and head.role != "head":
+        tag_nodes(ec2, [head], TAG_ROLE, "head")
+    tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
 
 
 @dataclass(frozen=True)
@@ -3060,26 +3068,11 @@ class Served:
     news: str  # what was done
 
 
-def describe_server(outcome: Outcome, head: Node) -> str:
-    """Return the line of one node in start's output."""
-    served: Served = outcome.value
-    if outcome.node.id == head.id:
-        return ""  # its own line comes when it serves
-    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.news}"
-
-
-def worker_step(data: str, head: Node, remote: Remote) -> Served:
-    """Make a worker serve, unless it does; of the head only learn what it is."""
-    facts = remote.facts()
-    if not facts.version:
-        raise NodeError("Mitsuba is not installed here; run install first")
-    if remote.node.id == head.id:
-        return Served(facts, 0, "")
-    if facts.role == "worker":
-        with contextlib.suppress(NodeError):
-            return Served(facts, remote.ask_server(facts.version), "serves already")
-    start_server(remote, "worker", facts, data, [])
-    return Served(facts, remote.await_server(facts.version), "started")
+def start_server(remote: Remote, role: str, facts: Facts, data: str, workers: Sequence[str]) -> None:
+    """Write a node's units and (re)start its server."""
+    server, watchdog = server_units(remote.node, role, facts, data)
+    program = guard_program() if role == "head" else ""
+    remote.check(root_command("start-server", START_SERVER, role, server, watchdog, program, "\n".join(workers)))
 
 
 def head_step(data: str, facts: Facts, workers: Sequence[Outcome], remote: Remote) -> Served:
@@ -3101,47 +3094,118 @@ def head_step(data: str, facts: Facts, workers: Sequence[Outcome], remote: Remot
     return Served(facts, remote.await_server(facts.version, cores), news)
 
 
-def start_server(remote: Remote, role: str, facts: Facts, data: str, workers: Sequence[str]) -> None:
-    """Write a node's units and (re)start its server."""
-    server, watchdog = server_units(remote.node, role, facts, data)
-    program = guard_program() if role == "head" else ""
-    remote.check(root_command("start-server", START_SERVER, role, server, watchdog, program, "\n".join(workers)))
+def worker_step(data: str, head: Node, remote: Remote) -> Served:
+    """Make a worker serve, unless it does; of the head only learn what it is."""
+    facts = remote.facts()
+    if not facts.version:
+        raise NodeError("Mitsuba is not installed here; run install first")
+    if remote.node.id == head.id:
+        return Served(facts, 0, "")
+    if facts.role == "worker":
+        with contextlib.suppress(NodeError):
+            return Served(facts, remote.ask_server(facts.version), "serves already")
+    start_server(remote, "worker", facts, data, [])
+    return Served(facts, remote.await_server(facts.version), "started")
 
 
-def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
-    """Note in EC2 who is head and who is worker, as far as it is news."""
-    if head and head.role != "head":
-        tag_nodes(ec2, [head], TAG_ROLE, "head")
-    tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
+def describe_server(outcome: Outcome, head: Node) -> str:
+    """Return the line of one node in start's output."""
+    served: Served = outcome.value
+    if outcome.node.id == head.id:
+        return ""  # its own line comes when it serves
+    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.news}"
 
 
-def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
-    """Tell the user what to type into Mitsuba; the head's name comes last."""
-    version, local = served.facts.version, local_mitsuba()
-    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.news}")
-    if local and local != version:
-        note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
-    if app.settings.PUBLIC_SERVER_PORT:
-        result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
-        result(f"On the command line: mitsuba -c {head.name} scene.xml")
-    else:
-        result(
-            f"Port {SERVER_PORT} is closed. Run {command('tunnel', group)} and connect Mitsuba {version} to localhost"
-        )
-    result(f"Head node: {head.name}")
+class Partial(ClusterError):
+    """Some nodes failed, and the results are printed already."""
 
 
-def local_mitsuba() -> str:
-    """Return the version of this machine's own mitsuba, or ""."""
-    program = shutil.which("mitsuba")
-    if not program:
-        return ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        words = [program, "-h"]
-        done = subprocess.run(words, env=clean_environment(), capture_output=True, timeout=10, check=False)
-        found = re.search(rb"version (\d[\d.]*\d)", done.stdout + done.stderr, re.I)
-        return found[1].decode() if found else ""
-    return ""
+@cli.command("start")
+@group_argument
+@click.pass_obj
+def start(app: App, group: str) -> None:
+    """Start Mitsuba's servers; the last line names the head node."""
+    nodes = app.running(group)
+    head = plan_head(nodes)
+    progress = Progress("Starting", len(nodes), lambda outcome: describe_server(outcome, head))
+    outcomes = app.fleet.each(nodes, functools.partial(worker_step, app.settings.DATA_DIR, head), progress)
+    workers = [outcome for outcome in outcomes if outcome.node.id != head.id]
+    ready = next(outcome for outcome in outcomes if outcome.node.id == head.id)
+    linked = [outcome for outcome in workers if outcome.ok]
+    if ready.ok:
+        step = functools.partial(head_step, app.settings.DATA_DIR, ready.value.facts, linked)
+        ready = app.fleet.each([head], step, Progress("Linking", 1))[0]
+    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
+    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
+    if not ready.ok:
+        raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}")
+    say_how_to_connect(app, group, head, ready.value)
+    if failed:
+        raise Partial(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+
+
+def server_detail(outcome: Outcome, linked: set[str]) -> dict[str, Any]:
+    """Say in words and numbers what one node's server does."""
+    if not outcome.ok:
+        return {"server": outcome.error, "load": None, "server_cores": None}
+    facts, cores, why = outcome.value
+    text = f"serves {format_count(cores, 'core')}" if cores is not None else why
+    if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
+        text = f"up but not linked: run {command('start', outcome.node.group)}"
+    load = " ".join(f"{value:g}" for value in facts.load)
+    return {
+        "server": f"{text}; load {load} on {format_count(facts.cores, 'core')}",
+        "load": facts.load,
+        "server_cores": cores,
+    }
+
+
+def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
+    """Return (facts, cores that the server offers, or None, and why not)."""
+    facts = remote.facts()
+    try:
+        return facts, remote.ask_server(facts.version), ""
+    except NodeError as error:
+        return facts, None, str(error)
+
+
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, dict[str, Any]]:
+    """Return node id -> load, cores and what its server says, of the running NODES."""
+    running = [node for node in nodes if node.state == "running"]
+    outcomes = app.fleet.each(running, server_step, limit=LOOK_LIMIT) if running else []
+    linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
+    return {outcome.node.id: server_detail(outcome, linked) for outcome in outcomes}
+
+
+def show_group(
+    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
+) -> None:
+    """Print one group."""
+    alive = [node for node in nodes if node.state in ALIVE]
+    heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
+    result(", ".join(filter(None, [heading, format_cost(alive)])))
+    if nodes:
+        result(format_table(node_rows(nodes), terminal_width()))
+    for node in nodes:
+        if node.reason:
+            result(f"{node.name}: {node.state}: {node.reason}")
+        if node.id in details:
+            result(f"{node.name}: {details[node.id]['server']}")
+    for request in requests:
+        if request.group == group and request.state in ("open", "active"):
+            result(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
+    if not alive and not requests:
+        note(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+
+
+def group_json(
+    group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Return one group as `status --json` shows it."""
+    return {
+        "nodes": [node_json(node) | details.get(node.id, {}) for node in nodes if node.group == group],
+        "spot_requests": [asdict(request) for request in requests if request.group == group],
+    }
 
 
 @cli.command("status")
@@ -3166,133 +3230,6 @@ def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     elif len(groups) > 1 and (cost := format_cost(nodes)):
         result(f"All groups: {cost}")
     return None
-
-
-def group_json(
-    group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    """Return one group as `status --json` shows it."""
-    return {
-        "nodes": [node_json(node) | details.get(node.id, {}) for node in nodes if node.group == group],
-        "spot_requests": [asdict(request) for request in requests if request.group == group],
-    }
-
-
-def show_group(
-    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
-) -> None:
-    """Print one group."""
-    alive = [node for node in nodes if node.state in ALIVE]
-    heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
-    result(", ".join(filter(None, [heading, format_cost(alive)])))
-    if nodes:
-        result(format_table(node_rows(nodes), terminal_width()))
-    for node in nodes:
-        if node.reason:
-            result(f"{node.name}: {node.state}: {node.reason}")
-        if node.id in details:
-            result(f"{node.name}: {details[node.id]['server']}")
-    for request in requests:
-        if request.group == group and request.state in ("open", "active"):
-            result(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    if not alive and not requests:
-        note(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
-
-
-def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, dict[str, Any]]:
-    """Return node id -> load, cores and what its server says, of the running NODES."""
-    running = [node for node in nodes if node.state == "running"]
-    outcomes = app.fleet.each(running, server_step, limit=LOOK_LIMIT) if running else []
-    linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
-    return {outcome.node.id: server_detail(outcome, linked) for outcome in outcomes}
-
-
-def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
-    """Return (facts, cores that the server offers, or None, and why not)."""
-    facts = remote.facts()
-    try:
-        return facts, remote.ask_server(facts.version), ""
-    except NodeError as error:
-        return facts, None, str(error)
-
-
-def server_detail(outcome: Outcome, linked: set[str]) -> dict[str, Any]:
-    """Say in words and numbers what one node's server does."""
-    if not outcome.ok:
-        return {"server": outcome.error, "load": None, "server_cores": None}
-    facts, cores, why = outcome.value
-    text = f"serves {format_count(cores, 'core')}" if cores is not None else why
-    if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
-        text = f"up but not linked: run {command('start', outcome.node.group)}"
-    load = " ".join(f"{value:g}" for value in facts.load)
-    return {
-        "server": f"{text}; load {load} on {format_count(facts.cores, 'core')}",
-        "load": facts.load,
-        "server_cores": cores,
-    }
-
-
-@cli.command("syncData")
-@click.argument("name")
-@group_argument
-@click.pass_obj
-def sync_data(app: App, name: str, group: str) -> None:
-    """Put data files on every node through S3.
-
-    NAME is a file or folder here, which is uploaded first, or the beginning of names under
-    S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
-    """
-    s3, bucket, prefix = open_bucket(app.settings)
-    nodes = app.running(group)
-    if files := plan_upload(name, prefix):
-        send_files(s3, bucket, files)
-        name = Path(name).resolve().name
-    objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
-    for key in refused:
-        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
-    if not objects:
-        raise ClusterError(
-            f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
-        )
-    size = sum(one.size for one in objects)
-    note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
-    progress = SyncProgress(nodes, size)
-    step = functools.partial(sync_step, app.settings.DATA_DIR, sign(s3, bucket, objects), progress)
-    outcomes = app.fleet.each(nodes, step, progress)
-    for one in objects:
-        if not has_hash(one):
-            note(f"{printable(one.path)}: complete by its size, but not verified by hash (it has none in S3)")
-    app.report(outcomes, "Synchronized")
-    if refused:
-        raise ClusterError(f"{format_count(len(refused), 'object')} left out")
-
-
-def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
-    """Upload FILES as far as S3 lacks them, with a bar."""
-    size = sum(path.stat().st_size for path in files.values())
-    progress = Progress("Uploading", size)
-    lock = threading.Lock()
-
-    def count(sent: int) -> None:
-        with lock:
-            progress.done += sent
-
-    done = threading.Event()
-
-    def draw() -> None:
-        while not done.wait(0.2):
-            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
-
-    painter = threading.Thread(target=draw, daemon=True)
-    painter.start()
-    try:
-        sent = upload(s3, bucket, files, count)
-    except OSError as error:
-        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    finally:
-        done.set()
-        painter.join()
-    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
 
 
 class SyncProgress(Progress):
@@ -3333,6 +3270,91 @@ def sync_step(data: str, job: bytes, progress: SyncProgress, remote: Remote) -> 
     return f"fetched {format_count(last['fetched'], 'file')}, {format_size(last['moved'])}{there}"
 
 
+def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
+    """Upload FILES as far as S3 lacks them, with a bar."""
+    size = sum(path.stat().st_size for path in files.values())
+    progress = Progress("Uploading", size)
+    lock = threading.Lock()
+
+    def count(sent: int) -> None:
+        with lock:
+            progress.done += sent
+
+    done = threading.Event()
+
+    def draw() -> None:
+        while not done.wait(0.2):
+            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
+
+    painter = threading.Thread(target=draw, daemon=True)
+    painter.start()
+    try:
+        sent = upload(s3, bucket, files, count)
+    except OSError as error:
+        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
+    finally:
+        done.set()
+        painter.join()
+    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
+
+
+@cli.command("syncData")
+@click.argument("name")
+@group_argument
+@click.pass_obj
+def sync_data(app: App, name: str, group: str) -> None:
+    """Put data files on every node through S3.
+
+    NAME is a file or folder here, which is uploaded first, or the beginning of names under
+    S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
+    """
+    s3, bucket, prefix = open_bucket(app.settings)
+    nodes = app.running(group)
+    if files := plan_upload(name, prefix):
+        send_files(s3, bucket, files)
+        name = Path(name).resolve().name
+    objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
+    for key in refused:
+        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
+    if not objects:
+        raise ClusterError(
+            f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
+        )
+    size = sum(one.size for one in objects)
+    note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
+    progress = SyncProgress(nodes, size)
+    step = functools.partial(sync_step, app.settings.DATA_DIR, sign(s3, bucket, objects), progress)
+    outcomes = app.fleet.each(nodes, step, progress)
+    for one in objects:
+        if not has_hash(one):
+            note(f"{printable(one.path)}: complete by its size, but not verified by hash (it has none in S3)")
+    app.report(outcomes, "Synchronized")
+    if refused:
+        raise ClusterError(f"{format_count(len(refused), 'object')} left out")
+
+
+def terminate_in(ec2: Client, group: str) -> None:
+    """Terminate GROUP in one region and say what was proved."""
+    region = ec2.meta.region_name
+    progress = Progress(f"Terminating in {region}", 0)
+    nodes, cancelled, anything = terminate_group(ec2, group, progress.show)
+    if not anything:
+        return note(f"Nothing to terminate: group {group!r} does not exist in {region}")
+    for node in nodes:
+        result(f"{node.name}: terminated")
+    parts = [f"{format_count(len(nodes), 'node')} terminated"]
+    if cancelled:
+        parts.append(f"{format_count(cancelled, 'spot request')} cancelled")
+    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    paid = f" They cost {format_money(cost)}." if cost is not None else ""
+    return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
+
+
+def fetch_regions(ec2: Client) -> list[str]:
+    """Return the names of the regions that the account can use."""
+    return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
+
+
 @cli.command("terminateAll")
 @group_argument
 @click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
@@ -3354,28 +3376,6 @@ def terminate_all(app: App, group: str, all_regions: bool) -> None:
     return None
 
 
-def fetch_regions(ec2: Client) -> list[str]:
-    """Return the names of the regions that the account can use."""
-    return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
-
-
-def terminate_in(ec2: Client, group: str) -> None:
-    """Terminate GROUP in one region and say what was proved."""
-    region = ec2.meta.region_name
-    progress = Progress(f"Terminating in {region}", 0)
-    nodes, cancelled, anything = terminate_group(ec2, group, progress.show)
-    if not anything:
-        return note(f"Nothing to terminate: group {group!r} does not exist in {region}")
-    for node in nodes:
-        result(f"{node.name}: terminated")
-    parts = [f"{format_count(len(nodes), 'node')} terminated"]
-    if cancelled:
-        parts.append(f"{format_count(cancelled, 'spot request')} cancelled")
-    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    paid = f" They cost {format_money(cost)}." if cost is not None else ""
-    return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
-
-
 @cli.command("addSpotNodes")
 @type_argument
 @count_argument
@@ -3384,7 +3384,7 @@ def terminate_in(ec2: Client, group: str) -> None:
 @hours_option
 @click.pass_obj
 def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: str, max_hours: float | None) -> None:
-    """Like createNodes --spot, for at most MAXPRICE $ an hour each."""
+    """Like createNodes --spot, for at most MAXPRICE $ an hour."""
     create(app, Order(machine, count, group, True, max_price, max_hours))
 
 
@@ -3408,11 +3408,22 @@ def spot_prices(app: App, machine: str, as_json: bool) -> None:
     return result(format_table(rows, terminal_width()))
 
 
+def find_node(app: App, name: str) -> Node:
+    """Return our node that NAME means; ClusterError where there is none."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
+    found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if not found:
+        raise ClusterError(
+            f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
+        )
+    return found[0]
+
+
 @cli.command("terminate")
 @click.argument("name", metavar="NODE")
 @click.pass_obj
 def terminate(app: App, name: str) -> None:
-    """Shut one node down: its public name, address or instance id."""
+    """Shut one node down, by its name, address or instance id."""
     node = find_node(app, name)
     app.left = f"{node.name} may still run; {command('status')} shows it."
     terminate_nodes(app.ec2, [node])
@@ -3423,15 +3434,16 @@ def terminate(app: App, name: str) -> None:
         note("It was a worker: the head restarts without it within half a minute; a running render is lost")
 
 
-def find_node(app: App, name: str) -> Node:
-    """Return our node that NAME means; ClusterError where there is none."""
-    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
-    found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
-    if not found:
-        raise ClusterError(
-            f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
-        )
-    return found[0]
+def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
+    """Cancel REQUESTS and say what that leaves running."""
+    cancelled = cancel_spot_requests(app.ec2, requests)
+    for name in cancelled:
+        result(f"Cancelled {name}")
+    running = [request.node_id for request in requests if request.node_id and request.id in cancelled]
+    if running:
+        note(f"Their nodes keep running and cost money: {', '.join(running)}; terminate or terminateAll ends them")
+    if not cancelled:
+        note("No spot request is open")
 
 
 @cli.command("cancelSpot")
@@ -3454,16 +3466,12 @@ def cancel_all_spot(app: App) -> None:
     cancel_requests(app, fetch_spot_requests(app.ec2))
 
 
-def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
-    """Cancel REQUESTS and say what that leaves running."""
-    cancelled = cancel_spot_requests(app.ec2, requests)
-    for name in cancelled:
-        result(f"Cancelled {name}")
-    running = [request.node_id for request in requests if request.node_id and request.id in cancelled]
-    if running:
-        note(f"Their nodes keep running and cost money: {', '.join(running)}; terminate or terminateAll ends them")
-    if not cancelled:
-        note("No spot request is open")
+def find_head(app: App, group: str) -> Node:
+    """Return GROUP's head node."""
+    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
+    if not heads:
+        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
+    return heads[0]
 
 
 @cli.command("login")
@@ -3491,20 +3499,12 @@ def login(app: App, name: str | None) -> None:
     sys.exit(min(code, 255))
 
 
-def find_head(app: App, group: str) -> Node:
-    """Return GROUP's head node."""
-    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
-    if not heads:
-        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
-    return heads[0]
-
-
 @cli.command("systemLoad")
 @group_argument
 @click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
 @click.pass_obj
 def system_load(app: App, group: str, watch: bool) -> None:
-    """Show each node's load (1, 5 and 15 minutes), cores and memory."""
+    """Show each node's load, cores and memory."""
     nodes = app.running(group)
     while True:
         outcomes = app.fleet.each(nodes, Remote.facts, limit=LOOK_LIMIT)
@@ -3526,21 +3526,13 @@ def system_load(app: App, group: str, watch: bool) -> None:
         raise ClusterError(f"{len(bad)} of {len(nodes)} nodes did not answer")
 
 
-@cli.command("runCommand")
-@click.argument("line", metavar='"CMD ARGS"')
-@group_argument
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.pass_obj
-def run_command(app: App, line: str, group: str, as_json: bool) -> None:
-    """Run a shell command on every node; print each one's output as it ends."""
-    nodes = app.running(group)
-    progress = CommandProgress(len(nodes), as_json)
-    outcomes = app.fleet.each(nodes, functools.partial(command_step, line), progress)
-    failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
-    if as_json:
-        result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
-    if failed:
-        raise ClusterError(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(o.node.name for o in failed)}")
+def command_json(outcome: Outcome) -> dict[str, Any]:
+    """Return what a command did on a node, with the first megabyte of its output."""
+    if not outcome.ok:
+        return {"error": outcome.error, "code": None, "output": ""}
+    with outcome.value.output as output:
+        output.seek(0)
+        return {"error": None, "code": outcome.value.code, "output": output.read(MIB).decode("utf-8", "replace")}
 
 
 @dataclass(frozen=True)
@@ -3549,6 +3541,13 @@ class Ran:
 
     code: int
     output: tempfile.SpooledTemporaryFile[bytes]
+
+
+def command_step(line: str, remote: Remote) -> Ran:
+    """Run a command line on one node, as its shell reads it."""
+    output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
+    code, _ = remote.run(user_command("run-command", line), limit=SYNC_LIMIT, sink=output.write)
+    return Ran(code, output)
 
 
 class CommandProgress(Progress):
@@ -3570,20 +3569,21 @@ class CommandProgress(Progress):
                     click.echo(block, nl=False)
 
 
-def command_step(line: str, remote: Remote) -> Ran:
-    """Run a command line on one node, as its shell reads it."""
-    output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
-    code, _ = remote.run(user_command("run-command", line), limit=SYNC_LIMIT, sink=output.write)
-    return Ran(code, output)
-
-
-def command_json(outcome: Outcome) -> dict[str, Any]:
-    """Return what a command did on a node, with the first megabyte of its output."""
-    if not outcome.ok:
-        return {"error": outcome.error, "code": None, "output": ""}
-    with outcome.value.output as output:
-        output.seek(0)
-        return {"error": None, "code": outcome.value.code, "output": output.read(MIB).decode("utf-8", "replace")}
+@cli.command("runCommand")
+@click.argument("line", metavar='"CMD ARGS"')
+@group_argument
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.pass_obj
+def run_command(app: App, line: str, group: str, as_json: bool) -> None:
+    """Run a shell command on every node; print its output."""
+    nodes = app.running(group)
+    progress = CommandProgress(len(nodes), as_json)
+    outcomes = app.fleet.each(nodes, functools.partial(command_step, line), progress)
+    failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
+    if as_json:
+        result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
+    if failed:
+        raise ClusterError(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(o.node.name for o in failed)}")
 
 
 @cli.command("regions")
@@ -3594,12 +3594,34 @@ def regions(app: App) -> None:
         result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
 
 
+def pump(source: Any, target: Any) -> None:
+    """Copy SOURCE to TARGET up to its end, and pass the end on."""
+    with contextlib.suppress(OSError, EOFError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with contextlib.suppress(OSError, EOFError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def forward(remote: Remote, connection: socket.socket) -> None:
+    """Carry one connection to the node's server and back, until both directions have ended."""
+    import paramiko
+
+    with connection, contextlib.suppress(OSError, EOFError, paramiko.SSHException), remote.server_stream() as channel:
+        connection.settimeout(None)
+        channel.settimeout(None)
+        back = threading.Thread(target=pump, args=(channel, connection), daemon=True)
+        back.start()
+        pump(connection, channel)
+        back.join()
+
+
 @cli.command("tunnel")
 @group_argument
 @click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
-    """Forward localhost:7554 to the head node's server over SSH, until Ctrl-C."""
+    """Forward localhost:7554 to the head's server over SSH."""
     app.running(group)
     head = find_head(app, group)
     try:
@@ -3622,26 +3644,10 @@ def tunnel(app: App, group: str, port: int) -> None:
     raise ClusterError(f"the connection to {head.name} broke; run {command('tunnel', group)} again")
 
 
-def forward(remote: Remote, connection: socket.socket) -> None:
-    """Carry one connection to the node's server and back, until both directions have ended."""
-    import paramiko
-
-    with connection, contextlib.suppress(OSError, EOFError, paramiko.SSHException), remote.server_stream() as channel:
-        connection.settimeout(None)
-        channel.settimeout(None)
-        back = threading.Thread(target=pump, args=(channel, connection), daemon=True)
-        back.start()
-        pump(connection, channel)
-        back.join()
-
-
-def pump(source: Any, target: Any) -> None:
-    """Copy SOURCE to TARGET up to its end, and pass the end on."""
-    with contextlib.suppress(OSError, EOFError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with contextlib.suppress(OSError, EOFError):
-        target.shutdown(socket.SHUT_WR)
+def extend_step(hours: float, remote: Remote) -> str:
+    """Move one node's own timer; return when it ends now."""
+    output = remote.check(root_command("extend", EXTEND, str(round(hours * 3600))))
+    return output.strip().splitlines()[-1]
 
 
 @cli.command("extend")
@@ -3662,12 +3668,6 @@ def extend(app: App, hours: float, group: str) -> None:
     for total_hours, same in by_hours.items():
         tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
     app.report(outcomes, f"Extended by {hours:g} hours")
-
-
-def extend_step(hours: float, remote: Remote) -> str:
-    """Move one node's own timer; return when it ends now."""
-    output = remote.check(root_command("extend", EXTEND, str(round(hours * 3600))))
-    return output.strip().splitlines()[-1]
 
 
 def hidden(original: click.Command, name: str) -> click.Command:
