@@ -2701,6 +2701,17 @@ class Tool(click.Group):
         os._exit(code)  # at once: threads may still wait for nodes
 
 
+def log_folder(group: str) -> Path:
+    """Return (and make) the folder for the logs of GROUP's nodes."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
+    folder = Path(base) / "mitsuba-cluster" / group
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClusterError(f"the log folder {folder} can't be made: {error.strerror}") from error
+    return folder
+
+
 class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
     """A cluster's name."""
 
@@ -2711,6 +2722,13 @@ class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only sinc
         if not GROUP_NAME.fullmatch(value):
             self.fail(f"{value!r} is no group name: letters, digits, '.', '_' and '-', at most 63", param, ctx)
         return str(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Complete the groups that have logs here: asking EC2 at every Tab would take too long."""
+        from click.shell_completion import CompletionItem
+
+        folders = log_folder("").glob(f"{incomplete}*") if not set("*?[") & set(incomplete) else []
+        return [CompletionItem(folder.name) for folder in sorted(folders)]
 
 
 group_argument = click.argument("group", type=GroupName(), default="default", metavar="[GROUP]")
@@ -2997,17 +3015,6 @@ def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
     return version[1]
 
 
-def log_folder(group: str) -> Path:
-    """Return (and make) the folder for the logs of GROUP's nodes."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
-    folder = Path(base) / "mitsuba-cluster" / group
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ClusterError(f"the log folder {folder} can't be made: {error.strerror}") from error
-    return folder
-
-
 @cli.command("install")
 @group_argument
 @click.pass_obj
@@ -3116,10 +3123,6 @@ def describe_server(outcome: Outcome, head: Node) -> str:
     return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.news}"
 
 
-class Partial(ClusterError):
-    """Some nodes failed, and the results are printed already."""
-
-
 @cli.command("start")
 @group_argument
 @click.pass_obj
@@ -3141,7 +3144,7 @@ def start(app: App, group: str) -> None:
         raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}")
     say_how_to_connect(app, group, head, ready.value)
     if failed:
-        raise Partial(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
 
 
 def server_detail(outcome: Outcome, linked: set[str]) -> dict[str, Any]:

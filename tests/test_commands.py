@@ -187,6 +187,7 @@ def test_spot_nodes(cloud: LocalCloud, group: str) -> None:
     cancelled = cloud.cluster("cancelSpot", requests[0])
     assert cancelled.out == f"Cancelled {requests[0]}\n"
     assert "keep running and cost money" in cancelled.err
+    assert f"spot request {requests[0]} is cancelled already" in cloud.cluster("cancelSpot", requests[0]).err
     assert len(cloud.nodes(group)) == 2
     ended = cloud.cluster("terminateAll", group)
     assert "1 spot request cancelled" in ended.err

@@ -213,6 +213,8 @@ def test_a_worker_that_drops_off_the_network_is_left_out(cluster: Cluster) -> No
     worker = cluster.nodes("worker")[0]
     cluster.cloud.ask("cut", {"node": worker["id"]})
     cluster.serves_again(own_cores(1))
+    shown = cluster.tool("status", GROUP, "--servers").out
+    assert f"{worker['name']}: port 22 of {worker['address']} does not answer from here" in shown
     cluster.tool("terminate", worker["id"])
 
 
@@ -276,6 +278,9 @@ def test_packages_of_every_kind(nodes: LocalCloud, tmp_path: Path) -> None:
         assert (done.code, done.out) == (0, f"{node['name']}: Mitsuba 0.6.0\n"), done.err
         where = Cluster(nodes).ssh(node, "command -v mtssrv; sudo rm -f /usr/local/bin/mtssrv").out
         assert where == ("/usr/bin/mtssrv\n" if kind == "deb" else "/usr/local/bin/mtssrv\n")
+    other = build_stand_in(tmp_path, "libboost-system1.65.1")  # what a package for Ubuntu 18.04 wants
+    done = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": str(other)})
+    assert (done.code, "Depends: libboost-system1.65.1 but it is not installable" in done.err) == (1, True), done.err
     wrong = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": f"{path}#sha256={'0' * 64}"})
     assert wrong.code == 1
     assert "checksum did NOT match" in wrong.err

@@ -32,7 +32,7 @@ class Bucket:
         key, secret = given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
         self.s3 = boto3.Session(key, secret, region_name="us-east-1").client("s3", endpoint_url=self.url)
         if kind == "moto":
-            self.s3.create_bucket(Bucket="scenes")
+            self.s3.create_bucket(Bucket="scenes")  # again is no error in us-east-1
 
     def sync(self, name: str, **settings: Any) -> Result:
         """Run syncData."""
@@ -130,6 +130,25 @@ def test_a_file_larger_than_the_free_space(two_nodes: LocalCloud, tmp_path: Path
     )
     assert re.search(r"\d+ MB are needed in .*, \d+ MB are free", json.loads(done.stdout)["error"])
     assert not list(tmp_path.glob("k*"))
+
+
+def test_a_bucket_of_somebody_else(two_nodes: LocalCloud) -> None:
+    bucket = Bucket(two_nodes, "moto")
+    with two_nodes.faults({"kind": "denied", "service": "s3"}):
+        done = bucket.sync("anything")
+    assert (done.code, "you may not use the bucket 'scenes'" in done.err) == (1, True), done.err
+
+
+def test_a_bucket_in_another_region(two_nodes: LocalCloud) -> None:
+    bucket = Bucket(two_nodes, "moto")
+    place = {"LocationConstraint": "eu-west-1"}
+    bucket.s3.create_bucket(Bucket="european", CreateBucketConfiguration=place)
+    bucket.s3.put_object(Bucket="european", Key="data/far.vol", Body=b"far")
+    done = bucket.sync("far", S3_PATH="s3://european/data")
+    assert done.code == 0, done.err
+    assert bucket.on_nodes("far.vol") == [b"far", b"far"]
+    log = two_nodes.where.calls.read_text()
+    assert "GET /european" in log
 
 
 def test_no_address_shows_in_the_output(two_nodes: LocalCloud, tmp_path: Path) -> None:

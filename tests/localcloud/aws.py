@@ -444,9 +444,10 @@ def mend_security_groups(cloud: Cloud) -> None:
 
 
 def mend_spot(cloud: Cloud) -> None:
-    """DescribeSpotPriceHistory: a day of prices that move (moto: one constant of 2006)."""
+    """Spot prices that move for a day (moto: one constant of 2006), and cancelled requests."""
     from moto.core.responses import ActionResult
     from moto.core.utils import utcnow
+    from moto.ec2.models.spot_requests import SpotRequestBackend
     from moto.ec2.responses.spot_instances import SpotInstances
 
     def describe_spot_price_history(self: Any) -> Any:
@@ -470,7 +471,15 @@ def mend_spot(cloud: Cloud) -> None:
                 )
         return ActionResult({"SpotPriceHistory": history})
 
+    def cancel_spot_instance_requests(self: Any, request_ids: list[str]) -> list[Any]:
+        # AWS remembers a cancelled request, and leaves its instance running; moto forgets it.
+        requests = [self.spot_instance_requests[name] for name in request_ids]
+        for request in requests:
+            request.state, request.status_code = "cancelled", "request-canceled-and-instance-running"
+        return requests
+
     SpotInstances.describe_spot_price_history = describe_spot_price_history
+    SpotRequestBackend.cancel_spot_instance_requests = cancel_spot_instance_requests
 
 
 def make_spot_requests(response: Any, reservation: Any) -> None:

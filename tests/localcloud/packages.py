@@ -14,17 +14,17 @@ CONTROL = """Package: mitsuba
 Version: 0.6.0-1
 Architecture: all
 Maintainer: local cloud <nobody@example.org>
-Depends: python3
+Depends: {depends}
 Description: stand-in for Mitsuba's render server and client
 """
 
 
-def build_stand_in(target: Path) -> Path:
+def build_stand_in(target: Path, depends: str = "python3") -> Path:
     """Pack the stand-in server and client as a .deb in the folder TARGET; return its path."""
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         (tree / "DEBIAN").mkdir(parents=True)
-        (tree / "DEBIAN/control").write_text(CONTROL)
+        (tree / "DEBIAN/control").write_text(CONTROL.format(depends=depends))
         (tree / "usr/bin").mkdir(parents=True)
         for program in ("mtssrv", "mitsuba"):
             shutil.copy(HERE / "mitsuba" / program, tree / "usr/bin" / program)

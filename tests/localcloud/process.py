@@ -56,7 +56,7 @@ class ProcessNetwork:
     def repository(self, folder: Path) -> str:
         """Serve an apt index that offers mitsuba; return its apt line."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "Packages").write_text(CONTROL)
+        (folder / "Packages").write_text(CONTROL.format(depends="python3"))
 
         class Files(http.server.SimpleHTTPRequestHandler):
             def log_message(self, format: str, *args: Any) -> None:
