@@ -1,15 +1,15 @@
 # Sourced by tests/run and tests/session: makes what they need, once, and sets $python.
 #
 # As root on Debian or Ubuntu it installs the packages for real nodes; an ordinary user is told
-# the one command that does what only root can.
+# the one command that does what only root can. $more_packages: what the caller needs besides.
 # shellcheck shell=bash
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-packages="python3 python3-venv git openssh-client shellcheck"
+packages="python3 python3-venv git openssh-client ${more_packages:-}"
 node_packages="dnsmasq-base dpkg-dev iproute2 mmdebstrap nftables sudo systemd-container s3cmd tmux"
-needed="git ssh shellcheck"
+needed="git ssh ${more_packages:-}"
 node_needed="dnsmasq dpkg-scanpackages ip mmdebstrap nft systemd-nspawn s3cmd tmux"
 
 missing() {
