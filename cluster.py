@@ -1083,13 +1083,19 @@ def load_settings(path: Path) -> Settings:
 # Talks to AWS, never to a node. Every function takes the client first; what leaves is our own.
 
 
+@functools.cache
+def open_session(key: str, secret: str) -> Any:
+    """Return the boto3 session for these credentials (or boto3's own), which reads AWS's big models once."""
+    import boto3
+
+    return boto3.Session(key or None, secret or None)
+
+
 def open_client(settings: Settings, service: str, region: str = "", **options: Any) -> Client:
     """Return a boto3 client with bounded patience; OPTIONS are botocore's Config's."""
-    import boto3
     from botocore.config import Config
 
-    key = settings.AWS_ACCESS_KEY_ID or None
-    session = boto3.Session(key, settings.AWS_SECRET_ACCESS_KEY or None)
+    session = open_session(settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY)
     region = region or settings.AWS_REGION
     partitions = session.get_available_partitions()
     if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
