@@ -64,4 +64,4 @@ def group(cloud: LocalCloud, request: pytest.FixtureRequest) -> Iterator[str]:
     """A group of this test's own, ended afterwards."""
     name = request.node.name.split("[")[0].replace("test_", "")[:60]
     yield name
-    cloud.cluster("terminateAll", name)
+    cloud.end(name)

@@ -41,6 +41,7 @@ class LocalCloud:
 
     def __init__(self, where: Places, kind: str) -> None:
         self.where, self.kind = where, kind
+        self.clients: dict[str, Any] = {}
 
     def environment(self, **changes: str) -> dict[str, str]:
         """Return the environment in which AWS means this cloud."""
@@ -103,11 +104,33 @@ class LocalCloud:
 
     def client(self, service: str) -> Any:
         """Return a boto3 client; only for process clouds, which this process can reach."""
+        if service not in self.clients:
+            self.clients[service] = self.make_client(service)
+        return self.clients[service]
+
+    def make_client(self, service: str) -> Any:
+        """Make what client() keeps."""
         given = self.environment()
         url = given["AWS_ENDPOINT_URL_S3"] if service == "s3" else given["AWS_ENDPOINT_URL"]
         key, secret = given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
         session = boto3.Session(key, secret, region_name="us-east-1")
         return session.client(service, endpoint_url=url)
+
+    def end(self, group: str) -> None:
+        """End a group past the tool, as far as there is something left of it."""
+        ec2 = self.client("ec2")
+        ours = [{"Name": "tag:mitsuba-group", "Values": [group]}]
+        left = [one for r in ec2.describe_instances(Filters=ours)["Reservations"] for one in r["Instances"]]
+        if ids := [one["InstanceId"] for one in left if one["State"]["Name"] != "terminated"]:
+            ec2.terminate_instances(InstanceIds=ids)
+            wait_until(lambda: all(self.ask_state(one) == "terminated" for one in ids))
+        for one in ec2.describe_security_groups(Filters=ours)["SecurityGroups"]:
+            ec2.delete_security_group(GroupId=one["GroupId"])
+
+    def ask_state(self, name: str) -> str:
+        """Return an instance's state as EC2 has it."""
+        found = self.client("ec2").describe_instances(InstanceIds=[name])
+        return str(found["Reservations"][0]["Instances"][0]["State"]["Name"])
 
     def status(self, group: str) -> dict[str, Any]:
         """Return what `status --json` says of GROUP; {} where it says nothing."""

@@ -45,8 +45,8 @@ def serving(cloud: LocalCloud) -> Iterator[LocalCloud]:
     for words in (("createNodes", "c1.xlarge", "2", GROUP), ("install", GROUP), ("start", GROUP)):
         assert cloud.cluster(*words).code == 0
     yield cloud
-    cloud.cluster("terminateAll", GROUP)
-    cloud.cluster("terminateAll", f"{GROUP}-more")
+    cloud.end(GROUP)
+    cloud.end(f"{GROUP}-more")
 
 
 def test_fault(serving: LocalCloud, case: tuple[str, str, float], tmp_path: Path) -> None:

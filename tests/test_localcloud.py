@@ -34,7 +34,7 @@ def launch(cloud: LocalCloud) -> Iterator[dict[str, Any]]:
         "MaxCount": 2,
         "TagSpecifications": [{"ResourceType": "instance", "Tags": [{"Key": "mitsuba-group", "Value": group}]}],
     }
-    cloud.cluster("terminateAll", group)
+    cloud.end(group)
 
 
 def refusal(call: Any, **parameters: Any) -> str:

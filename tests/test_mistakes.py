@@ -206,7 +206,7 @@ def test_key_file(cloud: LocalCloud, tmp_path: Path, name: str) -> None:
     path.chmod(0o600)
     spoil(path)
     done = cloud.cluster("runCommand", "true", "key-file", settings={"SSH_PRIVATE_KEY_FILE": str(path)})
-    cloud.cluster("terminateAll", "key-file")
+    cloud.end("key-file")
     assert (done.code, says in only_one_line(done)) == (1, True), done.err
 
 
@@ -214,7 +214,7 @@ def test_key_pair_name_of_another_key(cloud: LocalCloud, tmp_path: Path) -> None
     assert cloud.cluster(*CREATE, "first-key").code == 0
     other = {"SSH_PRIVATE_KEY_FILE": str(tmp_path / "other.pem")}
     done = cloud.cluster(*CREATE, "second-key", settings=other)
-    cloud.cluster("terminateAll", "first-key")
+    cloud.end("first-key")
     assert "EC2 has another key under the name 'mitsuba-key': choose another KEYPAIR_NAME" in only_one_line(done)
     assert cloud.status("second-key") == {}
 
@@ -232,7 +232,7 @@ def test_s3cfg_that_is_no_ini_file(cloud: LocalCloud) -> None:
 def test_prefix_that_matches_nothing(cloud: LocalCloud) -> None:
     assert cloud.cluster(*CREATE, "no-match").code == 0
     done = cloud.cluster("syncData", "nothing-like-this", "no-match")
-    cloud.cluster("terminateAll", "no-match")
+    cloud.end("no-match")
     assert "there is no file 'nothing-like-this' here, and nothing under s3://scenes/data" in only_one_line(done)
 
 
@@ -263,5 +263,5 @@ def test_a_taken_port(cloud: LocalCloud) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         done = cloud.cluster("tunnel", group, "--port", port)
-    cloud.cluster("terminateAll", group)
+    cloud.end(group)
     assert f"port {port} of this machine is taken" in only_one_line(done)

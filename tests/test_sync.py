@@ -50,7 +50,7 @@ def two_nodes(cloud: LocalCloud) -> Iterator[LocalCloud]:
     """A group of two nodes."""
     assert cloud.cluster("createNodes", "c1.xlarge", "2", GROUP).code == 0
     yield cloud
-    cloud.cluster("terminateAll", GROUP)
+    cloud.end(GROUP)
 
 
 @pytest.fixture(scope="module", params=["moto", "localbucket"])
