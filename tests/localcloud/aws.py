@@ -6,6 +6,7 @@ in which moto is laxer or poorer than AWS. Each wrapper says what AWS does.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -319,6 +320,15 @@ def mend_launches(cloud: Cloud) -> None:
     assert issubclass(EC2ClientError, Exception)
 
 
+@functools.cache
+def types_of_zone(region: str, zone: str) -> set[str]:
+    """Return the instance types that a zone offers."""
+    from moto.ec2.models.instance_types import INSTANCE_TYPE_OFFERINGS
+
+    offers = INSTANCE_TYPE_OFFERINGS["availability-zone"][region]
+    return {offer["InstanceType"] for offer in offers if offer["Location"] == zone}
+
+
 def zone_of(response: Any) -> str:
     """Return the zone in which a RunInstances call would launch."""
     subnet = response.params.get("SubnetId")
@@ -347,11 +357,8 @@ def check_launch(response: Any, cloud: Cloud) -> Any:
             "The instance initiated shutdown behavior 'stop' is not supported for one-time Spot instances.",
         )
     zone = zone_of(response)
-    offered = response.ec2_backend.describe_instance_type_offerings(
-        location_type="availability-zone", filters={"instance-type": [parameters["InstanceType"]], "location": [zone]}
-    )
     known = response.ec2_backend.describe_instance_types([parameters["InstanceType"]])
-    if known and not offered:
+    if known and parameters["InstanceType"] not in types_of_zone(response.region, zone):
         return error_response(
             "Unsupported",
             f"Your requested instance type ({parameters['InstanceType']}) is not supported in your requested "
