@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
 
 ACCOUNT = "123456789012"
-ACCESS_KEY = "AKIALOCALCLOUDEXAMPL"
+ACCESS_KEY = "LOCALCLOUD"
 SECRET_KEY = "local-cloud-secret"
 REGION = "us-east-1"
 
