@@ -2149,7 +2149,7 @@ def unlock_identity(path: Path, text: str) -> Identity:
     passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
     try:
         key = paramiko.PKey.from_path(path, passphrase)
-    except (paramiko.SSHException, ValueError) as error:
+    except (paramiko.SSHException, ValueError, TypeError) as error:
         raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
     return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
@@ -2167,9 +2167,9 @@ def load_identity(path: Path) -> Identity:
         raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
     try:
         key = paramiko.PKey.from_path(path)
-    except paramiko.PasswordRequiredException:
+    except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
         return unlock_identity(path, text)
-    except (paramiko.SSHException, ValueError, TypeError) as error:
+    except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
     return Identity(key, f"{key.get_name()} {key.get_base64()}")
 

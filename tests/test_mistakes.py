@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.localcloud.places import PROJECT
-from tests.support import LocalCloud, Result
+from tests.support import LocalCloud, Result, wait_until
 
 CREATE = ("createNodes", "c1.xlarge", "1")
 
@@ -208,6 +210,29 @@ def test_key_file(cloud: LocalCloud, tmp_path: Path, name: str) -> None:
     done = cloud.cluster("runCommand", "true", "key-file", settings={"SSH_PRIVATE_KEY_FILE": str(path)})
     cloud.end("key-file")
     assert (done.code, says in only_one_line(done)) == (1, True), done.err
+
+
+def test_encrypted_key_and_ssh_agent(cloud: LocalCloud, tmp_path: Path) -> None:
+    group = "agent"
+    assert cloud.cluster(*CREATE, group).code == 0
+    path = tmp_path / "key.pem"
+    shutil.copy(cloud.where.root / "key.pem", path)
+    path.chmod(0o600)
+    subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", str(path)], check=True)
+    use = {"SSH_PRIVATE_KEY_FILE": str(path)}
+    env = {"SSH_AUTH_SOCK": str(tmp_path / "agent")}
+    run = functools.partial(cloud.cluster, "runCommand", "echo hi", group, settings=use, **env)
+    assert "is encrypted: ssh-add it, or run this at a terminal" in only_one_line(run())
+    with subprocess.Popen(["ssh-agent", "-D", "-a", env["SSH_AUTH_SOCK"]], stdout=subprocess.DEVNULL) as agent:
+        wait_until(lambda: Path(env["SSH_AUTH_SOCK"]).exists())
+        subprocess.run(["ssh-add", "-q", str(cloud.where.root / "key.pem")], env=os.environ | env, check=True)
+        assert run().out.endswith("\nhi\n")
+        listed = subprocess.run(["ssh-add", "-L"], env=os.environ | env, capture_output=True, text=True, check=True)
+        path.write_text(listed.stdout)
+        assert run().out.endswith("\nhi\n")
+        agent.terminate()
+    assert "ssh-agent does not have its private half" in only_one_line(run())
+    cloud.end(group)
 
 
 def test_key_pair_name_of_another_key(cloud: LocalCloud, tmp_path: Path) -> None:
