@@ -2148,8 +2148,9 @@ def unlock_identity(path: Path, text: str) -> Identity:
         raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
     passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
     try:
-        key = paramiko.PKey.from_path(path, passphrase)
-    except (paramiko.SSHException, ValueError, TypeError) as error:
+        # Bytes, whatever the annotation says: cryptography, which paramiko hands it to, takes nothing else.
+        key = paramiko.PKey.from_path(path, passphrase.encode())  # type: ignore[arg-type]
+    except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
     return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
