@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,6 +154,14 @@ def wait_until(check: Callable[[], Any], limit: float = 60, what: str = "it") ->
             return found
         assert time.monotonic() < deadline, f"{what} did not happen within {limit} s"
         time.sleep(0.1)
+
+
+def free_port() -> int:
+    """Return a port that nobody has, and that the system gives to nobody: those begin at 32768."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def interrupt(child: subprocess.Popen[str], number: int = signal.SIGINT) -> Result:

@@ -16,7 +16,7 @@ import pytest
 
 import cluster
 from tests.localcloud.places import PROJECT
-from tests.support import LocalCloud, interrupt, wait_until
+from tests.support import LocalCloud, free_port, interrupt, wait_until
 
 COMMANDS = (
     "createNodes install start status syncData terminateAll addSpotNodes spotPrices terminate cancelSpot "
@@ -280,8 +280,7 @@ def test_regions_and_system_load(cloud: LocalCloud, group: str) -> None:
 
 def test_tunnel_lets_any_number_of_connections_through(cloud: LocalCloud, group: str) -> None:
     serve(cloud, group)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     child = cloud.start(sys.executable, "cluster.py", "tunnel", group, "--port", str(port))
     assert child.stderr
     while "Forwarding to" not in (line := child.stderr.readline()):

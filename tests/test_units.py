@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import ipaddress
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -214,11 +216,9 @@ def stand_in(folder: Path, *words: str, **env: str) -> Iterator[subprocess.Popen
             child.communicate()
 
 
-def free_port() -> int:
-    """Return a port that nobody has."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def own_address() -> str:
+    """Return a loopback address that no other test uses: there mtssrv's own port is free for sure."""
+    return str(ipaddress.IPv4Address("127.128.0.0") + secrets.randbelow(1 << 22))
 
 
 def ready(child: subprocess.Popen[bytes]) -> None:
@@ -229,26 +229,25 @@ def ready(child: subprocess.Popen[bytes]) -> None:
 
 
 def test_stand_in_answers_with_mitsubas_very_bytes(tmp_path: Path) -> None:
-    port = free_port()
-    with stand_in(tmp_path, "-p", "4", "-n", "ip-172-31-0-5", "-i", "127.0.0.1", "-l", str(port)) as server:
+    address = own_address()
+    with stand_in(tmp_path, "-p", "4", "-n", "ip-172-31-0-5", "-i", address) as server:
         ready(server)
-        with socket.create_connection(("127.0.0.1", port), 5) as connection:
+        with socket.create_connection((address, cluster.SERVER_PORT), 5) as connection:
             connection.sendall(GREETING)
             assert connection.recv(100) == ANSWER
-        with socket.create_connection(("127.0.0.1", port), 5) as connection:
+        with socket.create_connection((address, cluster.SERVER_PORT), 5) as connection:
             connection.sendall(GREETING[:-1] + b"\1")
             assert connection.recv(100) == bytes.fromhex("000d")
     assert "Listening on port" in (tmp_path / "mtssrv.ip-172-31-0-5.log").read_text()
 
 
 def test_stand_in_head_dies_with_its_worker(tmp_path: Path) -> None:
-    first, second = free_port(), free_port()
-    with stand_in(tmp_path, "-i", "127.0.0.1", "-l", str(first), "-n", "w", "-p", "3") as worker:
+    first, second = own_address(), own_address()
+    with stand_in(tmp_path, "-i", first, "-n", "w", "-p", "3") as worker:
         ready(worker)
-        hosts = ("-c", f"127.0.0.1:{first}")
-        with stand_in(tmp_path, "-i", "127.0.0.1", "-l", str(second), "-n", "h", "-p", "1", *hosts) as head:
+        with stand_in(tmp_path, "-i", second, "-n", "h", "-p", "1", "-c", first) as head:
             ready(head)
-            with socket.create_connection(("127.0.0.1", second), 5) as connection:
+            with socket.create_connection((second, cluster.SERVER_PORT), 5) as connection:
                 connection.sendall(GREETING)
                 assert connection.recv(4)[2:] == b"\0\4"
             worker.kill()
@@ -256,7 +255,7 @@ def test_stand_in_head_dies_with_its_worker(tmp_path: Path) -> None:
 
 
 def test_stand_in_fails_with_0_and_says_why(tmp_path: Path) -> None:
-    with stand_in(tmp_path, "-c", f"127.0.0.1:{free_port()}") as head:
+    with stand_in(tmp_path, "-c", own_address()) as head:
         out, err = head.communicate(timeout=10)
         assert head.returncode == 0
         assert b"Caught a critical exception" in err
