@@ -118,9 +118,11 @@ POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 STEP_LIMIT = 60  # a short remote command
 INSTALL_LIMIT = 1800
 SYNC_LIMIT = 24 * 3600
-SILENCE_LIMIT = 120  # syncData reports twice a second: so long a silence is a dead node
+SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
+LIVENESS_LIMIT = 30  # and has so long for it
 SERVER_LIMIT = 20  # from starting a server to its handshake
 HANDSHAKE_LIMIT = 3  # a server's answer; up to 0.35 s were seen in mid-render
+CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 LAUNCH_TRIES = 6  # of one RunInstances request, with growing pauses (1, 2, 4 … s)
 TERMINATE_LIMIT = 600  # until EC2 says terminated
 WATCH_SECONDS = 3  # between two looks of systemLoad --watch
@@ -389,6 +391,11 @@ def format_duration(seconds: float) -> str:
 def format_count(count: int, noun: str) -> str:
     """Return "1 node" or "3 nodes"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def format_exit(code: int) -> str:
+    """Return "exit code 3", or that a signal ended the command."""
+    return f"exit code {code}" if code >= 0 else "killed by a signal"
 
 
 def format_size(size: float) -> str:
@@ -1127,9 +1134,25 @@ def tolerate(*codes: str) -> Iterator[None]:
             raise
 
 
+def clock_trouble(error: Exception) -> str:
+    """Say so where this machine's clock differs from AWS's so much that no signature is good; else ""."""
+    from email.utils import parsedate_to_datetime
+
+    headers = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    with contextlib.suppress(TypeError, ValueError):
+        theirs = parsedate_to_datetime(headers.get("date"))
+        ahead = (datetime.now(timezone.utc) - theirs).total_seconds()
+        if abs(ahead) > CLOCK_TOLERANCE:
+            way = "ahead" if ahead > 0 else "behind"
+            return f"this machine's clock is {format_duration(abs(ahead))} {way} of AWS's, which so refuses it: set it"
+    return ""
+
+
 def explain(error: Exception) -> str:
     """Say in one line what a botocore error means and what to do."""
     code, kind = error_code(error), type(error).__name__
+    if trouble := clock_trouble(error):
+        return trouble
     action = getattr(error, "operation_name", "")
     text = str((getattr(error, "response", None) or {}).get("Error", {}).get("Message", "")) or str(error)
     text = " ".join(printable(text.replace("\n", " ")).split())
@@ -1943,53 +1966,77 @@ class Remote:
         limit: float = STEP_LIMIT,
         stdin: Iterable[bytes] = (),
         sink: Callable[[bytes], object] | None = None,
-        silence: float | None = None,
     ) -> tuple[int, str]:
-        """Run COMMAND; return (exit code, the end of its output, stderr merged in).
+        """Run COMMAND; return (exit code, or -1: killed; the end of its output, stderr merged in).
 
-        SINK gets all of the output as it comes. NodeError after LIMIT seconds, after SILENCE
-        seconds without output, or when the connection breaks.
+        SINK gets all of the output as it comes. NodeError after LIMIT seconds, when the node does
+        not answer any more, or when the connection breaks.
         """
         deadline = time.monotonic() + limit
-        with self.opened(lambda: self.transport.open_session(timeout=STEP_LIMIT)) as channel:
+        with self.session() as channel:
             channel.set_combine_stderr(True)
-            channel.settimeout(min(silence or limit, limit))
-            channel.exec_command(command)
+            channel.settimeout(SILENCE_LIMIT)
+            self.execute(channel, command)
             for block in stdin:
                 channel.sendall(block)
             channel.shutdown_write()
             tail = b""
-            while block := channel.recv(1 << 17):
+            while block := self.receive(channel, deadline):
                 if sink:
                     sink(block)
                 tail = (tail + block)[-OUTPUT_TAIL:]
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-            if not channel.status_event.wait(STEP_LIMIT):
+            if not channel.status_event.wait(LIVENESS_LIMIT):
                 raise TimeoutError
-            return channel.recv_exit_status(), tail.decode("utf-8", "replace")
+            code = channel.recv_exit_status()
+            if code < 0 and not (channel.eof_received and self.transport.is_active()):
+                raise EOFError("the node is gone")
+            return code, tail.decode("utf-8", "replace")
 
     @contextlib.contextmanager
-    def opened(self, make: Callable[[], paramiko.Channel]) -> Iterator[paramiko.Channel]:
-        """Open a channel, close it in the end, and turn what breaks it into a NodeError."""
+    def session(self) -> Iterator[paramiko.Channel]:
+        """Open a session, close it in the end, and turn what breaks it into a NodeError."""
         import paramiko
 
         try:
-            channel = make()
+            channel = self.transport.open_session(timeout=LIVENESS_LIMIT)
             try:
                 yield channel
             finally:
                 channel.close()
         except TimeoutError:
-            raise NodeError("does not answer any more (time limit)") from None
+            raise NodeError("does not answer any more") from None
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
+
+    def execute(self, channel: paramiko.Channel, command: str) -> None:
+        """Start COMMAND; paramiko itself would wait for a node's consent for ever."""
+        overdue = threading.Timer(LIVENESS_LIMIT, self.transport.close)
+        overdue.start()
+        try:
+            channel.exec_command(command)
+        finally:
+            overdue.cancel()
+
+    def receive(self, channel: paramiko.Channel, deadline: float) -> bytes:
+        """Return the next output, b"" at its end; a node that is silent must open another session to show its life."""
+        import paramiko
+
+        while (left := deadline - time.monotonic()) > 0:
+            channel.settimeout(min(SILENCE_LIMIT, left))
+            try:
+                return channel.recv(1 << 17)
+            except TimeoutError:
+                try:
+                    self.transport.open_session(timeout=LIVENESS_LIMIT).close()
+                except paramiko.SSHException:
+                    raise TimeoutError from None
+        raise NodeError("did not end within its time limit")
 
     def check(self, command: str, **options: Any) -> str:
         """Run COMMAND and return its output's end; NodeError with the last lines where it fails."""
         code, output = self.run(command, **options)
         if code:
-            raise NodeError(f"exit code {code}{format_tail(output)}")
+            raise NodeError(f"{format_exit(code)}{format_tail(output)}")
         return output
 
     def facts(self) -> Facts:
@@ -2353,9 +2400,8 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
         if error_code(error) == "404":
             raise ClusterError(f"there is no bucket {bucket!r}; make it with: aws s3 mb s3://{bucket}") from error
         if error_code(error) == "403":
-            raise ClusterError(
-                f"you may not use the bucket {bucket!r}; is it yours, and are these its keys?"
-            ) from error
+            trouble = f"you may not use the bucket {bucket!r}; is it yours, and are these its keys?"
+            raise ClusterError(clock_trouble(error) or trouble) from error
         if error_code(error) not in ("301", "400"):
             raise
     region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
@@ -2532,7 +2578,7 @@ def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
                 node.name,
                 node.type,
                 node.state,
-                format_duration((now - node.launched).total_seconds()),
+                format_duration(max(0.0, (now - node.launched).total_seconds())),
                 node.role or "",
                 node.market,
                 node.private_ip,
@@ -3018,7 +3064,7 @@ def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
     if code or not version:
-        raise NodeError(f"the installation failed (exit code {code}); the whole output: {path}{format_tail(output)}")
+        raise NodeError(f"the installation failed ({format_exit(code)}); the whole output: {path}{format_tail(output)}")
     return version[1]
 
 
@@ -3271,9 +3317,9 @@ def sync_step(data: str, job: bytes, progress: SyncProgress, remote: Remote) -> 
                 progress.moved[remote.node.id] = int(last.get("moved", 0))
 
     run = shlex.join(["python3", "-c", SYNC, data])
-    code, output = remote.run(run, limit=SYNC_LIMIT, stdin=[job], sink=read_report, silence=SILENCE_LIMIT)
+    code, output = remote.run(run, limit=SYNC_LIMIT, stdin=[job], sink=read_report)
     if code or "error" in last or "fetched" not in last:
-        raise NodeError(str(last.get("error") or f"exit code {code}{format_tail(output)}"))
+        raise NodeError(str(last.get("error") or f"{format_exit(code)}{format_tail(output)}"))
     if not last["fetched"]:
         return "has everything already"
     there = f"; {last['present']} there already" if last["present"] else ""
@@ -3572,7 +3618,7 @@ class CommandProgress(Progress):
         super().finished(outcome)
         if outcome.ok and not self.as_json:
             code = outcome.value.code
-            result(f"--- {outcome.node.name}{f' (exit code {code})' if code else ''}")
+            result(f"--- {outcome.node.name}{f' ({format_exit(code)})' if code else ''}")
             with outcome.value.output as output:
                 output.seek(0)
                 for block in iter(lambda: output.read(MIB), b""):

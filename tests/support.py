@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -61,11 +62,17 @@ class LocalCloud:
             out, err = child.communicate(timeout=LIMIT)
             return Result(child.returncode, out, err)
 
-    def cluster(self, *words: str, settings: dict[str, Any] | None = None, **env: str) -> Result:
-        """Run ./cluster.py with WORDS; SETTINGS replace some of config.py."""
-        if settings is not None:
-            env["MITSUBA_CLUSTER_CONFIG"] = str(self.config(settings))
-        return self.run(sys.executable, "cluster.py", *words, env=self.environment(**env))
+    def cluster(
+        self,
+        *words: str,
+        settings: dict[str, Any] | None = None,
+        limits: dict[str, float] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Result:
+        """Run ./cluster.py with WORDS; SETTINGS replace some of config.py, LIMITS some of its constants."""
+        given = {"MITSUBA_CLUSTER_CONFIG": str(self.config(settings))} if settings is not None else {}
+        program = str(self.impatient(limits)) if limits else "cluster.py"
+        return self.run(sys.executable, program, *words, env=self.environment(**given, **(env or {})))
 
     def config(self, settings: dict[str, Any]) -> Path:
         """Write a config.py that differs from the cloud's own in SETTINGS; return its path."""
@@ -73,6 +80,21 @@ class LocalCloud:
         path = self.where.root / f"config-{time.monotonic_ns()}.py"
         path.write_text(text + "".join(f"{name} = {value!r}\n" for name, value in settings.items()))
         return path
+
+    def impatient(self, limits: dict[str, float]) -> Path:
+        """Write a cluster.py that differs from the real one in some LIMITS; return its path."""
+        text = (PROJECT / "cluster.py").read_text()
+        for name, value in limits.items():
+            text, count = re.subn(rf"^{name} = \d+", f"{name} = {value}", text, flags=re.M)
+            assert count == 1, name
+        path = self.where.root / f"impatient-{time.monotonic_ns()}" / "cluster.py"
+        path.parent.mkdir()
+        path.write_text(text)
+        return path
+
+    def fault(self, what: str, node: dict[str, Any]) -> None:
+        """Let WHAT go wrong with a node."""
+        self.ask("fault", {"node": node["id"], "what": what})
 
     def ask(self, what: str, body: Any = None) -> Any:
         """Ask the cloud itself for something."""

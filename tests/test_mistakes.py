@@ -139,7 +139,7 @@ def only_one_line(done: Result) -> str:
 def test_mistake(cloud: LocalCloud, mistake: Mistake, request: pytest.FixtureRequest) -> None:
     before = len(cloud.ask("status"))
     key = {"SSH_PRIVATE_KEY_FILE": str(cloud.where.root / "never-made.pem")}
-    done = cloud.cluster(*mistake.words, settings=key | (mistake.settings or {}), **mistake.env)
+    done = cloud.cluster(*mistake.words, settings=key | (mistake.settings or {}), env=mistake.env)
     assert not (cloud.where.root / "never-made.pem").exists()
     line = only_one_line(done)
     assert mistake.says in line
@@ -221,7 +221,7 @@ def test_encrypted_key_and_ssh_agent(cloud: LocalCloud, tmp_path: Path) -> None:
     subprocess.run(["ssh-keygen", "-q", "-p", "-P", "", "-N", "secret", "-f", str(path)], check=True)
     use = {"SSH_PRIVATE_KEY_FILE": str(path)}
     env = {"SSH_AUTH_SOCK": str(tmp_path / "agent")}
-    run = functools.partial(cloud.cluster, "runCommand", "echo hi", group, settings=use, **env)
+    run = functools.partial(cloud.cluster, "runCommand", "echo hi", group, settings=use, env=env)
     assert "is encrypted: ssh-add it, or run this at a terminal" in only_one_line(run())
     with subprocess.Popen(["ssh-agent", "-D", "-a", env["SSH_AUTH_SOCK"]], stdout=subprocess.DEVNULL) as agent:
         wait_until(lambda: Path(env["SSH_AUTH_SOCK"]).exists())

@@ -191,11 +191,11 @@ def relink(cluster: Cluster, cores: int) -> None:
 def test_a_frozen_worker_is_left_out(cluster: Cluster) -> None:
     relink(cluster, own_cores(2))
     worker = cluster.nodes("worker")[0]
-    cluster.cloud.ask("freeze", {"node": worker["id"]})
+    cluster.cloud.fault("freeze", worker)
     try:
         cluster.serves_again(own_cores(1))
     finally:
-        cluster.cloud.ask("thaw", {"node": worker["id"]})
+        cluster.cloud.fault("thaw", worker)
     shown = wait_until(lambda: found_unlinked(cluster, worker["name"]))
     assert "up but not linked: run ./cluster.py start main" in shown
 
@@ -209,7 +209,7 @@ def found_unlinked(cluster: Cluster, name: str) -> str:
 def test_a_worker_that_drops_off_the_network_is_left_out(cluster: Cluster) -> None:
     relink(cluster, own_cores(2))
     worker = cluster.nodes("worker")[0]
-    cluster.cloud.ask("cut", {"node": worker["id"]})
+    cluster.cloud.fault("cut", worker)
     cluster.serves_again(own_cores(1))
     shown = cluster.tool("status", GROUP, "--servers").out
     assert f"{worker['name']}: port 22 of {worker['address']} does not answer from here" in shown
@@ -290,9 +290,8 @@ def test_a_node_ends_itself_at_its_deadline(nodes: LocalCloud, reboot: bool) -> 
     group = f"deadline{reboot}"
     made = nodes.cluster("createNodes", "c1.xlarge", "1", group, "--max-hours", "0.01" if reboot else "0.004")
     assert made.code == 0, made.err
-    name = nodes.nodes(group)[0]["id"]
     if reboot:
-        nodes.ask("reboot", {"node": name})
+        nodes.fault("reboot", nodes.nodes(group)[0])
     shown = wait_until(lambda: [n for n in nodes.nodes(group) if n["state"] == "terminated"], 90, "its own end")
     assert shown[0]["reason"] == "Client.InstanceInitiatedShutdown: Instance initiated shutdown"
     assert nodes.cluster("terminateAll", group).code == 0

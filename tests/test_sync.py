@@ -37,7 +37,7 @@ class Bucket:
     def sync(self, name: str, **settings: Any) -> Result:
         """Run syncData."""
         env = {"AWS_ENDPOINT_URL_S3": self.url}
-        return self.cloud.cluster("syncData", name, GROUP, settings={"S3_PATH": "s3://scenes/data"} | settings, **env)
+        return self.cloud.cluster("syncData", name, GROUP, settings={"S3_PATH": "s3://scenes/data"} | settings, env=env)
 
     def on_nodes(self, path: str) -> list[bytes | None]:
         """Return a data file of each node; None where it is missing."""

@@ -167,12 +167,20 @@ def interrupt(where: Places, node: str, seconds: float) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["freeze", "thaw", "cut", "reboot"]))
+@click.argument("what")
 @click.argument("node")
 @click.pass_obj
 def fault(where: Places, what: str, node: str) -> None:
-    """Freeze, thaw or reboot a NODE, or cut its network."""
-    click.echo(ask(where, what, {"node": node}))
+    """Let WHAT go wrong with a NODE; an unknown WHAT lists what there is."""
+    click.echo(ask(where, "fault", {"node": node, "what": what}))
+
+
+@main.command()
+@click.argument("count", type=int)
+@click.pass_obj
+def mirror(where: Places, count: int) -> None:
+    """Let the next COUNT answers of the nodes' apt mirror be errors (-1: all)."""
+    click.echo(ask(where, "mirror", count))
 
 
 @main.command()
@@ -187,7 +195,7 @@ def faults(where: Places, rules: str) -> None:
 @click.argument("changes")
 @click.pass_obj
 def options(where: Places, changes: str) -> None:
-    """Change options of EC2 by a JSON object: list_lag, capacity, vcpu_limit."""
+    """Change options of EC2 by a JSON object: list_lag, capacity, vcpu_limit, launch_faults."""
     click.echo(json.dumps(ask(where, "options", json.loads(changes))))
 
 

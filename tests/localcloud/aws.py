@@ -45,6 +45,9 @@ class Node(Protocol):
     def reboot(self) -> None:
         """Reboot."""
 
+    def fault(self, what: str) -> None:
+        """Make something go wrong; ValueError where this kind of node has no such fault."""
+
     def console(self) -> str:
         """Return the console's text."""
 
@@ -59,6 +62,7 @@ class Options:
     list_lag: float = 0.0  # seconds for which no list shows a new instance
     capacity: dict[str, int] = field(default_factory=dict)  # zone -> instances that it has left
     vcpu_limit: int = 0  # 0: no quota
+    launch_faults: list[str] = field(default_factory=list)  # of the next instances, one each ("": none)
 
 
 @dataclass
@@ -197,8 +201,14 @@ def mend_instances(cloud: Cloud) -> None:
             self._state.name, self._state.code = state, STATES[state]
 
         def _boot(self) -> None:
+            wrong = cloud.options.launch_faults.pop(0) if cloud.options.launch_faults else ""
+            if wrong == "dies":
+                self._end("Server.InternalError", "Server.InternalError: Internal error on launch")
+                return
             try:
                 self.node.start(self.public_ip)
+                if wrong:
+                    self.node.fault(wrong)
             except (OSError, RuntimeError) as error:
                 self._end("Server.InternalError", f"Server.InternalError: {error}")
                 return

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.localcloud import aws, endpoint, metadata, nspawn, places, s3
+from tests.localcloud import aws, endpoint, metadata, nspawn, places, process, s3
 from tests.localcloud.places import ACCESS_KEY, CLIENT, METADATA, PUBLIC_NETWORKS, REGION, RESOLVER, ROUTER, SECRET_KEY
 from tests.localcloud.process import ProcessNetwork
 
@@ -44,7 +44,16 @@ class QuietServer(http.server.ThreadingHTTPServer):
 
 
 class QuietFiles(http.server.SimpleHTTPRequestHandler):
-    """Serves files without a word."""
+    """Serves files without a word; or, as a failing mirror does, an error."""
+
+    failures = 0  # how many more answers are errors; -1: all
+
+    def do_GET(self) -> None:
+        """Answer, or fail while a fault says so."""
+        if QuietFiles.failures:
+            QuietFiles.failures -= QuietFiles.failures > 0
+            return self.send_error(503)
+        return super().do_GET()
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
@@ -179,14 +188,26 @@ class Daemon:
             for name, value in body.items():
                 setattr(self.cloud.options, name, value)
             return vars(self.cloud.options)
+        if what == "port":
+            return self.config.get("SSH_PORT", 22)
+        if what == "mirror":
+            QuietFiles.failures = int(body)
+            return body
         instance = self.find(body["node"])
         if what == "interrupt":
             instance.interrupt(float(body["seconds"]))
-        elif what in ("freeze", "thaw", "cut", "reboot"):
-            getattr(instance.node, what)()
+        elif what == "fault":
+            self.spoil(instance.node, body["what"])
         else:
             raise ValueError(f"unknown request: {what}")
         return instance.id
+
+    def spoil(self, node: aws.Node, what: str) -> None:
+        """Make WHAT go wrong with a node."""
+        known = process.FAULTS if self.kind == "process" else nspawn.FAULTS
+        if what not in known:
+            raise ValueError(f"{self.kind} nodes know these faults: {', '.join(known)}")
+        node.fault(what)
 
     def find(self, name: str) -> Any:
         """Return the instance that NAME (id, address or public name) means."""

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 from tests.localcloud.places import CLIENT, METADATA, PUBLIC_NETWORKS, RESOLVER, ROUTER, STRANGER
 
@@ -139,12 +140,29 @@ class NspawnNode:
                 process.wait()
             self._take_away()
 
-    def reboot(self) -> None:
-        """Reboot the running system."""
+    def fault(self, what: str) -> None:
+        """Make something go wrong; see FAULTS."""
+        FAULTS[what](self)
+
+    def inside(self, script: str) -> None:
+        """Run a script as root inside the node."""
         assert self._process
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         leader = children.read_text().split()[0]
-        command("nsenter", "-t", leader, "-a", "systemctl", "reboot", check=False)
+        command("nsenter", "-t", leader, "-a", "bash", "-c", script, check=False)
+
+    def reboot(self) -> None:
+        """Reboot the running system."""
+        self.inside("systemctl reboot")
+
+    def crash(self) -> None:
+        """End every process of the node at once, as a failing host does."""
+        self._kill_cgroup()
+
+    def configure(self, config: str) -> None:
+        """Add to cloud-init's configuration; for a node that has only begun to boot."""
+        path = self.folder / "root/etc/cloud/cloud.cfg.d/99_fault.cfg"
+        path.write_text(config)
 
     def freeze(self) -> None:
         """Stop every process of the node without ending it."""
@@ -157,6 +175,10 @@ class NspawnNode:
     def cut(self) -> None:
         """Unplug the node's network."""
         ip([f"link set {self._link} down"])
+
+    def plug(self) -> None:
+        """Undo cut()."""
+        ip([f"link set {self._link} up"])
 
     def console(self) -> str:
         """Return the last 64 KB of what the node wrote to its console."""
@@ -279,3 +301,55 @@ class NspawnNode:
         command("umount", "-l", str(self.folder / "root"), check=False)
         for name in OVERLAY_FOLDERS[:2]:
             shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+HOLD_LOCK = """
+import fcntl, time
+file = open("/var/lib/dpkg/lock-frontend", "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+time.sleep(15)
+"""
+IMPOSTOR = """
+import socket, time
+server = socket.create_server(("", 22))
+while True:
+    connection, _ = server.accept()
+    connection.sendall({greeting!r})
+    {then}
+"""
+
+
+def script(text: str) -> Callable[[NspawnNode], None]:
+    """Return the fault that a script inside the node makes."""
+    return lambda node: node.inside(text)
+
+
+def impostor(greeting: bytes, then: str) -> Callable[[NspawnNode], None]:
+    """Return the fault that lets another program answer in sshd's place."""
+    program = IMPOSTOR.format(greeting=greeting, then=then)
+    return script(
+        f"systemctl stop ssh.socket ssh.service; pkill sshd; systemd-run -q --unit=impostor python3 -c {quote(program)}"
+    )
+
+
+KEEP = "globals().setdefault('kept', []).append(connection)"
+
+# What can go wrong with a node, for `python -m tests.localcloud fault WHAT NODE`.
+FAULTS: dict[str, Callable[[NspawnNode], None]] = {
+    "freeze": NspawnNode.freeze,
+    "thaw": NspawnNode.thaw,
+    "cut": NspawnNode.cut,
+    "plug": NspawnNode.plug,
+    "reboot": NspawnNode.reboot,
+    "crash": NspawnNode.crash,
+    "sshd-refuses": script("systemctl stop ssh.socket ssh.service; pkill sshd"),
+    "sshd-silent": impostor(b"", KEEP),
+    "sshd-garbage": impostor(bytes(range(256)) * 64, KEEP),
+    "sshd-closes": impostor(b"", "connection.close()"),
+    "dpkg-locked": script(f"systemd-run -q python3 -c {quote(HOLD_LOCK)}; sleep 0.5"),
+    "data-disk-full": script("mount -t tmpfs -o size=1m none /mnt; head -c 1m /dev/zero > /mnt/full"),
+    "system-disk-full": script("mount -t tmpfs -o size=64k none /var/cache/apt/archives"),
+    # For launch_faults: the node has only begun to boot.
+    "cloud-init-fails": lambda node: node.configure("runcmd: [[sh, -c, 'echo this user script fails; exit 1']]\n"),
+    "cloud-init-hangs": lambda node: node.configure("runcmd: [[sleep, infinity]]\n"),
+}

@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import socket
+import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -31,6 +32,7 @@ CORES = 4
 VERSION = "0.6.0"
 SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
+STEPS = ("wait-for-boot", "install", "start-server", "sync")  # that a fault can spoil
 
 
 class ProcessNetwork:
@@ -91,7 +93,10 @@ class ProcessNode:
         self.installed = False
         self.deadline: float | None = None
         self.listener: asyncssh.SSHAcceptor | None = None
+        self.impostor: asyncio.Server | None = None  # what answers in sshd's place
         self.server: asyncio.Server | None = None
+        self.connections: set[asyncssh.SSHServerConnection] = set()
+        self.trouble: dict[str, str] = {}  # a step's name, or "server" -> what goes wrong with it
 
     # What the cloud asks of a node
 
@@ -102,6 +107,10 @@ class ProcessNode:
         self.call(self._listen())
         self.answered = time.monotonic()
 
+    def fault(self, what: str) -> None:
+        """Make something go wrong; see FAULTS."""
+        self.call(FAULTS[what](self))
+
     def stop(self, grace: float = 6) -> None:
         """Stop listening and drop all connections."""
         self.call(self._close())
@@ -110,6 +119,35 @@ class ProcessNode:
         """Drop everything and come back, without the server."""
         self.call(self._close())
         self.call(self._listen())
+
+    async def drop(self) -> None:
+        """Drop every connection without a word."""
+        for connection in list(self.connections):
+            connection.abort()
+
+    async def replace_sshd(self, answer: Callable[[asyncio.StreamWriter], object]) -> None:
+        """Let something else than sshd answer at its port."""
+        assert self.listener
+
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            answer(writer)
+            with contextlib.suppress(OSError):
+                await reader.read()
+            writer.close()
+
+        self.listener.close()
+        await self.listener.wait_closed()
+        await self.drop()
+        self.impostor = await asyncio.start_server(greet, self.instance.private_ip, self.network.port)
+
+    async def heal(self) -> None:
+        """Undo all faults."""
+        self.trouble.clear()
+        if self.impostor:
+            self.impostor.close()
+            self.impostor = None
+        if not (self.listener and self.listener.get_port()):
+            await self._listen()
 
     def console(self) -> str:
         """Return what a process node writes to its console: nothing."""
@@ -133,7 +171,7 @@ class ProcessNode:
         self.listener = await asyncssh.listen(
             self.instance.private_ip,
             self.network.port,
-            server_factory=SshServer,
+            server_factory=functools.partial(SshServer, self),
             server_host_keys=[key],
             authorized_client_keys=asyncssh.import_authorized_keys(line),
             process_factory=self.attend,
@@ -151,20 +189,25 @@ class ProcessNode:
         return config
 
     async def _close(self) -> None:
-        for one in (self.listener, self.server):
+        for one in (self.listener, self.server, self.impostor):
             if one:
                 one.close()
-        self.listener = self.server = None
+        self.listener = self.server = self.impostor = None
+        await self.drop()
 
     async def attend(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
         """Run one command of a session."""
         words = shlex.split(process.command or "")
         root = words[:2] == ["sudo", "-n"]
         words = words[2:] if root else words
-        script = words[:2] == ["bash", "-c"] and len(words) > 3
-        act = ACTS.get(words[3]) if script else None
+        script = words[3] if words[:2] == ["bash", "-c"] and len(words) > 3 else ""
+        step = "sync" if words[:2] == ["python3", "-c"] else script
+        act = ACTS.get(script)
         try:
-            if act:
+            if step in self.trouble:
+                process.stdout.write(b"the last words of a step that goes wrong\n")
+                code = await self.go_wrong(self.trouble[step])
+            elif act:
                 code, output = await act(self, words[4:])
                 process.stdout.write(output.encode())
             elif root:
@@ -176,6 +219,14 @@ class ProcessNode:
         except (OSError, asyncssh.Error) as error:
             process.stderr.write(f"{error}\n".encode())
             process.exit(255)
+
+    async def go_wrong(self, how: str) -> int:
+        """Spoil a step that has begun; return its exit code."""
+        if how == "dies":
+            self.instance.terminate("Server.InternalError", "Server.InternalError: Internal error on launch")
+        if how == "drops":
+            await self.drop()
+        return 1
 
     async def run(self, process: asyncssh.SSHServerProcess[bytes], words: list[str]) -> int:
         """Run an ordinary command for real, in the node's folder and with a clean environment."""
@@ -214,6 +265,8 @@ class ProcessNode:
         """Start (or restart) a server of this node's role that knows the handshake."""
         if self.server:
             self.server.close()
+        if self.trouble.get("server") == "exits":
+            return
         self.server = await asyncio.start_server(self.greet, self.instance.private_ip, SERVER_PORT)
 
     def offered(self) -> int:
@@ -231,10 +284,13 @@ class ProcessNode:
     async def greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Do mtssrv's half of the handshake."""
         try:
+            if self.trouble.get("server") == "silent":
+                await reader.read()
             hello = await reader.readexactly(2)
             version = (await reader.readuntil(b"\0"))[:-1]
             flavour = await reader.readexactly(2)
-            if (hello, version, flavour) != (HELLO, VERSION.encode(), b"\x03\x00"):
+            known = VERSION.encode() if self.trouble.get("server") != "another" else b"0.5.0"
+            if (hello, version, flavour) != (HELLO, known, b"\x03\x00"):
                 writer.write(REFUSAL)
             else:
                 name = f"ip-{self.instance.private_ip.replace('.', '-')}"
@@ -264,6 +320,18 @@ NODES: list[ProcessNode] = []
 
 class SshServer(asyncssh.SSHServer):
     """Allows forwarding, as sshd does by default."""
+
+    def __init__(self, node: ProcessNode) -> None:
+        self.node = node
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        """Note a connection, so that it can be dropped."""
+        self.connection = conn
+        self.node.connections.add(conn)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget it."""
+        self.node.connections.discard(self.connection)
 
     def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
         """Let the probe and the tunnel through."""
@@ -315,6 +383,56 @@ async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Move the deadline that the user data set."""
     return 0, "moved\n"
 
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Reset a connection at once."""
+    connection = writer.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+async def mute(node: ProcessNode) -> None:
+    """Read nothing more on any connection, and say nothing: a link that is gone, seen from here."""
+    for connection in node.connections:
+        connection._transport.pause_reading()  # type: ignore[union-attr]  # asyncssh has no public way
+
+
+async def stop_server(node: ProcessNode) -> None:
+    """End the server, as if it had died for good."""
+    if node.server:
+        node.server.close()
+        node.server = None
+
+
+async def refuse(node: ProcessNode) -> None:
+    """Close sshd's port."""
+    await node.replace_sshd(lambda _: None)
+    assert node.impostor
+    node.impostor.close()
+
+
+def trouble(step: str, how: str) -> Callable[[ProcessNode], Awaitable[None]]:
+    """Return the fault that spoils one step of a node."""
+
+    async def spoil(node: ProcessNode) -> None:
+        node.trouble[step] = how
+
+    return spoil
+
+
+# What can go wrong with a node, for `python -m tests.localcloud fault WHAT NODE`.
+FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
+    "heal": ProcessNode.heal,
+    "drop": ProcessNode.drop,
+    "mute": mute,
+    "server-gone": stop_server,
+    "sshd-refuses": refuse,
+    "sshd-resets": lambda node: node.replace_sshd(reset),
+    "sshd-silent": lambda node: node.replace_sshd(lambda _: None),
+    "sshd-garbage": lambda node: node.replace_sshd(lambda writer: writer.write(bytes(range(256)) * 64)),
+    **{f"{step}-{how}": trouble(step, how) for step in STEPS for how in ("fails", "drops", "dies")},
+    **{f"server-{how}": trouble("server", how) for how in ("silent", "another", "exits")},
+}
 
 # What is acted out instead of run, by the script's $0; all else of root's is refused.
 ACTS: dict[str, Act] = {
