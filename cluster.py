@@ -744,7 +744,7 @@ WantedBy=multi-user.target
 # line, and writes a JSON line twice a second, the last with the result. Python, since a stock
 # Ubuntu image has it and it can do all of it in one process: ranges in parallel, resume, check.
 SYNC = r'''
-import concurrent.futures, hashlib, json, os, queue, shutil, sys, threading, time, urllib.error, urllib.request
+import concurrent.futures, fcntl, hashlib, json, os, queue, shutil, sys, threading, time, urllib.error, urllib.request
 
 PART = 16 << 20
 BLOCK = 1 << 18
@@ -754,12 +754,13 @@ data = sys.argv[1]
 job = json.load(sys.stdin)
 state = os.path.join(data, ".mitsuba-cluster")
 moved = 0
-lock = threading.Lock()
+lock, printing = threading.Lock(), threading.Lock()
 
 
 def say(**what):
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
+    with printing:
+        sys.stdout.write(json.dumps(what) + "\n")
+        sys.stdout.flush()
 
 
 def load_record():
@@ -792,7 +793,7 @@ def no_follow(path, flags):
 def is_here(thing, record):
     try:
         now = os.stat(target(thing))
-    except OSError:
+    except (OSError, ValueError):
         return False
     return record.get(thing["path"]) == [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
 
@@ -901,14 +902,18 @@ def fetch(thing, pool):
     return [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
 
 
-def report(stop):
-    while not stop.wait(0.5):
+def report():
+    while True:
+        time.sleep(0.5)
         say(moved=moved)
 
 
 def main():
     os.umask(0o002)
     os.makedirs(state, exist_ok=True)
+    threading.Thread(target=report, daemon=True).start()
+    lock_file = open(os.path.join(state, "lock"), "w", opener=no_follow)
+    fcntl.flock(lock_file, fcntl.LOCK_EX)  # a run that lost its connection, or somebody else's, goes first
     record = load_record()
     missing = [thing for thing in job if not is_here(thing, record)]
     need, free = sum(thing["size"] for thing in missing), shutil.disk_usage(data).free
@@ -918,18 +923,14 @@ def main():
     for name in os.listdir(state):
         if ".part" in name and name.split(".")[0] not in wanted:
             os.unlink(os.path.join(state, name))
-    stop = threading.Event()
-    threading.Thread(target=report, args=(stop,), daemon=True).start()
     with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
         for thing in missing:
             try:
                 record[thing["path"]] = fetch(thing, pool)
             except (OSError, ValueError) as error:
-                stop.set()
                 pool.shutdown(cancel_futures=True)
                 return say(error="%s: %s" % (thing["path"], error))
             save_record(record)
-    stop.set()
     say(moved=moved, fetched=len(missing), present=len(job) - len(missing))
 
 
@@ -1189,8 +1190,8 @@ def to_number(text: str | None) -> float | None:
 
 
 def read_tags(thing: dict[str, Any]) -> dict[str, str]:
-    """Return the tags of a raw EC2 thing."""
-    return {tag["Key"]: tag["Value"] for tag in thing.get("Tags", [])}
+    """Return the tags of a raw EC2 thing; anybody in the account may have written them."""
+    return {tag["Key"]: printable(tag["Value"]) for tag in thing.get("Tags", [])}
 
 
 def to_node(raw: dict[str, Any]) -> Node:
@@ -1214,7 +1215,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
-        reason="" if by_user else reason.get("Message", ""),
+        reason="" if by_user else printable(reason.get("Message", "")),
     )
 
 
@@ -1555,9 +1556,14 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
             ec2.terminate_instances(InstanceIds=ids[start : start + TERMINATE_BATCH])
 
 
+def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
+    """Return those of REQUESTS that can still launch something, or have."""
+    return [request for request in requests if request.state in ("open", "active")]
+
+
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
-    """Cancel those of REQUESTS that can still launch something; return their ids."""
-    ids = [request.id for request in requests if request.state in ("open", "active")]
+    """Cancel the live ones of REQUESTS; return their ids."""
+    ids = [request.id for request in live(requests)]
     if ids:
         ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=ids)
     return ids
@@ -3194,7 +3200,8 @@ def start(app: App, group: str) -> None:
     tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
     failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
     if not ready.ok:
-        raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}")
+        ways = f"{command('terminate', head.id)}, then {command('start', group)}, makes another node the head"
+        raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}")
     say_how_to_connect(app, group, head, ready.value)
     if failed:
         raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
@@ -3248,9 +3255,12 @@ def show_group(
         if node.id in details:
             result(f"{node.name}: {details[node.id]['server']}")
     for request in requests:
-        if request.group == group and request.state in ("open", "active"):
+        if request.group == group:
             result(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    if not alive and not requests:
+    roles = {node.role for node in alive}
+    if "worker" in roles and "head" not in roles:
+        result(f"The head node is gone: {command('start', group)} makes another node the head")
+    if not alive:
         note(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
 
 
@@ -3272,15 +3282,16 @@ def group_json(
 def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     """Show what is running, since when, and what it costs."""
     overview = fetch_overview(app.ec2, group)
-    nodes = [node for node in overview.nodes if node.state in ALIVE or node.reason]
-    ours: list[Node | SpotRequest | SecurityGroup] = [*nodes, *overview.requests, *overview.security_groups]
+    alive = [node for node in overview.nodes if node.state in ALIVE]
+    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
     groups = sorted({one.group for one in ours})
+    nodes = [node for node in overview.nodes if node in alive or (node.reason and node.group in groups)]
     details = ask_servers(app, nodes) if servers else {}
     if as_json:
         shown = {name: group_json(name, nodes, overview.requests, details) for name in groups}
         return result(json.dumps({"region": app.settings.AWS_REGION, "groups": shown}, indent=2))
     for name in groups:
-        show_group(app, name, [node for node in nodes if node.group == name], overview.requests, details)
+        show_group(app, name, [node for node in nodes if node.group == name], live(overview.requests), details)
     if not groups:
         note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
     elif len(groups) > 1 and (cost := format_cost(nodes)):

@@ -24,8 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --mistakes and --all-faults."""
+    """Add --mistakes, --all-faults and --rounds."""
     parser.addoption("--all-faults", action="store_true", help="run every case of the fault sweep")
+    parser.addoption("--rounds", type=int, default=2, help="of the soak")
     parser.addoption("--mistakes", action="store_true", help="print the table of mistakes and their lines")
 
 

@@ -178,6 +178,13 @@ def wait_until(check: Callable[[], Any], limit: float = 60, what: str = "it") ->
         time.sleep(0.1)
 
 
+def ssh(cloud: LocalCloud, node: dict[str, Any], command: str) -> Result:
+    """Run a command on a real node, past the tool."""
+    words = ["ssh", "-q", "-i", str(cloud.where.root / "key.pem"), "-o", "ConnectTimeout=5"]
+    words += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
+    return cloud.run(*words, f"ubuntu@{node['address']}", command)
+
+
 def free_port() -> int:
     """Return a port that nobody has, and that the system gives to nobody: those begin at 32768."""
     while True:

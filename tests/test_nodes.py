@@ -22,7 +22,7 @@ import pytest
 
 from tests.localcloud.packages import build_stand_in
 from tests.localcloud.places import CLIENT, HERE, STRANGER
-from tests.support import LocalCloud, Result, wait_until
+from tests.support import LocalCloud, Result, ssh, wait_until
 
 pytestmark = pytest.mark.xdist_group("nspawn")  # one cloud, one test after another
 
@@ -65,9 +65,7 @@ class Cluster:
 
     def ssh(self, node: dict[str, Any], command: str) -> Result:
         """Run a command on a node, past the tool."""
-        words = ["ssh", "-q", "-i", str(self.cloud.where.root / "key.pem")]
-        words += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]
-        return self.cloud.run(*words, f"ubuntu@{node['address']}", command)
+        return ssh(self.cloud, node, command)
 
     def offered(self, host: str) -> int:
         """Return the cores that Mitsuba is offered at HOST; 0 where it does not serve."""
@@ -230,6 +228,38 @@ def test_new_nodes_join_and_the_rest_stays(cluster: Cluster) -> None:
 def test_a_terminated_worker_is_left_out(cluster: Cluster) -> None:
     cluster.tool("terminate", cluster.nodes("worker")[0]["id"])
     cluster.serves_again(own_cores(2))
+
+
+def test_two_workers_that_die_at_once(cluster: Cluster) -> None:
+    cluster.tool("createNodes", "c1.xlarge", "1", GROUP)
+    cluster.tool("install", GROUP)
+    relink(cluster, own_cores(3))
+    for worker in cluster.nodes("worker")[:2]:
+        cluster.cloud.fault("crash", worker)
+    cluster.serves_again(own_cores(1))
+
+
+def test_a_head_that_reboots_serves_again(cluster: Cluster) -> None:
+    head = cluster.head
+    booted = cluster.ssh(head, "cat /proc/sys/kernel/random/boot_id; systemctl show -P MainPID mtssrv").out
+    cluster.cloud.fault("reboot", head)
+    wait_until(lambda: not cluster.offered(head["address"]))
+    wait_until(lambda: cluster.offered(head["address"]) == own_cores(1), GUARD_LIMIT)
+    assert cluster.ssh(head, "cat /proc/sys/kernel/random/boot_id; systemctl show -P MainPID mtssrv").out != booted
+    assert "serves already" in cluster.tool("start", GROUP).out
+
+
+def test_a_head_that_is_gone_for_good(cluster: Cluster) -> None:
+    head = cluster.head
+    cluster.cloud.fault("crash", head)
+    gone = f"The head node is gone: ./cluster.py start {GROUP} makes another node the head\n"
+    wait_until(lambda: gone in cluster.cloud.cluster("status", GROUP).out)
+    cluster.tool("createNodes", "c1.xlarge", "2", GROUP)
+    cluster.tool("install", GROUP)
+    started = cluster.tool("start", GROUP)
+    assert cluster.head["id"] != head["id"]
+    assert started.out.splitlines()[-1] == f"Head node: {cluster.head['public_name']}"
+    assert cluster.offered(cluster.head["address"]) == own_cores(2)
 
 
 def test_one_bad_node_does_not_stop_the_others(cluster: Cluster) -> None:

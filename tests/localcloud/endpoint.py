@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -39,6 +40,7 @@ Application = Callable[[Environ, Start], Iterable[bytes]]
 
 CONTROL = "/_localcloud/"
 HANG_SECONDS = 3600
+CLOCK_TOLERANCE = 300  # seconds
 ERRORS = {
     "throttle": ("RequestLimitExceeded", "Request limit exceeded.", 503),
     "500": ("InternalError", "An internal error has occurred", 500),
@@ -96,6 +98,8 @@ class Front:
             struck = [fault for fault in self.faults if fault.strikes(service, action)]
             self.counts[action] = self.counts.get(action, 0) + 1
         self.record(service=service, action=action, fault=",".join(fault.kind for fault in struck))
+        if clock_is_wrong(environ):
+            return respond(start, *error_response(*ERRORS["expired"]))
         for fault in struck:
             if (spoiled := self.spoil(fault, environ, start)) is not None:
                 return spoiled
@@ -180,6 +184,13 @@ def identify(environ: Environ, body: bytes) -> tuple[str, str]:
     if service == "s3":
         return service, f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
     return service, parse_qs(body.decode()).get("Action", ["?"])[0]
+
+
+def clock_is_wrong(environ: Environ) -> bool:
+    """Tell whether a request was signed by a clock that is more than five minutes off, as AWS does."""
+    stamp = environ.get("HTTP_X_AMZ_DATE")
+    signed = datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc) if stamp else None
+    return signed is not None and abs(signed.timestamp() - time.time()) > CLOCK_TOLERANCE
 
 
 def respond(start: Start, status: int, headers: dict[str, str], text: str) -> Iterable[bytes]:

@@ -347,8 +347,12 @@ FAULTS: dict[str, Callable[[NspawnNode], None]] = {
     "sshd-garbage": impostor(bytes(range(256)) * 64, KEEP),
     "sshd-closes": impostor(b"", "connection.close()"),
     "dpkg-locked": script(f"systemd-run -q python3 -c {quote(HOLD_LOCK)}; sleep 0.5"),
-    "data-disk-full": script("mount -t tmpfs -o size=1m none /mnt; head -c 1m /dev/zero > /mnt/full"),
-    "system-disk-full": script("mount -t tmpfs -o size=64k none /var/cache/apt/archives"),
+    "data-disk-full": script("mount -t tmpfs -o size=1m none /mnt && chown ubuntu /mnt; head -c 1m /dev/zero > /mnt/x"),
+    "disk-healed": script("umount /var/cache/apt/archives; umount /mnt"),
+    "system-disk-full": script(
+        "mount -t tmpfs -o size=64k none /var/cache/apt/archives; mkdir /var/cache/apt/archives/partial; "
+        "head -c 64k /dev/zero > /var/cache/apt/archives/full"
+    ),
     # For launch_faults: the node has only begun to boot.
     "cloud-init-fails": lambda node: node.configure("runcmd: [[sh, -c, 'echo this user script fails; exit 1']]\n"),
     "cloud-init-hangs": lambda node: node.configure("runcmd: [[sleep, infinity]]\n"),

@@ -1,0 +1,185 @@
+"""Whatever is typed, set, tagged or stored: no traceback, no shell injection, no path outside DATA_DIR."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import cluster
+
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+NASTY = ["; rm -rf /", "$(reboot)", "`id`", "-rf", "--", "a b", "\n", "☃", "'", '"', "\x1b[2J", "..", "%s", "x" * 1000]
+
+
+@contextmanager
+def refused_in_one_line() -> Iterator[None]:
+    """Let a refusal pass, if it has one line."""
+    try:
+        yield
+    except cluster.ClusterError as error:
+        if "\n" in error.message:
+            raise
+
+
+words = st.sampled_from([*cluster.cli.commands, *NASTY, "1", "-1", "c1.xlarge", "--json", "--port"]) | st.text(
+    max_size=20
+)
+
+
+@pytest.fixture
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A config.py, and an environment in which nobody can be asked."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+    monkeypatch.setenv(cluster.ADDRESS_VARIABLE, "http://127.0.0.1:1/")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    path = tmp_path / "config.py"
+    path.write_text("PKG_REPOSITORY = 'deb http://127.0.0.1:1/ ./'\n")
+    return path
+
+
+@SHARED
+@given(st.lists(words.filter(lambda word: "\0" not in word), max_size=6))
+@example(["login", "; rm -rf /"])
+@example(["syncData", "../../etc/passwd", "x"])
+def test_arguments(nowhere: Path, arguments: list[str]) -> None:
+    done = CliRunner().invoke(cluster.cli, ["--config", str(nowhere), *arguments])
+    assert done.exit_code in (0, 1, 2)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    if done.exit_code:
+        assert "Error: " in done.stderr
+
+
+values = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()) | st.binary()
+names = st.sampled_from([one.name for one in fields(cluster.Settings) if one.name.isupper()])
+
+
+@SHARED
+@given(st.dictionaries(names | st.from_regex(r"[A-Z_]{1,9}", fullmatch=True), values, max_size=4))
+@example({"CLIENT_CIDR": "0.0.0.0/0"})
+def test_settings(nowhere: Path, chosen: dict[str, Any]) -> None:
+    text = "inf = float('inf')\nnan = float('nan')\n"
+    nowhere.write_text(text + "".join(f"{name} = {value!r}\n" for name, value in chosen.items()), "utf-8")
+    with refused_in_one_line():
+        loaded = cluster.load_settings(nowhere)
+        for name, (check, _) in cluster.CHECKS.items():
+            assert check(getattr(loaded, name))
+
+
+@SHARED
+@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+@example(b"[default]\naccess_key = %(secret_key)s\n")
+@example(b"[default]\nhost_base = :::\n[default]\n")
+def test_s3cfg(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / ".s3cfg").write_bytes(content)
+    with refused_in_one_line():
+        found = cluster.read_s3cfg(cluster.Settings(folder=tmp_path))
+        assert all(isinstance(value, str) for value in found.values())
+
+
+tag_names = st.sampled_from([cluster.TAG_GROUP, cluster.TAG_ROLE, cluster.TAG_HOST_KEY, cluster.TAG_PRICE, "Name"])
+tags = st.dictionaries(tag_names | st.text(max_size=9), st.sampled_from(NASTY) | st.text(), max_size=6)
+
+
+@given(tags, st.sampled_from(["pending", "running", "terminated"]), st.text())
+@example({cluster.TAG_PRICE: "1e999", cluster.TAG_HOURS: "-1", cluster.TAG_ROLE: "king"}, "running", "\x1b]0;owned\x07")
+def test_tags_of_others(given_tags: dict[str, str], state: str, reason: str) -> None:
+    raw = {
+        "InstanceId": "i-1",
+        "State": {"Name": state},
+        "StateReason": {"Code": "Server.Odd", "Message": reason},
+        "Tags": [{"Key": key, "Value": value} for key, value in given_tags.items()],
+    }
+    node = cluster.to_node(raw)
+    assert node.role in (None, "head", "worker")
+    json.dumps(cluster.node_json(node))
+    shown = cluster.format_table(cluster.node_rows([node]), 80) + cluster.format_cost([node]) + node.reason
+    assert all(char.isprintable() or char in "\n\t" for char in shown)
+
+
+@given(
+    st.text(max_size=1024)
+    | st.lists(st.sampled_from(["..", ".", "", "a", "-rf", "☃", "a\nb"]), max_size=5).map("/".join)
+)
+@example("data/../../etc/passwd")
+@example("data//etc/passwd")
+@example("data/\0")
+def test_object_keys_stay_below_the_data_directory(key: str) -> None:
+    path = cluster.plan_relative_path(key, "data")
+    if path is not None:
+        whole = os.path.normpath(os.path.join("/mnt", path))
+        assert whole.startswith("/mnt/")
+        assert "\0" not in path
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40), max_size=3))
+@example(NASTY)
+def test_no_argument_is_code(arguments: list[str]) -> None:
+    line = cluster.user_command("probe", 'printf "%s\\0" "$@"', *arguments)
+    out = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
+    assert out.decode() == "".join(f"{one}\0" for one in arguments or [""])
+
+
+@pytest.fixture
+def small_s3() -> Iterator[str]:
+    """Serve "data" at every address, ranges and all."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """Answer with the whole file, as for a range that covers it."""
+            self.send_response(206)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"data")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+def fetch(folder: Path, path: str, url: str) -> dict[str, Any]:
+    """Run the nodes' half of syncData for one object; return its last word."""
+    job = [{"key": path, "path": path, "size": 4, "etag": "e-1", "sha256": "", "url": url}]
+    program = [sys.executable, "-c", cluster.SYNC, str(folder)]
+    done = subprocess.run(program, input=json.dumps(job), capture_output=True, text=True, check=True)
+    last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return last
+
+
+@pytest.mark.parametrize("path", ["-rf *", "a b/$(touch x)", "☃", "tab\there", "new\nline", "x" * 255, ".hidden"])
+def test_odd_names_arrive(tmp_path: Path, small_s3: str, path: str) -> None:
+    assert fetch(tmp_path, path, small_s3)["fetched"] == 1
+    assert (tmp_path / path).read_bytes() == b"data"
+    assert not (tmp_path / "x").exists() or path.startswith("x")
+
+
+@pytest.mark.parametrize("path", ["../outside", "way-out/outside", "deep/../../outside", "a-file/below"])
+def test_no_name_leads_out(tmp_path: Path, small_s3: str, path: str) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "way-out").symlink_to(tmp_path)
+    (data / "a-file").write_text("")
+    assert "error" in fetch(data, path, small_s3)
+    assert not (tmp_path / "outside").exists()

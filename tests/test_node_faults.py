@@ -1,0 +1,130 @@
+"""Faults of real nodes, injected for real: cloud-init, locks, mirrors, disks, frozen and rebooting nodes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import LocalCloud, ssh, wait_until
+
+pytestmark = pytest.mark.xdist_group("nspawn-faults")  # a cloud of its own, beside test_nodes.py's
+
+GROUP = "faulty"
+QUICK: dict[str, float] = {"SILENCE_LIMIT": 3, "LIVENESS_LIMIT": 3, "LOGIN_LIMIT": 3}
+SLOW_PACKAGE = """\
+touch /run/installing
+while [ ! -e /run/go-on ]; do sleep 0.1; done
+printf '#!/bin/sh\\necho Mitsuba version 0.6.0\\n' > /usr/local/bin/mtssrv
+chmod 755 /usr/local/bin/mtssrv
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("cloud-init-fails", "status: error"), ("cloud-init-hangs", "cloud-init did not end within 8 seconds")],
+)
+def test_cloud_init(nodes: LocalCloud, fault: str, says: str) -> None:
+    with nodes.options(launch_faults=["", fault]):
+        made = nodes.cluster("createNodes", "c1.xlarge", "2", fault, limits={"CLOUD_INIT_LIMIT": 8})
+    assert (made.code, says in made.err) == (1, True), made.err
+    assert "Error: 1 of 2 nodes are ready" in made.last_line
+    ended = nodes.cluster("terminateAll", fault)
+    assert (ended.code, ended.out.count(": terminated")) == (0, 2)
+
+
+@pytest.fixture(scope="module")
+def four(nodes: LocalCloud) -> Iterator[LocalCloud]:
+    """A group of four nodes without Mitsuba."""
+    made = nodes.cluster("createNodes", "c1.xlarge", "4", GROUP)
+    assert made.code == 0, made.err
+    yield nodes
+    nodes.cluster("terminateAll", GROUP)
+
+
+def test_a_dead_mirror(four: LocalCloud) -> None:
+    four.ask("mirror", -1)
+    try:
+        done = four.cluster("install", GROUP)
+    finally:
+        four.ask("mirror", 0)
+    assert done.code == 1
+    assert done.err.count("\n    the package lists could not be fetched\n") == 4
+    assert done.last_line.startswith("Error: Installed on 0 of 4 nodes")
+
+
+def test_a_mirror_that_fails_for_a_while_a_held_lock_and_a_full_disk(four: LocalCloud) -> None:
+    full, locked, *_ = four.nodes(GROUP)
+    four.fault("system-disk-full", full)
+    four.fault("dpkg-locked", locked)
+    four.ask("mirror", 6)
+    done = four.cluster("install", GROUP)
+    assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (1, 3), done.err
+    assert f"{locked['name']}: Mitsuba 0.6.0\n" in done.out
+    assert f"{full['name']}: the installation failed (exit code 100)" in done.err
+    assert "\n      Error writing to file - write (28: No space left on device)" in done.err, done.err
+    four.fault("disk-healed", full)
+    again = four.cluster("install", GROUP)
+    assert (again.code, again.out.count(": Mitsuba 0.6.0\n")) == (0, 4), again.err
+
+
+def test_a_full_data_disk(four: LocalCloud, tmp_path: Path) -> None:
+    full = four.nodes(GROUP)[0]
+    four.fault("data-disk-full", full)
+    data = tmp_path / "big.vol"
+    data.write_bytes(bytes(5 << 20))
+    done = four.cluster("syncData", str(data), GROUP)
+    four.fault("disk-healed", full)
+    assert (done.code, done.out.count("fetched 1 file, 5.2 MB")) == (1, 3), done.err
+    assert f"{full['name']}: " in done.err
+    assert "MB are free" in done.err or "No space left on device" in done.err
+
+
+def test_nodes_that_freeze_reboot_crash_or_lose_their_link_in_mid_install(four: LocalCloud, tmp_path: Path) -> None:
+    frozen, rebooting, cut, good = four.nodes(GROUP)
+    package = tmp_path / "slow.sh"
+    package.write_text(SLOW_PACKAGE)
+    env = four.environment(MITSUBA_CLUSTER_CONFIG=str(four.config({"MITSUBA_PACKAGE": str(package)})))
+    child = four.start(sys.executable, str(four.impatient(QUICK)), "install", GROUP, env=env)
+    for node in (frozen, rebooting, cut, good):
+        wait_until(lambda node=node: not ssh(four, node, "test -e /run/installing").code)  # type: ignore[misc]
+    four.fault("freeze", frozen)
+    four.fault("reboot", rebooting)
+    four.fault("cut", cut)
+    ssh(four, good, "sudo touch /run/go-on")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (1, f"{good['name']}: Mitsuba 0.6.0\n"), err
+    assert f"{frozen['name']}: does not answer any more\n" in err
+    assert f"{rebooting['name']}: the connection broke" in err
+    assert f"{cut['name']}: does not answer any more\n" in err
+    four.fault("thaw", frozen)
+    four.fault("plug", cut)
+    wait_until(lambda: not ssh(four, rebooting, "test ! -e /run/installing").code, 60, "the reboot")
+    mended = four.cluster("install", GROUP)
+    assert (mended.code, mended.out.count(": Mitsuba 0.6.0\n")) == (0, 4), mended.err
+
+
+def names(nodes: list[dict[str, Any]]) -> list[str]:
+    """Return the names of NODES."""
+    return [node["name"] for node in nodes]
+
+
+def test_a_link_that_goes_in_mid_sync(four: LocalCloud, tmp_path: Path) -> None:
+    cut, *others = four.nodes(GROUP)
+    data = tmp_path / "volume.vol"
+    data.write_bytes(bytes(range(256)) * (1 << 20))
+    child = four.start(sys.executable, str(four.impatient(QUICK)), "syncData", str(data), GROUP)
+    wait_until(lambda: not ssh(four, cut, "ls /mnt/.mitsuba-cluster/*.part").code)
+    four.fault("cut", cut)
+    out, err = child.communicate(timeout=120)
+    four.fault("plug", cut)
+    assert (child.returncode, out.count("fetched 1 file, 268 MB")) == (1, 3), err
+    assert sorted(line.split(":")[0] for line in out.splitlines()) == sorted(names(others))
+    wait_until(lambda: not ssh(four, cut, "true").code)
+    again = four.cluster("syncData", str(data), GROUP)
+    assert (again.code, again.out.count("has everything already") >= 3) == (0, True), again.err
+    sums = {ssh(four, node, "sha256sum /mnt/volume.vol").out for node in four.nodes(GROUP)}
+    assert len(sums) == 1
