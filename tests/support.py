@@ -127,7 +127,7 @@ class LocalCloud:
         return counts
 
     def client(self, service: str) -> Any:
-        """Return a boto3 client; only for process clouds, which this process can reach."""
+        """Return a boto3 client ("exact s3": moto's); only for process clouds, which this process can reach."""
         if service not in self.clients:
             self.clients[service] = self.make_client(service)
         return self.clients[service]
@@ -138,7 +138,7 @@ class LocalCloud:
         url = given["AWS_ENDPOINT_URL_S3"] if service == "s3" else given["AWS_ENDPOINT_URL"]
         key, secret = given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
         session = boto3.Session(key, secret, region_name="us-east-1")
-        return session.client(service, endpoint_url=url)
+        return session.client(service.removeprefix("exact "), endpoint_url=url)
 
     def end(self, group: str) -> None:
         """End a group past the tool, as far as there is something left of it."""

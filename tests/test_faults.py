@@ -27,8 +27,13 @@ COMMANDS = {
     "runCommand": ("true", GROUP),
 }
 KINDS = ("throttle", "500", "503", "reset", "html", "truncate", "code:InvalidInstanceID.NotFound", "expired", "denied")
-CASES = [(command, kind, rate) for command in COMMANDS for kind in KINDS for rate in (0.1, 0.5, 1.0)]
-SAMPLE = 14
+S3_KINDS = ("500", "503", "reset", "html", "truncate", "expired")
+RATES = (0.1, 0.5, 1.0)
+Case = tuple[str, str, str, float]  # command, service, kind of fault, rate (0: once, at the second call)
+CASES: list[Case] = [(command, "ec2", kind, rate) for command in COMMANDS for kind in KINDS for rate in RATES]
+CASES += [("syncData", "s3", kind, rate) for kind in S3_KINDS for rate in RATES]
+CASES += [(command, "ec2", "hang", 0.0) for command in ("createNodes", "status", "runCommand")]
+SAMPLE = 16
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,26 +49,32 @@ def serving(cloud: LocalCloud) -> Iterator[LocalCloud]:
     """A group of two nodes that serve."""
     for words in (("createNodes", "c1.xlarge", "2", GROUP), ("install", GROUP), ("start", GROUP)):
         assert cloud.cluster(*words).code == 0
+    cloud.client("exact s3").create_bucket(Bucket="scenes")
     yield cloud
     cloud.end(GROUP)
     cloud.end(f"{GROUP}-more")
 
 
-def test_fault(serving: LocalCloud, case: tuple[str, str, float], tmp_path: Path) -> None:
-    command, kind, rate = case
+def exact_s3(cloud: LocalCloud) -> dict[str, str]:
+    """Return what leads S3's calls through the front that spoils them."""
+    return {"AWS_ENDPOINT_URL_S3": cloud.environment()["AWS_ENDPOINT_URL"]}
+
+
+def test_fault(serving: LocalCloud, case: Case, tmp_path: Path) -> None:
+    command, service, kind, rate = case
     data = tmp_path / "data"
     data.write_bytes(b"data" * 1000)
     before = len(serving.ask("status"))
     words = [str(data) if word == "DATA" else word for word in COMMANDS[command]]
     start = time.monotonic()
-    with serving.faults({"kind": kind, "service": "ec2", "rate": rate}):
-        done = serving.cluster(command, *words)
+    with serving.faults({"kind": kind, "service": service, "rate": rate, "nth": 0 if rate else 2}):
+        done = serving.cluster(command, *words, env=exact_s3(serving) if service == "s3" else None)
     assert time.monotonic() - start < BOUND
     assert "Traceback" not in done.err, done.err
     assert done.code in (0, 1)
     if done.code:
         assert done.last_line.startswith(("Error: ", "Interrupted."))
-    if kind in ("throttle", "500", "503") and rate == 0.1:
+    if kind in ("throttle", "500", "503", "hang") and rate <= 0.1:
         assert done.code == 0, done.err
     assert len(serving.ask("status")) - before <= (command == "createNodes")
     ended = serving.cluster("status", GROUP)

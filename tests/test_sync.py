@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 
 import cluster
@@ -29,8 +28,7 @@ class Bucket:
         self.cloud, self.kind = cloud, kind
         given = cloud.environment()
         self.url = given["AWS_ENDPOINT_URL" if kind == "moto" else "AWS_ENDPOINT_URL_S3"]
-        key, secret = given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
-        self.s3 = boto3.Session(key, secret, region_name="us-east-1").client("s3", endpoint_url=self.url)
+        self.s3 = cloud.client("exact s3" if kind == "moto" else "s3")
         if kind == "moto":
             self.s3.create_bucket(Bucket="scenes")  # again is no error in us-east-1
 
