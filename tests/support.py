@@ -132,12 +132,12 @@ class LocalCloud:
             self.clients[service] = self.make_client(service)
         return self.clients[service]
 
-    def make_client(self, service: str) -> Any:
+    def make_client(self, service: str, region: str = "us-east-1") -> Any:
         """Make what client() keeps."""
         given = self.environment()
         url = given["AWS_ENDPOINT_URL_S3"] if service == "s3" else given["AWS_ENDPOINT_URL"]
         key, secret = given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
-        session = boto3.Session(key, secret, region_name="us-east-1")
+        session = boto3.Session(key, secret, region_name=region)
         return session.client(service.removeprefix("exact "), endpoint_url=url)
 
     def end(self, group: str) -> None:

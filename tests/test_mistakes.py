@@ -254,6 +254,15 @@ def test_s3cfg_that_is_no_ini_file(cloud: LocalCloud) -> None:
     assert "is no settings file of s3cmd" in only_one_line(done)
 
 
+def test_no_default_vpc(cloud: LocalCloud) -> None:
+    ec2 = cloud.make_client("ec2", "eu-west-1")
+    for subnet in ec2.describe_subnets()["Subnets"]:
+        ec2.delete_subnet(SubnetId=subnet["SubnetId"])
+    done = cloud.cluster(*CREATE, "no-vpc", settings={"AWS_REGION": "eu-west-1"})
+    assert "eu-west-1 has no default VPC: make one with `aws ec2 create-default-vpc`" in only_one_line(done)
+    assert done.code == 1
+
+
 def test_prefix_that_matches_nothing(cloud: LocalCloud) -> None:
     assert cloud.cluster(*CREATE, "no-match").code == 0
     done = cloud.cluster("syncData", "nothing-like-this", "no-match")
