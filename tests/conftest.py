@@ -15,16 +15,24 @@ from tests.support import LocalCloud
 NSPAWN = best_kind() == "nspawn"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the tests on real nodes, the longest chain; leave them out without root."""
     for item in items:
-        if "nodes" in getattr(item, "fixturenames", ()) and not NSPAWN:
+        if on_nodes(item) and not NSPAWN:
             item.add_marker(pytest.mark.skip(reason="needs root on Debian or Ubuntu, and nspawn"))
-    items.sort(key=lambda item: "nodes" not in getattr(item, "fixturenames", ()))
+    if config.getoption("--fast"):
+        items[:] = [item for item in items if not on_nodes(item) and not item.get_closest_marker("sweep")]
+    items.sort(key=lambda item: not on_nodes(item))
+
+
+def on_nodes(item: pytest.Item) -> bool:
+    """Tell whether a test needs real nodes."""
+    return "nodes" in getattr(item, "fixturenames", ())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --mistakes, --all-faults and --rounds."""
+    """Add --fast, --all-faults, --rounds and --mistakes."""
+    parser.addoption("--fast", action="store_true", help="leave out the sweeps and the tests on real nodes")
     parser.addoption("--all-faults", action="store_true", help="run every case of the fault sweep")
     parser.addoption("--rounds", type=int, default=2, help="of the soak")
     parser.addoption("--mistakes", action="store_true", help="print the table of mistakes and their lines")

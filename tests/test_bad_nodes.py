@@ -13,7 +13,7 @@ import pytest
 
 from tests.support import LocalCloud, Result, wait_until
 
-pytestmark = pytest.mark.xdist_group("bad-nodes")  # eight nodes serve them all
+pytestmark = [pytest.mark.sweep, pytest.mark.xdist_group("bad-nodes")]  # eight nodes serve them all
 
 GROUP = "eight"
 SIZE = 8

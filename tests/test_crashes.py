@@ -10,6 +10,8 @@ import pytest
 
 from tests.support import LocalCloud, Result
 
+pytestmark = pytest.mark.sweep
+
 LANES = 6  # the calls of a sweep are dealt out to so many tests, which run side by side
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.support import LocalCloud
 
-pytestmark = pytest.mark.xdist_group("faults")  # two nodes serve them all
+pytestmark = [pytest.mark.sweep, pytest.mark.xdist_group("faults")]  # two nodes serve them all
 
 GROUP = "faults"
 BOUND = 100  # seconds; the longest wait behind one fault is a silent endpoint's read time-out, tried again

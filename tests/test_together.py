@@ -16,6 +16,8 @@ import pytest
 
 from tests.support import LocalCloud, Result
 
+pytestmark = pytest.mark.sweep
+
 MEASURED = """
 import atexit, os, runpy, sys, threading
 tell = lambda: print("MEASURED", len(os.listdir("/proc/self/fd")), threading.active_count(), file=sys.stderr)
