@@ -95,6 +95,9 @@ CANONICAL = "099720109477"
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
+INSIDE_NETWORKS = [  # private ones, and those between carriers and their customers (RFC 1918, RFC 6598)
+    ipaddress.IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
+]
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
@@ -154,6 +157,7 @@ RETRY_CODES = {
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 CREDENTIAL_CODES = {"AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
+S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
 
 # --- Errors -----------------------------------------------------------------
@@ -1135,6 +1139,13 @@ def tolerate(*codes: str) -> Iterator[None]:
             raise
 
 
+def denied_action(error: Exception) -> str:
+    """Return the IAM action that AWS says is missing; it need not be the call's own."""
+    found = re.search(r"not authorized to perform: ([\w-]+:\w+)", str(error))
+    call = getattr(error, "operation_name", "this")
+    return found[1] if found else S3_ACTIONS.get(call, call)
+
+
 def clock_trouble(error: Exception) -> str:
     """Say so where this machine's clock differs from AWS's so much that no signature is good; else ""."""
     from email.utils import parsedate_to_datetime
@@ -1164,7 +1175,7 @@ def explain(error: Exception) -> str:
     if code in CREDENTIAL_CODES:
         return f"AWS refuses these credentials ({code}): check AWS_PROFILE, `aws configure`, or config.py"
     if code in DENIED_CODES:
-        return f"your AWS user may not do {action}: ask for that permission (README, 'Permissions')"
+        return f"your AWS user may not do {denied_action(error)}: ask for that permission (README, 'Permissions')"
     if code in ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"):
         return (
             f"your account's quota is used up: {text} Raise 'Running On-Demand Standard instances' (or 'All Standard "
@@ -1177,6 +1188,17 @@ def explain(error: Exception) -> str:
     if kind == "ResponseParserError":
         return "what answered is not AWS (no valid answer); is there a proxy or a login page in between?"
     return f"AWS refused {action}: {text} ({code})" if code else text
+
+
+@contextlib.contextmanager
+def excused(warnings: list[str], loss: str) -> Iterator[None]:
+    """Turn what goes wrong at AWS into a warning that says what is lost by it; the main thread shows it."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        warnings.append(f"{loss}: {explain(error)}")
 
 
 def to_utc(value: Any) -> datetime:
@@ -1340,9 +1362,9 @@ def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[s
     return fit
 
 
-def fetch_ubuntu(ec2: Client, ssm: Client) -> str:
+def fetch_ubuntu(ec2: Client, ssm: Client, warnings: list[str]) -> str:
     """Return the id of Ubuntu's newest image: by Canonical's SSM parameter, else from EC2's list."""
-    with tolerate():
+    with excused(warnings, "Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
         return str(ssm.get_parameter(Name=UBUNTU_PARAMETER)["Parameter"]["Value"])
     named = [{"Name": "name", "Values": [UBUNTU_NAME]}]
     images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
@@ -1351,9 +1373,9 @@ def fetch_ubuntu(ec2: Client, ssm: Client) -> str:
     return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
 
 
-def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
+def fetch_image(ec2: Client, ssm: Client, settings: Settings, warnings: list[str]) -> Image:
     """Return the image for the region: of AMI_IDS, else Ubuntu's."""
-    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm)
+    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm, warnings)
     found = []
     with tolerate("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"):
         found = ec2.describe_images(ImageIds=[chosen])["Images"]
@@ -1388,7 +1410,7 @@ def check_image(machine: Machine, image: Image, named: bool) -> None:
         raise ClusterError(f"image {image.id} boots by {image.boot_mode} only, which {machine.type} can't; see AMI_IDS")
 
 
-def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
+def fetch_on_demand_price(settings: Settings, machine: str, warnings: list[str]) -> float | None:
     """Return the $ an hour of a Linux instance; None where it can't be had.
 
     The Pricing API answers in us-east-1 for all regions of the partition:
@@ -1404,7 +1426,7 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     }
     filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
     quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
-    with tolerate(), contextlib.suppress(KeyError, ValueError):
+    with excused(warnings, "the price is unknown"), contextlib.suppress(KeyError, ValueError):
         pricing = open_client(settings, "pricing", "us-east-1", **quick)
         products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
         terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
@@ -1429,9 +1451,9 @@ def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str
     return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
-def fetch_spot_price(ec2: Client, machine: str) -> float | None:
+def fetch_spot_price(ec2: Client, machine: str, warnings: list[str]) -> float | None:
     """Return the lowest present spot price of any zone; None where it can't be had."""
-    with tolerate():
+    with excused(warnings, "the price is unknown"):
         return min((prices[-1][1] for prices in fetch_spot_history(ec2, machine, 1).values()), default=None)
     return None
 
@@ -1448,12 +1470,15 @@ def fetch_client_cidr(settings: Settings) -> str:
     try:
         with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310 - ours, or the user's own
             text = answer.read(100).decode("ascii", "replace").strip()
-        return f"{ipaddress.IPv4Address(text)}/32"
+        address = ipaddress.IPv4Address(text)
+        if any(address in network for network in INSIDE_NETWORKS):
+            raise ValueError("not public")
+        return f"{address}/32"
     except (urllib.error.URLError, OSError) as error:
         raise ClusterError(f"this machine's public address can't be looked up at {url} ({error}); {advice}") from error
     except ValueError:
         raise ClusterError(
-            f"{url} says this machine is at {printable(text)[:60]!r}, not an IPv4 address; {advice}"
+            f"{url} says this machine is at {printable(text)[:60]!r}, which is no public IPv4 address; {advice}"
         ) from None
 
 
@@ -1542,10 +1567,11 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
 
 
 def fetch_console(ec2: Client, node: Node) -> str:
-    """Return what a node wrote to its console; "" where EC2 has nothing yet."""
-    with tolerate():
+    """Return what a node wrote to its console ("" where EC2 has nothing yet), or why it can't be had."""
+    troubles: list[str] = []
+    with excused(troubles, "its console can't be read"):
         return str(ec2.get_console_output(InstanceId=node.id).get("Output") or "")
-    return ""
+    return troubles[0]
 
 
 def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
@@ -2406,7 +2432,7 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
         if error_code(error) == "404":
             raise ClusterError(f"there is no bucket {bucket!r}; make it with: aws s3 mb s3://{bucket}") from error
         if error_code(error) == "403":
-            trouble = f"you may not use the bucket {bucket!r}; is it yours, and are these its keys?"
+            trouble = f"you may not use the bucket {bucket!r}: is it yours, and may you do s3:ListBucket there?"
             raise ClusterError(clock_trouble(error) or trouble) from error
         if error_code(error) not in ("301", "400"):
             raise
@@ -2630,12 +2656,18 @@ def command(name: str, arguments: str = "") -> str:
     return " ".join(filter(None, ["./cluster.py", name, "" if arguments == "default" else arguments]))
 
 
-def try_client_cidr(settings: Settings) -> str:
+def warn(warnings: Iterable[str]) -> None:
+    """Show what went wrong and can be done without."""
+    for warning in warnings:
+        note(f"Warning: {warning}")
+
+
+def try_client_cidr(settings: Settings, warnings: list[str]) -> str:
     """Return who may connect, or "" with a warning: a set-up cluster can do without the look-up."""
     try:
         return fetch_client_cidr(settings)
     except ClusterError as error:
-        note(f"Warning: {error.message}")
+        warnings.append(error.message)
         return ""
 
 
@@ -2689,11 +2721,13 @@ class App:
         self.left = (
             f"The nodes of {self.where(group)} keep running and cost money; {command('terminateAll', group)} ends them."
         )
+        warnings: list[str] = []
         nodes, groups, cidr = side_by_side(
             lambda: fetch_nodes(self.ec2, group),
             lambda: fetch_security_groups(self.ec2, group),
-            lambda: try_client_cidr(self.settings),
+            lambda: try_client_cidr(self.settings, warnings),
         )
+        warn(warnings)
         ready = [node for node in nodes if node.state == "running"]
         waiting = [node for node in nodes if node.state == "pending"]
         if waiting:
@@ -2918,8 +2952,8 @@ def index_has(apt_line: str, package: str) -> bool:
     return False
 
 
-def find_package_trouble(settings: Settings) -> str:
-    """Return why `install` would not find Mitsuba, or "": better known before the meter runs."""
+def look_for_package(settings: Settings, warnings: list[str]) -> None:
+    """Warn if `install` would not find Mitsuba: better known before the meter runs."""
     import urllib.error
     import urllib.request
 
@@ -2930,11 +2964,10 @@ def find_package_trouble(settings: Settings) -> str:
             request = urllib.request.Request(source, method="HEAD")  # noqa: S310 - https, as just seen
             urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
         elif not settings.MITSUBA_PACKAGE and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            return f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}"
+            warnings.append(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
     except (urllib.error.URLError, OSError, ValueError) as error:
         what = source if settings.MITSUBA_PACKAGE else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
-        return f"{what} can't be read ({error}); {advice}"
-    return ""
+        warnings.append(f"{what} can't be read ({error}); {advice}")
 
 
 def check_package_file(settings: Settings) -> None:
@@ -2944,7 +2977,9 @@ def check_package_file(settings: Settings) -> None:
         raise ClusterError(f"MITSUBA_PACKAGE: there is no file {settings.folder / source}")
 
 
-def announce(app: App, order: Order, before: Sequence[Node], price: float | None, hours: float, trouble: str) -> None:
+def announce(
+    app: App, order: Order, before: Sequence[Node], price: float | None, hours: float, warnings: Sequence[str]
+) -> None:
     """Say what will be launched, what it costs, and what stands in the way of the next step."""
     if order.max_price is not None and price is not None and order.max_price < price:
         raise ClusterError(
@@ -2959,31 +2994,33 @@ def announce(app: App, order: Order, before: Sequence[Node], price: float | None
         note(f"Each ends itself after {hours:g} hours.")
     else:
         note(f"They run until {command('terminateAll', order.group)}; --max-hours would end them by themselves.")
-    if trouble:
-        note(f"Warning: {trouble}")
+    warn(warnings)
 
 
-def fetch_price(ec2: Client, settings: Settings, order: Order) -> float | None:
+def fetch_price(ec2: Client, settings: Settings, order: Order, warnings: list[str]) -> float | None:
     """Return the present $ an hour of one of the ORDER's nodes."""
-    return fetch_spot_price(ec2, order.type) if order.spot else fetch_on_demand_price(settings, order.type)
+    if order.spot:
+        return fetch_spot_price(ec2, order.type, warnings)
+    return fetch_on_demand_price(settings, order.type, warnings)
 
 
 def prepare(app: App, order: Order) -> tuple[Launch, list[tuple[str, str, str]]]:
     """Check everything, say what it will cost, and make what a launch needs; launch nothing."""
     settings, ec2 = app.settings, app.ec2
     ssm = open_client(settings, "ssm")
-    machine, image, subnets, cidr, before, price, trouble = side_by_side(
+    warnings: list[str] = []
+    machine, image, subnets, cidr, before, price, _ = side_by_side(
         lambda: fetch_machine(ec2, order.type),
-        lambda: fetch_image(ec2, ssm, settings),
+        lambda: fetch_image(ec2, ssm, settings, warnings),
         lambda: fetch_subnets(ec2, settings, order.type),
         lambda: fetch_client_cidr(settings),
         lambda: fetch_nodes(ec2, order.group),
-        lambda: fetch_price(ec2, settings, order),
-        lambda: find_package_trouble(settings),
+        lambda: fetch_price(ec2, settings, order, warnings),
+        lambda: look_for_package(settings, warnings),
     )
     check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
     hours = settings.MAX_HOURS if order.max_hours is None else order.max_hours
-    announce(app, order, before, price, hours, trouble)
+    announce(app, order, before, price, hours, warnings)
     ensure_key_file(settings.key_file)
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from tests.localcloud.places import Places
 from tests.support import LocalCloud
 
 NSPAWN = best_kind() == "nspawn"
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the programs that the tests start: a shell's background job is deaf to it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -192,6 +192,14 @@ def faults(where: Places, rules: str) -> None:
 
 
 @main.command()
+@click.argument("file", type=click.File())
+@click.pass_obj
+def policy(where: Places, file: Any) -> None:
+    """Let IAM decide on each AWS call by the policy in FILE ("null" in it: allow all)."""
+    click.echo(ask(where, "policy", json.load(file)))
+
+
+@main.command()
 @click.argument("changes")
 @click.pass_obj
 def options(where: Places, changes: str) -> None:

@@ -558,6 +558,13 @@ def seed_parameters() -> None:
             )
 
 
+def tags_of(name: str) -> dict[str, str]:
+    """Return the tags of an EC2 resource of this cloud's region."""
+    from moto.ec2.models import ec2_backends
+
+    return dict(ec2_backends[ACCOUNT][REGION].tags.get(name, {}))
+
+
 def firewall_rules(instance: Any, instances: dict[str, Any]) -> str:
     """Return an instance's security groups as nftables rules for its own namespace."""
     members: dict[str, list[str]] = defaultdict(list)

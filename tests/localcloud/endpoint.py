@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+from tests.localcloud import iam
 from tests.localcloud.aws import error_response, price_list
 
 Environ = dict[str, Any]
@@ -84,6 +85,8 @@ class Front:
     moto: Application
     log: Path
     control: Callable[[str, Any], Any]  # (what, body) -> a JSON value
+    tags_of: Callable[[str], dict[str, str]] = lambda _: {}  # of an EC2 resource, by its id
+    policy: dict[str, Any] | None = None  # IAM's; None: all is allowed
     faults: list[Fault] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -98,12 +101,27 @@ class Front:
             struck = [fault for fault in self.faults if fault.strikes(service, action)]
             self.counts[action] = self.counts.get(action, 0) + 1
         self.record(service=service, action=action, fault=",".join(fault.kind for fault in struck))
+        if refused := self.forbidden(environ, service, action, body):
+            return respond(start, *refused)
         if clock_is_wrong(environ):
             return respond(start, *error_response(*ERRORS["expired"]))
         for fault in struck:
             if (spoiled := self.spoil(fault, environ, start)) is not None:
                 return spoiled
         return self.moto(environ, start)
+
+    def forbidden(
+        self, environ: Environ, service: str, action: str, body: bytes
+    ) -> tuple[int, dict[str, str], str] | None:
+        """Return IAM's refusal of a call; None where the policy, if there is one, allows it."""
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        if self.policy:
+            for demand in iam.demands(service, action, method, path, body, self.tags_of):
+                if not iam.allows(self.policy, demand):
+                    self.record(denied=demand.action, resource=demand.resource)
+                    status, headers, text = iam.refusal(service, demand)
+                    return status, headers, "" if method == "HEAD" else text
+        return None
 
     def record(self, **what: Any) -> None:
         """Append one line to the log of calls."""
@@ -141,6 +159,8 @@ class Front:
             with self.lock:
                 self.faults = [Fault(**rule) for rule in body]
             value: Any = len(self.faults)
+        elif what == "policy":
+            self.policy, value = body, "set"
         elif what == "counts":
             with self.lock:
                 value, self.counts = self.counts, {}
