@@ -382,6 +382,11 @@ def user_command(name: str, script: str, *arguments: str) -> str:
     return shlex.join(["bash", "-c", script, name, *arguments])
 
 
+def command(name: str, arguments: str = "") -> str:
+    """Return a command line that the user can type; the default group need not be named."""
+    return " ".join(filter(None, ["./cluster.py", name, "" if arguments == "default" else arguments]))
+
+
 def format_duration(seconds: float) -> str:
     """Return "42s", "12m", "3h05m" or "2d04h"."""
     minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
@@ -1162,6 +1167,8 @@ def clock_trouble(error: Exception) -> str:
 
 def explain(error: Exception) -> str:
     """Say in one line what a botocore error means and what to do."""
+    if type(error).__name__ == "S3UploadFailedError" and isinstance(error.__context__, Exception):
+        return explain(error.__context__)  # boto3 wraps the real one in words of its own
     code, kind = error_code(error), type(error).__name__
     if trouble := clock_trouble(error):
         return trouble
@@ -2130,6 +2137,18 @@ class Remote:
             time.sleep(0.1)
 
 
+def fetch_host_key(node: Node, settings: Settings) -> paramiko.PKey:
+    """Return the host key that a node shows now."""
+    import paramiko
+
+    try:
+        with dial(node.address, settings.SSH_PORT) as plain, paramiko.Transport(plain) as transport:
+            transport.start_client(timeout=EXCHANGE_LIMIT)
+            return transport.get_remote_server_key()
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        raise ClusterError(unreachable(node, settings, error)) from error
+
+
 def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
     """Connect once: dial, exchange keys, check the host key, log in."""
     import paramiko
@@ -2172,6 +2191,12 @@ def unreachable(node: Node, settings: Settings, error: Exception) -> str:
     )
 
 
+def no_host_key(node: Node) -> str:
+    """Say that a node's host key can't be checked."""
+    advice = f"if you made it yourself: {command('login', f'--trust {node.id}')}"
+    return f"has no {TAG_HOST_KEY} tag to check its host key by; {advice}"
+
+
 def open_remote(node: Node, settings: Settings, identity: Identity, limit: float, first_boot: bool = False) -> Remote:
     """Connect to a node, trying again for LIMIT seconds while it is silent, refuses or resets.
 
@@ -2181,7 +2206,7 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
     import paramiko
 
     if not node.host_key:
-        raise NodeError(f"has no {TAG_HOST_KEY} tag to check its host key by; was it made by hand?")
+        raise NodeError(no_host_key(node))
     deadline = time.monotonic() + limit
     answered: float | None = None
     while True:
@@ -2649,11 +2674,6 @@ def node_json(node: Node) -> dict[str, Any]:
 
 # --- Commands ---------------------------------------------------------------
 # In the order of the user's day. Each: resolve, fan out, report, exit.
-
-
-def command(name: str, arguments: str = "") -> str:
-    """Return a command line that the user can type; the default group need not be named."""
-    return " ".join(filter(None, ["./cluster.py", name, "" if arguments == "default" else arguments]))
 
 
 def warn(warnings: Iterable[str]) -> None:
@@ -3578,13 +3598,31 @@ def find_head(app: App, group: str) -> Node:
     return heads[0]
 
 
+def trust(app: App, node: Node) -> Node:
+    """Note, if the user agrees, the host key that NODE shows now; once, for a node that has none noted."""
+    if node.host_key:
+        raise ClusterError(f"{node.name} has a host key from its launch; --trust is for nodes made by hand")
+    key = fetch_host_key(node, app.settings)
+    click.confirm(
+        f"{node.name} shows the {key.get_name()} key {key.fingerprint}. Is it the node's?", abort=True, err=True
+    )
+    line = f"{key.get_name()} {key.get_base64()}"
+    tag_nodes(app.ec2, [node], TAG_HOST_KEY, line)
+    return replace(node, host_key=line)
+
+
 @cli.command("login")
 @click.argument("name", metavar="[NODE]", required=False)
+@click.option("--trust", "trusting", is_flag=True, help="Ask about, and note, the host key of a node made by hand.")
 @click.pass_obj
-def login(app: App, name: str | None) -> None:
+def login(app: App, name: str | None, trusting: bool) -> None:
     """Open a shell on a node (the head, if none is named)."""
     node = find_node(app, name) if name else find_head(app, "default")
     app.running(node.group)
+    if trusting:
+        node = trust(app, node)
+    elif not node.host_key:
+        raise ClusterError(no_host_key(node))
     settings = app.settings
     host = node.address if settings.SSH_PORT == 22 else f"[{node.address}]:{settings.SSH_PORT}"
     with tempfile.NamedTemporaryFile("w", prefix="mitsuba-known-hosts-") as known:

@@ -1,0 +1,206 @@
+"""Who gets in, on process nodes: IAM's policy of the README, addresses, nodes made by hand.
+
+The attacks on real nodes are in test_attacks.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import http.server
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.localcloud.places import ACCESS_KEY, SECRET_KEY
+from tests.readme import README
+from tests.support import LocalCloud, Result
+
+GROUP = "least"
+BUCKET = "least-bucket"
+SPOT = f"{GROUP}-spot"
+
+
+def readme_policy() -> dict[str, Any]:
+    """Return the README's IAM policy, for this test's bucket."""
+    found = re.search(r"<!-- policy -->\n```json\n(.*?)```", README.read_text(), re.S)
+    assert found
+    policy: dict[str, Any] = json.loads(found[1].replace("YOUR-BUCKET", BUCKET))
+    return policy
+
+
+def actions_of(policy: dict[str, Any]) -> list[tuple[int, str]]:
+    """Return (number of the statement, action) of all that a policy allows."""
+    lists = [one["Action"] if isinstance(one["Action"], list) else [one["Action"]] for one in policy["Statement"]]
+    return [(number, action) for number, actions in enumerate(lists) for action in actions]
+
+
+def without(policy: dict[str, Any], number: int, action: str) -> dict[str, Any]:
+    """Return POLICY without one action of one statement."""
+    changed = copy.deepcopy(policy)
+    kept = changed["Statement"][number]["Action"]
+    changed["Statement"][number]["Action"] = [one for one in kept if one != action] if isinstance(kept, list) else []
+    return changed
+
+
+@contextmanager
+def allowed(cloud: LocalCloud, policy: dict[str, Any]) -> Iterator[None]:
+    """Let IAM decide by POLICY for a while."""
+    cloud.ask("policy", policy)
+    try:
+        yield
+    finally:
+        cloud.ask("policy", None)
+
+
+class Researcher:
+    """Runs the tool with credentials from a shared credentials file, and S3 behind the same IAM."""
+
+    def __init__(self, cloud: LocalCloud, folder: Path) -> None:
+        self.cloud = cloud
+        self.data = folder / "smoke.vol"
+        self.data.write_bytes(b"smoke" * 1000)
+        path = folder / "credentials"
+        path.write_text(f"[render]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n")
+        self.env = {"AWS_SHARED_CREDENTIALS_FILE": str(path), "AWS_PROFILE": "render"}
+        self.env["AWS_ENDPOINT_URL_S3"] = cloud.environment()["AWS_ENDPOINT_URL"]
+
+    def run(self, *words: str, settings: dict[str, Any] | None = None) -> Result:
+        """Run the tool."""
+        env = self.cloud.environment(**self.env)
+        del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
+        env["MITSUBA_CLUSTER_CONFIG"] = str(self.cloud.config({"S3_PATH": f"s3://{BUCKET}"} | (settings or {})))
+        return self.cloud.run(sys.executable, "cluster.py", *words, env=env)
+
+    def session(self) -> Iterator[tuple[list[str], dict[str, Any]]]:
+        """Yield every command that a user may type, in an order in which all work, with settings."""
+        yield ["createNodes", "c1.xlarge", "1", GROUP], {}
+        for words in (["regions"], ["install", GROUP], ["start", GROUP], ["status"]):
+            yield words, {}
+        yield ["syncData", str(self.data), GROUP], {}
+        yield ["runCommand", "true", GROUP], {"CLIENT_CIDR": "192.0.2.99/32"}  # the address has changed
+        yield ["spotPrices", "c1.xlarge"], {}
+        yield ["createNodes", "c1.xlarge", "1", SPOT, "--spot"], {}
+        yield ["cancelAllSpot"], {}
+        for group in (GROUP, SPOT):
+            yield ["terminateAll", group], {}
+
+
+@pytest.fixture(scope="module")
+def researcher(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Researcher]:
+    """The user with the least rights; the key pair exists from the first test on."""
+    cloud.client("exact s3").create_bucket(Bucket=BUCKET)
+    yield Researcher(cloud, tmp_path_factory.mktemp("least"))
+    for group in (GROUP, SPOT):
+        cloud.end(group)
+
+
+def test_the_session_with_the_least_rights(researcher: Researcher) -> None:
+    researcher.cloud.client("ec2").delete_key_pair(KeyName="mitsuba-key")
+    with allowed(researcher.cloud, readme_policy()):
+        for words, settings in researcher.session():
+            done = researcher.run(*words, settings=settings)
+            assert done.code == 0, f"{words}: {done.err}"
+            assert "may not" not in done.err
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("number", "action"), actions_of(readme_policy()), ids=lambda value: str(value).split(":")[-1])
+def test_each_right_is_needed(researcher: Researcher, number: int, action: str) -> None:
+    """Take one right away: some command of the session says so, by the action's name."""
+    cloud = researcher.cloud
+    cloud.client("ec2").delete_key_pair(KeyName="mitsuba-key")
+    said: list[str] = []
+    with allowed(cloud, without(readme_policy(), number, action)), cloud.options(launch_faults=faults_for(action)):
+        for words, settings in researcher.session():
+            done = researcher.run(*words, settings=settings) if action != "ec2:GetConsoleOutput" else quick(researcher)
+            assert "Traceback" not in done.err
+            said += [line for line in done.err.splitlines() if action in line]
+            if said:
+                break
+    for group in (GROUP, SPOT):
+        cloud.end(group)
+    cloud.client("exact s3").delete_object(Bucket=BUCKET, Key="smoke.vol")
+    assert said, f"nothing needs {action}"
+    assert "may not do" in said[0] or "may you do" in said[0], said[0]
+
+
+def faults_for(action: str) -> list[str]:
+    """Return what must go wrong for an action to be needed: a console is read only of a dead node."""
+    return ["sshd-refuses"] if action == "ec2:GetConsoleOutput" else []
+
+
+def quick(researcher: Researcher) -> Result:
+    """Create a node that does not answer, and give it up soon."""
+    return researcher.cloud.cluster("createNodes", "c1.xlarge", "1", GROUP, limits={"BOOT_LIMIT": 2})
+
+
+def test_foreign_things_are_out_of_reach_of_the_policy(researcher: Researcher, group: str) -> None:
+    """Even past the tool, these rights end nothing that lacks its tag."""
+    cloud = researcher.cloud
+    assert cloud.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+    ec2 = cloud.client("ec2")
+    (node,) = cloud.nodes(group)
+    ec2.delete_tags(Resources=[node["id"]], Tags=[{"Key": "mitsuba-group"}])
+    with allowed(cloud, readme_policy()), pytest.raises(ec2.exceptions.ClientError, match="ec2:TerminateInstances"):
+        ec2.terminate_instances(InstanceIds=[node["id"]])
+    ec2.create_tags(Resources=[node["id"]], Tags=[{"Key": "mitsuba-group", "Value": group}])
+
+
+@contextmanager
+def address_service(answer: str) -> Iterator[str]:
+    """Serve an address look-up that says ANSWER."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            """Say it."""
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("answer", ["2001:db8::7", "100.64.7.7", "10.1.2.3", "<html>log in</html>", ""])
+def test_an_address_that_cannot_be_let_in(cloud: LocalCloud, answer: str) -> None:
+    with address_service(answer) as url:
+        done = cloud.cluster("createNodes", "c1.xlarge", "1", "nobody", env={"MITSUBA_CLUSTER_ADDRESS_URL": url})
+    assert done.code == 1
+    says = f"says this machine is at {answer!r}, which is no public IPv4 address; set CLIENT_CIDR in config.py"
+    assert says in done.last_line
+
+
+def test_a_node_made_by_hand_is_trusted_once(cloud: LocalCloud, group: str) -> None:
+    assert cloud.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+    (node,) = cloud.nodes(group)
+    cloud.client("ec2").delete_tags(Resources=[node["id"]], Tags=[{"Key": "mitsuba-host-key"}])
+    refused = cloud.cluster("runCommand", "true", group)
+    advice = f"if you made it yourself: ./cluster.py login --trust {node['id']}"
+    assert (refused.code, advice in refused.err) == (1, True)
+    assert advice in cloud.cluster("login", node["id"]).last_line
+
+    def answer(text: str) -> Result:
+        words = ["sh", "-c", f"printf '{text}\\nexit\\n' | {sys.executable} cluster.py login --trust {node['id']}"]
+        return cloud.run(*words)
+
+    assert answer("n").code == 130
+    assert "host_key" in node
+    assert cloud.nodes(group)[0]["host_key"] == ""
+    said = answer("y")
+    assert "key SHA256:" in said.err
+    assert cloud.nodes(group)[0]["host_key"] == node["host_key"]
+    assert cloud.cluster("runCommand", "true", group).code == 0
+    again = cloud.cluster("login", "--trust", node["id"])
+    assert "has a host key from its launch; --trust is for nodes made by hand" in again.last_line
