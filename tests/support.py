@@ -185,6 +185,30 @@ def ssh(cloud: LocalCloud, node: dict[str, Any], command: str) -> Result:
     return cloud.run(*words, f"ubuntu@{node['address']}", command)
 
 
+REACH = """
+import socket, sys
+from concurrent.futures import ThreadPoolExecutor
+source, address, *ports = sys.argv[1:]
+def reach(port):
+    try:
+        socket.create_connection((address, int(port)), 2, (source, 0)).close()
+    except TimeoutError:
+        return None
+    except OSError as error:
+        return f"{port} ({type(error).__name__})"
+    return port
+with ThreadPoolExecutor(256) as pool:
+    print(*filter(None, pool.map(reach, ports)))
+"""
+
+
+def reachable(cloud: LocalCloud, source: str, address: str, *ports: int) -> str:
+    """Return which PORTS of an address answer to a client at SOURCE, even by a refusal."""
+    done = cloud.run(sys.executable, "-c", REACH, source, address, *map(str, ports))
+    assert done.code == 0, done.err
+    return done.out.strip()
+
+
 def free_port() -> int:
     """Return a port that nobody has, and that the system gives to nobody: those begin at 32768."""
     while True:

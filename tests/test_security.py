@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from tests.localcloud.places import ACCESS_KEY, SECRET_KEY
+from tests.localcloud.places import ACCESS_KEY, ROUTER, SECRET_KEY
 from tests.readme import README
 from tests.support import LocalCloud, Result
 
@@ -69,7 +69,9 @@ class Researcher:
         path = folder / "credentials"
         path.write_text(f"[render]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n")
         self.env = {"AWS_SHARED_CREDENTIALS_FILE": str(path), "AWS_PROFILE": "render"}
-        self.env["AWS_ENDPOINT_URL_S3"] = cloud.environment()["AWS_ENDPOINT_URL"]
+        url = cloud.environment()["AWS_ENDPOINT_URL"]
+        # By address: moto takes the first part of a name for the bucket's.
+        self.env["AWS_ENDPOINT_URL_S3"] = url.replace("aws.localcloud.internal", ROUTER)
 
     def run(self, *words: str, settings: dict[str, Any] | None = None) -> Result:
         """Run the tool."""

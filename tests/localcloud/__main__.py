@@ -104,7 +104,8 @@ def wait_until_ready(where: Places, daemon: subprocess.Popen[bytes]) -> None:
     while not where.ready.exists():
         if daemon.poll() is not None or time.monotonic() > deadline:
             take_down(where)
-            raise click.ClickException(f"the local cloud did not start; see {where.log}")
+            words = where.log.read_text().strip().splitlines()[-1:]
+            raise click.ClickException(f"the local cloud did not start; see {where.log}: {' '.join(words)}")
         time.sleep(0.05)
 
 

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.localcloud import aws, endpoint, metadata, nspawn, places, process, s3
+from tests.localcloud import aws, endpoint, impostor, metadata, nspawn, places, process, s3
 from tests.localcloud.places import ACCESS_KEY, CLIENT, METADATA, PUBLIC_NETWORKS, REGION, RESOLVER, ROUTER, SECRET_KEY
 from tests.localcloud.process import ProcessNetwork
 
@@ -77,6 +77,7 @@ class Daemon:
         """Prepare what real nodes need: network, apt, names, metadata."""
         nspawn.set_up_network()
         nspawn.set_up_cgroups()
+        impostor.serve(places.IMPOSTOR, self.where.root)
         for folder in ("hosts.public", "hosts.vpc"):
             (self.where.root / folder).mkdir(exist_ok=True)
         self.serve_names("127.0.0.1", "hosts.public")

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 
-from tests.localcloud.places import CLIENT, METADATA, PUBLIC_NETWORKS, RESOLVER, ROUTER, STRANGER
+from tests.localcloud.places import CLIENT, IMPOSTOR, METADATA, PUBLIC_NETWORKS, RESOLVER, ROUTER, STRANGER
 
 CLONE_NEWNET = 0x40000000
 REBOOT_EXIT = 133  # systemd-nspawn's exit code when the container asks for a reboot
@@ -70,6 +70,7 @@ def set_up_network() -> None:
             "link add bridge address 02:00:ac:1f:00:01 type bridge",
             f"addr add {ROUTER}/16 dev bridge",
             f"addr add {RESOLVER}/16 dev bridge",
+            f"addr add {IMPOSTOR}/16 dev bridge",
             f"link set bridge mtu {MTU} up",
             *(f"route add {network} dev bridge src {CLIENT}" for network in PUBLIC_NETWORKS),
         ]
@@ -150,6 +151,20 @@ class NspawnNode:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         leader = children.read_text().split()[0]
         command("nsenter", "-t", leader, "-a", "bash", "-c", script, check=False)
+
+    def hijack(self) -> None:
+        """Lead the node's public address to the impostor's sshd (impostor.py)."""
+        self._lead_to(IMPOSTOR)
+
+    def give_back(self) -> None:
+        """Undo hijack()."""
+        self._lead_to(self.private_ip)
+
+    def _lead_to(self, address: str) -> None:
+        nft(
+            f"delete element ip localcloud public {{ {self.public_ip} }}\n"
+            f"add element ip localcloud public {{ {self.public_ip} : {address} }}"
+        )
 
     def reboot(self) -> None:
         """Reboot the running system."""
@@ -309,7 +324,7 @@ file = open("/var/lib/dpkg/lock-frontend", "w")
 fcntl.lockf(file, fcntl.LOCK_EX)
 time.sleep(15)
 """
-IMPOSTOR = """
+STAND_IN = """
 import socket, time
 server = socket.create_server(("", 22))
 while True:
@@ -326,7 +341,7 @@ def script(text: str) -> Callable[[NspawnNode], None]:
 
 def impostor(greeting: bytes, then: str) -> Callable[[NspawnNode], None]:
     """Return the fault that lets another program answer in sshd's place."""
-    program = IMPOSTOR.format(greeting=greeting, then=then)
+    program = STAND_IN.format(greeting=greeting, then=then)
     return script(
         f"systemctl stop ssh.socket ssh.service; pkill sshd; systemd-run -q --unit=impostor python3 -c {quote(program)}"
     )
@@ -340,6 +355,8 @@ FAULTS: dict[str, Callable[[NspawnNode], None]] = {
     "thaw": NspawnNode.thaw,
     "cut": NspawnNode.cut,
     "plug": NspawnNode.plug,
+    "hijack": NspawnNode.hijack,
+    "give-back": NspawnNode.give_back,
     "reboot": NspawnNode.reboot,
     "crash": NspawnNode.crash,
     "sshd-refuses": script("systemctl stop ssh.socket ssh.service; pkill sshd"),

@@ -23,6 +23,7 @@ REGION = "us-east-1"
 
 ROUTER = "172.31.0.1"  # the default VPC's first address, where AWS has its router too
 RESOLVER = "172.31.0.2"
+IMPOSTOR = "172.31.0.3"  # where a man in the middle has his own sshd
 METADATA = "169.254.169.254"
 PUBLIC_NETWORKS = ("203.0.113.0/24", "198.51.100.0/24")
 CLIENT = "192.0.2.10"  # the address from which the user's machine reaches the nodes
