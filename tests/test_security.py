@@ -9,6 +9,7 @@ import copy
 import http.server
 import json
 import re
+import secrets
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.localcloud.places import ACCESS_KEY, ROUTER, SECRET_KEY
+from tests.localcloud.places import ACCESS_KEY, ROUTER
 from tests.readme import README
 from tests.support import LocalCloud, Result
 
@@ -67,7 +68,8 @@ class Researcher:
         self.data = folder / "smoke.vol"
         self.data.write_bytes(b"smoke" * 1000)
         path = folder / "credentials"
-        path.write_text(f"[render]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n")
+        self.secret = secrets.token_hex(20)  # this user's alone, so that a search for it finds no other test
+        path.write_text(f"[render]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {self.secret}\n")
         self.env = {"AWS_SHARED_CREDENTIALS_FILE": str(path), "AWS_PROFILE": "render"}
         url = cloud.environment()["AWS_ENDPOINT_URL"]
         # By address: moto takes the first part of a name for the bucket's.

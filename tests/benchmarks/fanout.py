@@ -43,13 +43,21 @@ def real_sshd(folder: Path, public_key: str) -> Iterator[tuple[int, str, int]]:
     (folder / "authorized_keys").write_text(public_key)
     port = free_port()
     (folder / "sshd_config").write_text(SSHD.format(port=port, folder=folder))
-    Path("/run/sshd").mkdir(exist_ok=True)
-    with subprocess.Popen(["/usr/sbin/sshd", "-D", "-f", str(folder / "sshd_config")]) as server:
+    with subprocess.Popen([*quiet_shell(), "/usr/sbin/sshd", "-D", "-f", str(folder / "sshd_config")]) as server:
         line = " ".join((folder / "host_key.pub").read_text().split()[:2])
         try:
             yield port, line, server.pid
         finally:
             server.terminate()
+
+
+def quiet_shell() -> list[str]:
+    """Return what keeps bash from reading a ~/.bashrc at each login, as far as root can: a fresh node has none."""
+    if os.getuid() != 0:
+        return []
+    Path("/run/sshd").mkdir(exist_ok=True)
+    script = '[ ! -e ~/.bashrc ] || mount --bind /dev/null ~/.bashrc; exec "$@"'
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
 
 
 def child_cpu(pid: int) -> float:
