@@ -86,6 +86,7 @@ TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 
 SERVER_PORT = 7554  # mtssrv's own default
+MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
 
@@ -125,6 +126,7 @@ SYNC_LIMIT = 24 * 3600
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
 SERVER_LIMIT = 20  # from starting a server to its handshake
+LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
 HANDSHAKE_LIMIT = 3  # a server's answer; up to 0.35 s were seen in mid-render
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 LAUNCH_TRIES = 6  # of one RunInstances request, with growing pauses (1, 2, 4 … s)
@@ -1792,7 +1794,8 @@ def launch_nodes(
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
 FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
-WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog
+WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many more as there are
+WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
 WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 
@@ -1917,7 +1920,7 @@ def watch_servers(version: str, own: str, linked: str) -> None:
             print("silent, so the head is restarted:", *silent, flush=True)
             subprocess.run(["systemctl", "restart", "mtssrv.service"], check=False)
             heard = {}
-        time.sleep(WATCH_PAUSE)
+        time.sleep(WATCH_PAUSE + len(addresses) / WATCH_RATE)
 
 
 def guard(arguments: list[str]) -> None:
@@ -1930,7 +1933,10 @@ GUARD_HEADER = '''"""Keeps Mitsuba's head node serving; written by cluster.py.""
 from __future__ import annotations
 import socket, subprocess, sys, threading, time
 '''
-GUARD_VALUES = ("SERVER_PORT", "HELLO", "QUIT", "FLAVOURS", "WATCH_PAUSE", "WATCH_SILENCE", "GUARD_TIMEOUT")
+GUARD_VALUES = (
+    *("SERVER_PORT", "HELLO", "QUIT", "FLAVOURS", "GUARD_TIMEOUT"),
+    *("WATCH_PAUSE", "WATCH_RATE", "WATCH_SILENCE"),
+)
 GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
 WORKERS_PATH = "/etc/mitsuba-cluster/workers"
 LINKED_PATH = "/run/mtssrv/linked"
@@ -1999,6 +2005,7 @@ class Remote:
         self.node = node
         self.user = user
         self.transport = transport
+        self.consent: float | None = None  # until when the node must have begun a command
 
     def run(
         self,
@@ -2049,13 +2056,15 @@ class Remote:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
     def execute(self, channel: paramiko.Channel, command: str) -> None:
-        """Start COMMAND; paramiko itself would wait for a node's consent for ever."""
-        overdue = threading.Timer(LIVENESS_LIMIT, self.transport.close)
-        overdue.start()
-        try:
-            channel.exec_command(command)
-        finally:
-            overdue.cancel()
+        """Start COMMAND; paramiko itself would wait for the node's consent for ever."""
+        self.consent = time.monotonic() + LIVENESS_LIMIT
+        channel.exec_command(command)
+        self.consent = None
+
+    def close_if_overdue(self) -> None:
+        """Give up a node that does not consent in time; the fleet's main thread looks now and then."""
+        if self.consent and time.monotonic() > self.consent:
+            self.transport.close()
 
     def receive(self, channel: paramiko.Channel, deadline: float) -> bytes:
         """Return the next output, b"" at its end; a node that is silent must open another session to show its life."""
@@ -2121,9 +2130,9 @@ class Remote:
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise NodeError("its mtssrv does not answer") from error
 
-    def await_server(self, version: str, cores: int | None = None) -> int:
+    def await_server(self, version: str, cores: int | None = None, workers: int = 0) -> int:
         """Wait until the server answers, with CORES cores if they are given; return its cores."""
-        deadline = time.monotonic() + SERVER_LIMIT
+        deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
         while True:
             try:
                 offered = self.ask_server(version)
@@ -2369,7 +2378,12 @@ class Fleet:
 
     def take(self, timeout: float | None = None) -> Outcome:
         """Return the next outcome; queue.Empty after TIMEOUT seconds."""
-        outcome = self.outcomes.get(timeout=timeout)
+        try:
+            outcome = self.outcomes.get(timeout=timeout)
+        except queue.Empty:
+            for remote in list(self.remotes.values()):
+                remote.close_if_overdue()
+            raise
         if isinstance(outcome.value, BaseException):
             raise outcome.value
         return outcome
@@ -3209,6 +3223,8 @@ def head_step(data: str, facts: Facts, workers: Sequence[Outcome], remote: Remot
             f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again"
         )
     cores = sum(outcome.value.cores for outcome in workers) + plan_head_cores(facts.cores)
+    if cores > MOST_CORES:
+        raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     serving = facts.role == "head"
     if serving and set(facts.linked) == set(wanted):
         with contextlib.suppress(NodeError):
@@ -3216,7 +3232,7 @@ def head_step(data: str, facts: Facts, workers: Sequence[Outcome], remote: Remot
                 return Served(facts, cores, "serves already")
     start_server(remote, "head", facts, data, wanted)
     news = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, remote.await_server(facts.version, cores), news)
+    return Served(facts, remote.await_server(facts.version, cores, len(wanted)), news)
 
 
 def worker_step(data: str, head: Node, remote: Remote) -> Served:
