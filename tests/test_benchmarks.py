@@ -1,0 +1,35 @@
+"""The benchmarks' page is made of its figures, and their parts work."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+from tests.benchmarks import measure, peers, report
+
+RESULTS = Path(report.__file__).parent / "results"
+
+
+def test_the_page_is_made_of_the_figures() -> None:
+    results = json.loads((RESULTS / "results.json").read_text())
+    assert report.markdown(results) == (RESULTS / "results.md").read_text()
+    assert (RESULTS / "fanout.svg").read_text().startswith("<?xml")
+
+
+def test_a_run_counts_its_own_time_and_its_childrens() -> None:
+    busy = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'sum(range(3_000_000))'], check=True)"
+    idle = "import time; time.sleep(0.2)"
+    programs = {"busy": busy, "idle": idle}
+    things = {name: functools.partial(measure.run, [sys.executable, "-c", text]) for name, text in programs.items()}
+    found = measure.interleaved(things, 1)
+    assert found["idle"].wall >= 0.2
+    assert found["busy"].cpu > found["idle"].cpu
+
+
+def test_every_peer_has_its_no_op(tmp_path: Path) -> None:
+    hosts = peers.Hosts(["127.0.0.1", "127.0.0.2"], 22, "nobody", "key")
+    lines = peers.command_lines(hosts, "echo 'a b'", tmp_path)
+    assert set(lines) == set(peers.no_ops(tmp_path))
+    assert all("127.0.0.2" in " ".join(words) for words in lines.values())
