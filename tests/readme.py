@@ -20,7 +20,7 @@ README = PROJECT / "README.md"
 
 def help_text() -> str:
     """Return --help of the program and of each command, as a code block."""
-    as_run: Any = cluster.cli.context_settings | {"terminal_width": 100, "max_content_width": 100}
+    as_run: dict[str, Any] = {**cluster.cli.context_settings} | {"terminal_width": 100, "max_content_width": 100}
     context = click.Context(cluster.cli, info_name="./cluster.py", **as_run)
     texts = [cluster.cli.get_help(context)]
     for name, command in cluster.cli.commands.items():
