@@ -3372,7 +3372,7 @@ def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     alive = [node for node in overview.nodes if node.state in ALIVE]
     ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
     groups = sorted({one.group for one in ours})
-    nodes = [node for node in overview.nodes if node in alive or (node.reason and node.group in groups)]
+    nodes = [one for one in overview.nodes if one.state in ALIVE or (one.reason and one.group in groups)]
     details = ask_servers(app, nodes) if servers else {}
     if as_json:
         shown = {name: group_json(name, nodes, overview.requests, details) for name in groups}

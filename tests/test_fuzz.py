@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -110,7 +111,8 @@ def test_tags_of_others(given_tags: dict[str, str], state: str, reason: str) -> 
     node = cluster.to_node(raw)
     assert node.role in (None, "head", "worker")
     json.dumps(cluster.node_json(node))
-    shown = cluster.format_table(cluster.node_rows([node]), 80) + cluster.format_cost([node]) + node.reason
+    shown = cluster.format_table(cluster.node_rows([node]), 80) + cluster.format_cost([node])
+    shown += node.group + node.host_key + node.reason  # of status, and of known_hosts
     assert all(char.isprintable() or char in "\n\t" for char in shown)
 
 
@@ -173,6 +175,25 @@ def test_odd_names_arrive(tmp_path: Path, small_s3: str, path: str) -> None:
     assert fetch(tmp_path, path, small_s3)["fetched"] == 1
     assert (tmp_path / path).read_bytes() == b"data"
     assert not (tmp_path / "x").exists() or path.startswith("x")
+
+
+def test_a_second_sync_waits_for_the_first(tmp_path: Path, small_s3: str) -> None:
+    """The first may have lost its connection and still be at work: both would write the same part file."""
+    (tmp_path / ".mitsuba-cluster").mkdir()
+    job = [{"key": "x", "path": "x", "size": 4, "etag": "e-1", "sha256": "", "url": small_s3}]
+    program = [sys.executable, "-c", cluster.SYNC, str(tmp_path)]
+    with (tmp_path / ".mitsuba-cluster" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdin
+            assert child.stdout
+            child.stdin.write(json.dumps(job))
+            child.stdin.close()
+            assert json.loads(child.stdout.readline()) == {"moved": 0}
+            assert not (tmp_path / "x").exists()
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert json.loads(child.stdout.read().splitlines()[-1])["fetched"] == 1
+    assert (tmp_path / "x").read_bytes() == b"data"
 
 
 @pytest.mark.parametrize("path", ["../outside", "way-out/outside", "deep/../../outside", "a-file/below"])
