@@ -33,10 +33,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
+import gc
 import importlib
 import inspect
-import ipaddress
 import json
 import os
 import queue
@@ -47,17 +46,13 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 MISSING = (
     "cluster.py needs {name}. On Debian and Ubuntu: sudo apt-get install -y python3-venv && python3 -m venv "
@@ -69,12 +64,14 @@ try:
 except ImportError:
     sys.exit(MISSING.format(name="click"))
 
+# What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
+    import tempfile
+
     import paramiko
 
 HERE = Path(__file__).resolve().parent
 Client = Any  # boto3 makes its clients' classes at run time
-T = TypeVar("T")
 
 # --- Constants --------------------------------------------------------------
 # Names that others rely on, and every limit in one place.
@@ -97,9 +94,7 @@ CANONICAL = "099720109477"
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
-INSIDE_NETWORKS = [  # private ones, and those between carriers and their customers (RFC 1918, RFC 6598)
-    ipaddress.IPv4Network(text) for text in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
-]
+INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
@@ -135,7 +130,9 @@ TERMINATE_LIMIT = 600  # until EC2 says terminated
 WATCH_SECONDS = 3  # between two looks of systemLoad --watch
 UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
 
+NEAR = 0.005  # seconds of a round trip; the network of a near node keeps no key exchange waiting
 CONNECTING = threading.BoundedSemaphore(64)  # key exchanges at once: more gain nothing
+CONNECTING_NEAR = threading.BoundedSemaphore(12)  # and with near nodes, more only contend for Python's lock
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 LOG_LINES = 8  # of them, in lines, that are shown
 
@@ -184,8 +181,7 @@ class Terminated(BaseException):
 # Frozen records that the sections hand to each other.
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One EC2 instance of ours, as far as the tool cares."""
 
     id: str
@@ -216,8 +212,7 @@ class Node:
         return self.public_name or self.address or self.id
 
 
-@dataclass(frozen=True)
-class SpotRequest:
+class SpotRequest(NamedTuple):
     """A spot request of ours."""
 
     id: str
@@ -228,8 +223,7 @@ class SpotRequest:
     node_id: str
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """One way into a security group: a port for a CIDR, and who added it."""
 
     port: int
@@ -237,8 +231,7 @@ class Rule:
     owner: str
 
 
-@dataclass(frozen=True)
-class SecurityGroup:
+class SecurityGroup(NamedTuple):
     """The security group of one of our groups; made first, removed last."""
 
     id: str
@@ -247,8 +240,7 @@ class SecurityGroup:
     open_inside: bool = False  # its own nodes may talk to each other
 
 
-@dataclass(frozen=True)
-class Overview:
+class Overview(NamedTuple):
     """Everything of ours in a region."""
 
     nodes: list[Node]
@@ -256,8 +248,7 @@ class Overview:
     security_groups: list[SecurityGroup]
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(NamedTuple):
     """What an instance type can do."""
 
     type: str
@@ -268,8 +259,7 @@ class Machine:
     encrypts: bool
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(NamedTuple):
     """What matters of an AMI."""
 
     id: str
@@ -280,8 +270,7 @@ class Image:
     root_gb: int
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """All that RunInstances needs, but for the subnet and the number."""
 
     group: str
@@ -296,8 +285,7 @@ class Launch:
     max_price: float | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one step did on one node."""
 
     node: Node
@@ -310,8 +298,7 @@ class Outcome:
         return not self.error
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(NamedTuple):
     """What a node says of itself."""
 
     cores: int
@@ -322,8 +309,7 @@ class Facts:
     memory_mb: tuple[int, ...] = ()  # used, total
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """The user's SSH key: what logs in, and its public half as one line."""
 
     key: paramiko.PKey
@@ -333,13 +319,13 @@ class Identity:
     def fingerprint(self) -> str:
         """Return SHA256:… as ssh-keygen -l does."""
         import base64
+        import hashlib
 
         digest = hashlib.sha256(base64.b64decode(self.public.split()[1])).digest()
         return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-@dataclass(frozen=True)
-class RemoteObject:
+class RemoteObject(NamedTuple):
     """An S3 object that the nodes shall have."""
 
     key: str
@@ -958,8 +944,7 @@ except OSError as error:
 # config.py: reading it and checking each value. Touches that file and nothing else.
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The settings, under their names in config.py; a setting that a file lacks has this default."""
 
     AWS_ACCESS_KEY_ID: str = ""
@@ -969,7 +954,7 @@ class Settings:
     SSH_PRIVATE_KEY_FILE: str = "mitsuba-key.pem"
     SSH_USER: str = "ubuntu"
     SSH_PORT: int = 22
-    AMI_IDS: dict[str, str] = field(default_factory=dict)
+    AMI_IDS: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
     SUBNET_ID: str = ""
     CLIENT_CIDR: str = ""
     PUBLIC_SERVER_PORT: bool = True
@@ -1017,6 +1002,8 @@ def is_whole(value: Any, low: int, high: int) -> bool:
 
 def is_cidr(value: Any) -> bool:
     """Tell whether VALUE is empty or an IPv4 network."""
+    import ipaddress
+
     if not isinstance(value, str):
         return False
     try:
@@ -1071,6 +1058,8 @@ def run_config(path: Path) -> dict[str, Any]:
 
 def check_together(path: Path, settings: Settings) -> None:
     """Refuse values that are wrong only together."""
+    import ipaddress
+
     if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
         raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
     everyone = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen == 0
@@ -1084,7 +1073,7 @@ def check_together(path: Path, settings: Settings) -> None:
 def load_settings(path: Path) -> Settings:
     """Read and check a settings file; ClusterError names the first thing wrong with it."""
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
-    known = {one.name for one in fields(Settings)}
+    known = set(Settings._fields)
     for name in values.keys() - known:
         click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
     for name, (check, expected) in CHECKS.items():
@@ -1104,6 +1093,17 @@ def load_settings(path: Path) -> Settings:
 # Talks to AWS, never to a node. Every function takes the client first; what leaves is our own.
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector from AWS's models, a million objects that stay: 0.1 s of a start."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @functools.cache
 def open_session(key: str, secret: str) -> Any:
     """Return the boto3 session for these credentials (or boto3's own), which reads AWS's big models once."""
@@ -1112,6 +1112,7 @@ def open_session(key: str, secret: str) -> Any:
     return boto3.Session(key or None, secret or None)
 
 
+@no_collection()
 def open_client(settings: Settings, service: str, region: str = "", **options: Any) -> Client:
     """Return a boto3 client with bounded patience; OPTIONS are botocore's Config's."""
     from botocore.config import Config
@@ -1471,6 +1472,7 @@ def fetch_spot_price(ec2: Client, machine: str, warnings: list[str]) -> float | 
 
 def fetch_client_cidr(settings: Settings) -> str:
     """Return who may connect: CLIENT_CIDR, else this machine's public address as /32."""
+    import ipaddress
     import urllib.error
     import urllib.request
 
@@ -1482,7 +1484,7 @@ def fetch_client_cidr(settings: Settings) -> str:
         with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310 - ours, or the user's own
             text = answer.read(100).decode("ascii", "replace").strip()
         address = ipaddress.IPv4Address(text)
-        if any(address in network for network in INSIDE_NETWORKS):
+        if any(address in ipaddress.IPv4Network(network) for network in INSIDE_NETWORKS):
             raise ValueError("not public")
         return f"{address}/32"
     except (urllib.error.URLError, OSError) as error:
@@ -1765,7 +1767,7 @@ def launch_nodes(
     for zone, subnet, _ in subnets:
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, uuid.uuid4().hex), note)
+                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()), note)
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
@@ -1910,6 +1912,8 @@ def filter_workers(version: str, wanted: str, linked: str) -> None:
 
 def watch_servers(version: str, own: str, linked: str) -> None:
     """Restart the head once it, or a worker that it is linked to, is silent for too long."""
+    import subprocess
+
     heard: dict[str, float] = {}
     while True:
         addresses = [own, *read_words(linked)]
@@ -1932,7 +1936,7 @@ def guard(arguments: list[str]) -> None:
 
 GUARD_HEADER = '''"""Keeps Mitsuba's head node serving; written by cluster.py."""
 from __future__ import annotations
-import socket, subprocess, sys, threading, time
+import socket, sys, threading, time
 '''
 GUARD_VALUES = (
     *("SERVER_PORT", "HELLO", "QUIT", "FLAVOURS", "GUARD_TIMEOUT"),
@@ -1989,6 +1993,26 @@ def dial(address: str, port: int) -> EagerSocket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)  # milliseconds
     return EagerSocket(fileno=plain.detach())
+
+
+def is_near(plain: socket.socket) -> bool:
+    """Tell whether the other end is near, by the round trip that Linux has measured for this connection."""
+    if not hasattr(socket, "TCP_INFO"):
+        return False
+    info = plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72)
+    return int.from_bytes(info[68:72], sys.byteorder) / 1e6 < NEAR  # tcpi_rtt, microseconds; see linux/tcp.h
+
+
+@contextlib.contextmanager
+def admission(plain: socket.socket) -> Iterator[None]:
+    """Wait for a place to exchange keys, but not for long: nodes that hang must not keep the others out."""
+    gate = CONNECTING_NEAR if is_near(plain) else CONNECTING
+    admitted = gate.acquire(timeout=TCP_LIMIT)
+    try:
+        yield
+    finally:
+        if admitted:
+            gate.release()
 
 
 def prefer_gcm(transport: paramiko.Transport) -> None:
@@ -2177,7 +2201,7 @@ def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
     transport = None
     plain = dial(node.address, settings.SSH_PORT)
     try:
-        with CONNECTING:
+        with admission(plain):
             transport = paramiko.Transport(plain)
             transport.banner_timeout = EXCHANGE_LIMIT
             transport.auth_timeout = EXCHANGE_LIMIT
@@ -2308,6 +2332,8 @@ def clean_environment() -> dict[str, str]:
 
 def hide_from_git(path: Path) -> None:
     """Keep git from picking up what is about to replace a tracked placeholder."""
+    import subprocess
+
     if (path.parent / ".git").exists() and shutil.which("git"):
         words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
         subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
@@ -2442,6 +2468,7 @@ def read_s3cfg(settings: Settings) -> dict[str, str]:
     return {name: value.strip() for name, value in parser.items("default")} if "default" in parser else {}
 
 
+@no_collection()
 def open_s3(settings: Settings, region: str = "") -> Client:
     """Return an S3 client: credentials and endpoint of .s3cfg, else config.py's, else boto3's own."""
     import boto3
@@ -2517,6 +2544,8 @@ def plan_upload(name: str, prefix: str) -> dict[str, Path]:
 
 def digest_file(path: Path, kind: str) -> str:
     """Return a file's digest in hex."""
+    import hashlib
+
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(MIB):
@@ -2578,7 +2607,7 @@ def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> bytes:
     job = []
     for one in objects:
         where = {"Bucket": bucket, "Key": one.key}
-        job.append(asdict(one) | {"url": s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds)})
+        job.append(one._asdict() | {"url": s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds)})
     return json.dumps(job).encode()
 
 
@@ -2691,7 +2720,7 @@ def format_cost(nodes: Sequence[Node]) -> str:
 def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
-    return asdict(node) | {
+    return node._asdict() | {
         "name": node.name,
         "address": node.address,
         "launched": node.launched.isoformat().replace("+00:00", "Z"),
@@ -2769,9 +2798,10 @@ class App:
             f"The nodes of {self.where(group)} keep running and cost money; {command('terminateAll', group)} ends them."
         )
         warnings: list[str] = []
+        ec2 = self.ec2
         nodes, groups, cidr, _ = side_by_side(
-            lambda: fetch_nodes(self.ec2, group),
-            lambda: fetch_security_groups(self.ec2, group),
+            lambda: fetch_nodes(ec2, group),
+            lambda: fetch_security_groups(ec2, group),
             lambda: try_client_cidr(self.settings, warnings),
             lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
         )
@@ -2899,12 +2929,11 @@ def cli(ctx: click.Context, config: Path | None) -> None:
         click.echo(ctx.get_help())
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """What the user asked createNodes for."""
 
     type: str
-    count: int
+    number: int
     group: str
     spot: bool = False
     max_price: float | None = None
@@ -2935,8 +2964,8 @@ def settle(app: App, waiting: dict[str, Node], begun: set[str], elapsed: float) 
             if outcome.node.id in waiting:
                 if outcome.error and "does not answer" in outcome.error:
                     console = fetch_console(app.ec2, outcome.node)
-                    outcome = replace(outcome, error=outcome.error + format_tail(console))
-                yield replace(outcome, node=waiting[outcome.node.id])
+                    outcome = outcome._replace(error=outcome.error + format_tail(console))
+                yield outcome._replace(node=waiting[outcome.node.id])
 
 
 def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome]:
@@ -3036,8 +3065,8 @@ def announce(
         )
     present = sum(node.state in ("pending", "running") for node in before)
     if present:
-        note(f"{app.where(order.group)} has {format_count(present, 'node')} already; {order.count} more are added")
-    note(format_price(order.type, order.count, price))
+        note(f"{app.where(order.group)} has {format_count(present, 'node')} already; {order.number} more are added")
+    note(format_price(order.type, order.number, price))
     if hours:
         note(f"Each ends itself after {hours:g} hours.")
     else:
@@ -3103,16 +3132,16 @@ def create(app: App, order: Order) -> None:
     app.left = f"Nodes of {where} may be running and cost money: {ways}."
     started = time.monotonic()
     one_try = open_client(settings, "ec2", retries={"total_max_attempts": 1}, read_timeout=60)
-    nodes, why = launch_nodes(one_try, launch, subnets, order.count, note)
+    nodes, why = launch_nodes(one_try, launch, subnets, order.number, note)
     if not nodes:
         raise ClusterError(f"EC2 gave no {order.type}: {why}")
-    note(f"{len(nodes)} of {order.count} nodes launched; waiting until each answers")
+    note(f"{len(nodes)} of {order.number} nodes launched; waiting until each answers")
     outcomes = await_nodes(app, order.group, nodes)
     result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
-        good = f"{len(outcomes) - len(failed)} of {order.count} nodes"
+        good = f"{len(outcomes) - len(failed)} of {order.number} nodes"
         raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', order.group)}")
 
@@ -3176,6 +3205,8 @@ def install(app: App, group: str) -> None:
 
 def local_mitsuba() -> str:
     """Return the version of this machine's own mitsuba, or ""."""
+    import subprocess
+
     program = shutil.which("mitsuba")
     if not program:
         return ""
@@ -3210,8 +3241,7 @@ def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
 
 
-@dataclass(frozen=True)
-class Served:
+class Served(NamedTuple):
     """What a node's server offers after start."""
 
     facts: Facts
@@ -3357,7 +3387,7 @@ def group_json(
     """Return one group as `status --json` shows it."""
     return {
         "nodes": [node_json(node) | details.get(node.id, {}) for node in nodes if node.group == group],
-        "spot_requests": [asdict(request) for request in requests if request.group == group],
+        "spot_requests": [request._asdict() for request in requests if request.group == group],
     }
 
 
@@ -3638,7 +3668,7 @@ def trust(app: App, node: Node) -> Node:
     )
     line = f"{key.get_name()} {key.get_base64()}"
     tag_nodes(app.ec2, [node], TAG_HOST_KEY, line)
-    return replace(node, host_key=line)
+    return node._replace(host_key=line)
 
 
 @cli.command("login")
@@ -3647,6 +3677,9 @@ def trust(app: App, node: Node) -> Node:
 @click.pass_obj
 def login(app: App, name: str | None, trusting: bool) -> None:
     """Open a shell on a node (the head, if none is named)."""
+    import subprocess
+    import tempfile
+
     node = find_node(app, name) if name else find_head(app, "default")
     app.running(node.group)
     if trusting:
@@ -3707,8 +3740,7 @@ def command_json(outcome: Outcome) -> dict[str, Any]:
         return {"error": None, "code": outcome.value.code, "output": output.read(MIB).decode("utf-8", "replace")}
 
 
-@dataclass(frozen=True)
-class Ran:
+class Ran(NamedTuple):
     """What a command did on a node: its exit code, and its output in a temporary file."""
 
     code: int
@@ -3717,6 +3749,8 @@ class Ran:
 
 def command_step(line: str, remote: Remote) -> Ran:
     """Run a command line on one node, as its shell reads it."""
+    import tempfile
+
     output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
     code, _ = remote.run(user_command("run-command", line), limit=SYNC_LIMIT, sink=output.write)
     return Ran(code, output)
@@ -3852,5 +3886,16 @@ def hidden(original: click.Command, name: str) -> click.Command:
 cli.add_command(hidden(create_nodes, "addNodes"))
 
 
+def main() -> None:
+    """Run the tool; leave at once, since Python would take 0.1 s to clean up what ends with it anyway."""
+    try:
+        cli(prog_name="cluster.py")
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        sys.stdout.flush()
+        os._exit(end.code)
+
+
 if __name__ == "__main__":
-    cli(prog_name="cluster.py")
+    main()

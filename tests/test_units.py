@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import fields
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -273,11 +272,10 @@ def test_inline_metadata_lists_what_pyproject_lists() -> None:
 def test_config_has_every_setting_with_its_default() -> None:
     settings = cluster.load_settings(PROJECT / "config.py")
     text = (PROJECT / "config.py").read_text()
-    for one in fields(cluster.Settings):
-        if one.name.isupper():
-            assert re.search(rf"^{one.name}\b.* = ", text, re.M), one.name
+    for name in cluster.CHECKS:
+        assert re.search(rf"^{name}\b.* = ", text, re.M), name
     assert cluster.Settings(S3_PATH="s3://XXXXXX") == settings
-    assert set(cluster.CHECKS) == {one.name for one in fields(cluster.Settings) if one.name.isupper()}
+    assert set(cluster.CHECKS) == {name for name in cluster.Settings._fields if name.isupper()}
 
 
 def test_placeholders_carry_no_secret() -> None:
@@ -325,3 +323,14 @@ def test_git_never_picks_up_a_secret(tmp_path: Path) -> None:
     cluster.ensure_key_file(key)
     assert key.read_text() == made
     assert "topsecret" in s3cfg.read_text()
+
+
+def test_nodes_that_hang_keep_nobody_from_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.BoundedSemaphore(1)
+    monkeypatch.setattr(cluster, "CONNECTING_NEAR", gate)
+    monkeypatch.setattr(cluster, "TCP_LIMIT", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as server, cluster.dial(*server.getsockname()) as plain:
+        assert cluster.is_near(plain)
+        with cluster.admission(plain), cluster.admission(plain):
+            assert not gate.acquire(blocking=False)
+        assert gate.acquire(blocking=False)
