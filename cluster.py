@@ -742,12 +742,13 @@ WantedBy=multi-user.target
 # The nodes' half of syncData: reads a JSON job from stdin, so that no URL shows in a command
 # line, and writes a JSON line twice a second, the last with the result. Python, since a stock
 # Ubuntu image has it and it can do all of it in one process: ranges in parallel, resume, check.
-SYNC = r'''
-import concurrent.futures, fcntl, hashlib, json, os, queue, shutil, sys, threading, time, urllib.error, urllib.request
+SYNC = r"""
+import concurrent.futures, fcntl, hashlib, http.client, json, os, shutil, sys, threading, time
+import urllib.error, urllib.request
 
 PART = 16 << 20
-BLOCK = 1 << 18
-STREAMS = 4
+BLOCK = 1 << 20
+STREAMS = 8
 TRIES = 6
 data = sys.argv[1]
 job = json.load(sys.stdin)
@@ -762,19 +763,33 @@ def say(**what):
         sys.stdout.flush()
 
 
-def load_record():
+def report():
+    while True:
+        time.sleep(0.5)
+        say(moved=moved)
+
+
+def no_follow(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW, 0o664)
+
+
+def load(name, otherwise):
     try:
-        with open(os.path.join(state, "record.json")) as file:
+        with open(os.path.join(state, name)) as file:
             return json.load(file)
     except (OSError, ValueError):
-        return {}
+        return otherwise
 
 
-def save_record(record):
-    part = os.path.join(state, "record.part")
-    with open(part, "w", opener=no_follow) as file:
-        json.dump(record, file)
-    os.replace(part, os.path.join(state, "record.json"))
+def save(name, value):
+    fresh = os.path.join(state, name + ".new")
+    with open(fresh, "w", opener=no_follow) as file:
+        json.dump(value, file)
+    os.replace(fresh, os.path.join(state, name))
+
+
+def part_name(thing):
+    return hashlib.sha256((thing["key"] + thing["etag"]).encode()).hexdigest()[:32] + ".part"
 
 
 def target(thing):
@@ -785,19 +800,19 @@ def target(thing):
     return path
 
 
-def no_follow(path, flags):
-    return os.open(path, flags | os.O_NOFOLLOW, 0o664)
+def entry(thing):
+    now = os.stat(target(thing))
+    return [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
 
 
 def is_here(thing, record):
     try:
-        now = os.stat(target(thing))
+        return record.get(thing["path"]) == entry(thing)
     except (OSError, ValueError):
         return False
-    return record.get(thing["path"]) == [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
 
 
-def fetch_part(thing, handle, start, end):
+def fetch_range(thing, handle, start, end):
     global moved
     for attempt in range(TRIES):
         try:
@@ -819,92 +834,38 @@ def fetch_part(thing, handle, start, end):
             if error.code in (400, 403, 404, 412) or attempt == TRIES - 1:
                 words = {412: "it changed in S3 meanwhile; run syncData again", 403: "S3 refuses the signed address"}
                 raise OSError(words.get(error.code, "S3 answers %d" % error.code)) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             if attempt == TRIES - 1:
                 raise OSError("cannot be fetched from S3: %s" % getattr(error, "reason", error)) from None
         time.sleep(0.5 * 2 ** attempt)
 
 
-class Follower(threading.Thread):
-    """Hashes the file from the start, as far as its parts have come."""
-
-    def __init__(self, path, thing, count):
-        super().__init__(daemon=True)
-        self.path, self.size = path, thing["size"]
-        kind = "sha256" if thing.get("sha256") else "md5"
-        self.digest = hashlib.sha256() if kind == "sha256" else hashlib.new("md5", usedforsecurity=False)
-        self.events = [threading.Event() for _ in range(count)]
-        self.stopped = False
-
-    def run(self):
-        with open(self.path, "rb") as file:
-            for event in self.events:
-                event.wait()
-                if self.stopped:
-                    return
-                left = PART
-                while left and (block := file.read(min(BLOCK * 4, left))):
-                    self.digest.update(block)
-                    left -= len(block)
-
-    def stop(self):
-        self.stopped = True
-        for event in self.events:
-            event.set()
-
-
-def expected_digest(thing):
-    plain = len(thing["etag"]) == 32 and "-" not in thing["etag"]
-    return thing.get("sha256") or (thing["etag"] if plain else "")
-
-
 def fetch(thing, pool):
-    path = target(thing)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    part = os.path.join(state, hashlib.sha256((thing["key"] + thing["etag"]).encode()).hexdigest()[:32] + ".part")
-    done_file = part + ".done"
-    try:
-        with open(done_file) as file:
-            done = set(json.load(file)) if os.path.exists(part) else set()
-    except (OSError, ValueError):
-        done = set()
+    path, name, size = target(thing), part_name(thing), thing["size"]
+    part = os.path.join(state, name)
+    plain = thing["etag"] if len(thing["etag"]) == 32 else ""  # S3's ETag is an MD5, unless it has a "-"
+    wanted = thing["sha256"] or plain
+    digest = hashlib.sha256() if thing["sha256"] else hashlib.new("md5", usedforsecurity=False)
+    whole = load(name + ".whole", 0) if os.path.exists(part) else 0  # ranges that an earlier run has brought
+    save(name + ".whole", whole)  # before there is a part: a stale one would vouch for what is not there
     handle = no_follow(part, os.O_RDWR | os.O_CREAT)
-    starts = range(0, thing["size"], PART)
-    follower = Follower(part, thing, len(starts))
-    try:
-        os.truncate(handle, thing["size"])
-        follower.start()
-        jobs = {}
-        for number, start in enumerate(starts):
-            if number in done:
-                follower.events[number].set()
-            else:
-                jobs[pool.submit(fetch_part, thing, handle, start, min(start + PART, thing["size"]))] = number
-        for finished in concurrent.futures.as_completed(jobs):
-            finished.result()
-            done.add(jobs[finished])
-            follower.events[jobs[finished]].set()
-            with open(done_file, "w", opener=no_follow) as file:
-                json.dump(sorted(done), file)
-        follower.join()
-    finally:
-        follower.stop()
-        os.close(handle)
-    wanted = expected_digest(thing)
-    if wanted and follower.digest.hexdigest() != wanted:
+    os.truncate(handle, size)
+    ranges = [(start, min(start + PART, size)) for start in range(0, size, PART)]
+    jobs = [pool.submit(fetch_range, thing, handle, *one) for one in ranges[whole:]]
+    for number, (start, end) in enumerate(ranges):
+        if number >= whole:
+            jobs[number - whole].result()
+            save(name + ".whole", number + 1)
+        for place in range(start, end if wanted else start, BLOCK):  # while the next ranges come
+            digest.update(os.pread(handle, min(BLOCK, end - place), place))
+    os.close(handle)
+    os.unlink(part + ".whole")
+    if wanted and digest.hexdigest() != wanted:
         os.unlink(part)
-        os.unlink(done_file) if os.path.exists(done_file) else None
         raise ValueError("its checksum is wrong after the transfer")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     os.replace(part, path)
-    os.unlink(done_file) if os.path.exists(done_file) else None
-    now = os.stat(path)
-    return [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
-
-
-def report():
-    while True:
-        time.sleep(0.5)
-        say(moved=moved)
+    return entry(thing)
 
 
 def main():
@@ -913,23 +874,30 @@ def main():
     threading.Thread(target=report, daemon=True).start()
     lock_file = open(os.path.join(state, "lock"), "w", opener=no_follow)
     fcntl.flock(lock_file, fcntl.LOCK_EX)  # a run that lost its connection, or somebody else's, goes first
-    record = load_record()
+    record = load("record.json", {})
     missing = [thing for thing in job if not is_here(thing, record)]
     need, free = sum(thing["size"] for thing in missing), shutil.disk_usage(data).free
     if need > free:
         return say(error="%d MB are needed in %s, %d MB are free" % (need >> 20, data, free >> 20))
-    wanted = {hashlib.sha256((t["key"] + t["etag"]).encode()).hexdigest()[:32] for t in missing}
+    wanted = [part_name(thing) for thing in missing]
     for name in os.listdir(state):
-        if ".part" in name and name.split(".")[0] not in wanted:
+        if ".part" in name and name.removesuffix(".whole") not in wanted:
             os.unlink(os.path.join(state, name))
-    with concurrent.futures.ThreadPoolExecutor(STREAMS) as pool:
-        for thing in missing:
-            try:
-                record[thing["path"]] = fetch(thing, pool)
-            except (OSError, ValueError) as error:
-                pool.shutdown(cancel_futures=True)
-                return say(error="%s: %s" % (thing["path"], error))
-            save_record(record)
+    files, ranges = (concurrent.futures.ThreadPoolExecutor(STREAMS) for _ in range(2))
+    jobs = {files.submit(fetch, thing, ranges): thing for thing in missing}
+    saved = time.monotonic()
+    for finished in concurrent.futures.as_completed(jobs):
+        thing = jobs[finished]
+        try:
+            record[thing["path"]] = finished.result()
+        except (OSError, ValueError) as error:
+            save("record.json", record)
+            say(error="%s: %s" % (thing["path"], error))
+            os._exit(1)  # at once: other threads are in the midst of their ranges
+        if time.monotonic() - saved > 1:
+            save("record.json", record)
+            saved = time.monotonic()
+    save("record.json", record)
     say(moved=moved, fetched=len(missing), present=len(job) - len(missing))
 
 
@@ -937,7 +905,7 @@ try:
     main()
 except OSError as error:
     say(error="%s: %s" % (error.filename or data, error.strerror))
-'''
+"""
 
 
 # --- Settings ---------------------------------------------------------------
