@@ -31,7 +31,6 @@ Server probe, SSH, Fan-out, S3, Output, Commands.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import gc
 import importlib
@@ -52,7 +51,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 MISSING = (
     "cluster.py needs {name}. On Debian and Ubuntu: sudo apt-get install -y python3-venv && python3 -m venv "
@@ -69,6 +68,8 @@ if TYPE_CHECKING:
     import tempfile
 
     import paramiko
+
+    Stream = socket.socket | paramiko.Channel  # what a handshake needs of either: sendall, recv, shutdown
 
 HERE = Path(__file__).resolve().parent
 Client = Any  # boto3 makes its clients' classes at run time
@@ -136,25 +137,14 @@ CONNECTING_NEAR = threading.BoundedSemaphore(12)  # and with near nodes, more on
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 LOG_LINES = 8  # of them, in lines, that are shown
 
-CAPACITY_CODES = {
-    "InsufficientInstanceCapacity",
-    "InsufficientCapacity",
-    "InsufficientHostCapacity",
-    "InsufficientFreeAddressesInSubnet",
-    "Unsupported",
-}
-RETRY_CODES = {
-    "RequestLimitExceeded",
-    "Throttling",
-    "ThrottlingException",
-    "InternalError",
-    "InternalFailure",
-    "Unavailable",
-    "ServiceUnavailable",
-    "502",
-    "503",
-    "504",
-}
+CAPACITY_CODES = (
+    "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
+    "Unsupported"
+).split()
+RETRY_CODES = (
+    "RequestLimitExceeded Throttling ThrottlingException InternalError InternalFailure Unavailable ServiceUnavailable "
+    "502 503 504"
+).split()
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 CREDENTIAL_CODES = {"AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
@@ -270,19 +260,29 @@ class Image(NamedTuple):
     root_gb: int
 
 
-class Launch(NamedTuple):
-    """All that RunInstances needs, but for the subnet and the number."""
+class Order(NamedTuple):
+    """What the user asked createNodes for."""
 
+    type: str
+    number: int
     group: str
+    spot: bool = False
+    max_price: float | None = None
+    max_hours: float | None = None
+
+
+class Launch(NamedTuple):
+    """All that RunInstances needs."""
+
+    order: Order
     machine: Machine
     image: Image
+    subnets: list[tuple[str, str, str]]  # (zone, subnet, VPC), in the order in which they are tried
     key_name: str
     security_group: str
     user_data: str
     tags: dict[str, str]
     disk_gb: int
-    spot: bool = False
-    max_price: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -362,14 +362,14 @@ def plan_relative_path(key: str, prefix: str) -> str | None:
     return None if bad or "\0" in path else path
 
 
-def root_command(name: str, script: str, *arguments: str) -> str:
-    """Return the command line that runs a bash SCRIPT as root; NAME is its $0."""
-    return shlex.join(["sudo", "-n", "bash", "-c", script, name, *arguments])
-
-
 def user_command(name: str, script: str, *arguments: str) -> str:
     """Return the command line that runs a bash SCRIPT as the SSH user; NAME is its $0."""
     return shlex.join(["bash", "-c", script, name, *arguments])
+
+
+def root_command(name: str, script: str, *arguments: str) -> str:
+    """Return the command line that runs a bash SCRIPT as root."""
+    return "sudo -n " + user_command(name, script, *arguments)
 
 
 def command(name: str, arguments: str = "") -> str:
@@ -763,6 +763,11 @@ def say(**what):
         sys.stdout.flush()
 
 
+def fail(text):
+    say(error=text)
+    os._exit(1)  # at once: other threads are in the midst of their ranges
+
+
 def report():
     while True:
         time.sleep(0.5)
@@ -843,6 +848,7 @@ def fetch_range(thing, handle, start, end):
 def fetch(thing, pool):
     path, name, size = target(thing), part_name(thing), thing["size"]
     part = os.path.join(state, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     plain = thing["etag"] if len(thing["etag"]) == 32 else ""  # S3's ETag is an MD5, unless it has a "-"
     wanted = thing["sha256"] or plain
     digest = hashlib.sha256() if thing["sha256"] else hashlib.new("md5", usedforsecurity=False)
@@ -863,7 +869,6 @@ def fetch(thing, pool):
     if wanted and digest.hexdigest() != wanted:
         os.unlink(part)
         raise ValueError("its checksum is wrong after the transfer")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     os.replace(part, path)
     return entry(thing)
 
@@ -878,7 +883,7 @@ def main():
     missing = [thing for thing in job if not is_here(thing, record)]
     need, free = sum(thing["size"] for thing in missing), shutil.disk_usage(data).free
     if need > free:
-        return say(error="%d MB are needed in %s, %d MB are free" % (need >> 20, data, free >> 20))
+        fail("%d MB are needed in %s, %d MB are free" % (need >> 20, data, free >> 20))
     wanted = [part_name(thing) for thing in missing]
     for name in os.listdir(state):
         if ".part" in name and name.removesuffix(".whole") not in wanted:
@@ -892,8 +897,7 @@ def main():
             record[thing["path"]] = finished.result()
         except (OSError, ValueError) as error:
             save("record.json", record)
-            say(error="%s: %s" % (thing["path"], error))
-            os._exit(1)  # at once: other threads are in the midst of their ranges
+            fail("%s: %s" % (thing["path"], error))
         if time.monotonic() - saved > 1:
             save("record.json", record)
             saved = time.monotonic()
@@ -904,7 +908,7 @@ def main():
 try:
     main()
 except OSError as error:
-    say(error="%s: %s" % (error.filename or data, error.strerror))
+    fail("%s: %s" % (error.filename or data, error.strerror))
 """
 
 
@@ -1671,7 +1675,7 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
 def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> dict[str, Any]:
     """Return RunInstances' parameters; the same for each try of one request, to the byte."""
     tags = [{"Key": name, "Value": value} for name, value in launch.tags.items()]
-    kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.spot else [])
+    kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.order.spot else [])
     disk = {"VolumeSize": max(launch.disk_gb, launch.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
     if launch.machine.encrypts:
         disk["Encrypted"] = True
@@ -1690,10 +1694,10 @@ def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> di
         "BlockDeviceMappings": [{"DeviceName": launch.image.root_device, "Ebs": disk}],
         "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
     }
-    if launch.spot:
+    if launch.order.spot:
         options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
-        if launch.max_price is not None:
-            options["MaxPrice"] = f"{launch.max_price:.6f}"
+        if launch.order.max_price is not None:
+            options["MaxPrice"] = f"{launch.order.max_price:.6f}"
         parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
     return parameters
 
@@ -1708,31 +1712,30 @@ def launch_batch(ec2: Client, parameters: dict[str, Any], note: Callable[[str], 
     from botocore.exceptions import ClientError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    for attempt in range(LAUNCH_TRIES):
+    def send() -> list[Node]:
+        return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
+
+    for attempt in range(LAUNCH_TRIES - 1):
         try:
-            answer = ec2.run_instances(**parameters)
-            return [to_node(raw) for raw in answer["Instances"]]
+            return send()
         except (HTTPClientError, ResponseParserError, ClientError) as error:
-            known = isinstance(error, ClientError) and error_code(error) not in RETRY_CODES
-            if known or attempt == LAUNCH_TRIES - 1:
+            if isinstance(error, ClientError) and error_code(error) not in RETRY_CODES:
                 raise
             note(f"RunInstances: {error_code(error) or type(error).__name__}; trying again, the same request")
             time.sleep(2**attempt)
-    raise AssertionError("unreachable")
+    return send()
 
 
-def launch_nodes(
-    ec2: Client, launch: Launch, subnets: Sequence[tuple[str, str, str]], count: int, note: Callable[[str], None]
-) -> tuple[list[Node], str]:
-    """Launch COUNT nodes, zone after zone; return those that exist and why they are fewer, or "".
+def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tuple[list[Node], str]:
+    """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
 
     An error before the first node exists is raised; later ones become the reason.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
     nodes: list[Node] = []
-    why = ""
-    for zone, subnet, _ in subnets:
+    why, count = "", launch.order.number
+    for zone, subnet, _ in launch.subnets:
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
                 got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()), note)
@@ -1743,18 +1746,13 @@ def launch_nodes(
             if len(nodes) == count:
                 return nodes, ""
             note(f"{zone} gave {len(nodes)} of {count} nodes")
-        except ClientError as error:
+        except (BotoCoreError, ClientError) as error:
             why = f"{zone}: {explain(error)}"
             if error_code(error) not in CAPACITY_CODES:
                 if not nodes:
                     raise
                 break
             note(f"no capacity for {launch.machine.type} in {zone} ({error_code(error)}); trying the next zone")
-        except BotoCoreError as error:
-            if not nodes:
-                raise
-            why = explain(error)
-            break
     return nodes, why or "no zone had capacity"
 
 
@@ -1769,19 +1767,6 @@ WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many mor
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
 WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
-
-
-class Stream(Protocol):
-    """What the handshake needs of a connection: a socket's, or an SSH channel's, methods."""
-
-    def sendall(self, data: bytes) -> None:
-        """Send all of DATA."""
-
-    def recv(self, size: int) -> bytes:
-        """Receive at most SIZE bytes; b"" at the end."""
-
-    def shutdown(self, how: int) -> None:
-        """End one direction."""
 
 
 class AnotherBuild(Exception):
@@ -1906,10 +1891,7 @@ GUARD_HEADER = '''"""Keeps Mitsuba's head node serving; written by cluster.py.""
 from __future__ import annotations
 import socket, sys, threading, time
 '''
-GUARD_VALUES = (
-    *("SERVER_PORT", "HELLO", "QUIT", "FLAVOURS", "GUARD_TIMEOUT"),
-    *("WATCH_PAUSE", "WATCH_RATE", "WATCH_SILENCE"),
-)
+GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE".split()
 GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
 WORKERS_PATH = "/etc/mitsuba-cluster/workers"
 LINKED_PATH = "/run/mtssrv/linked"
@@ -2810,6 +2792,10 @@ class Tool(click.Group):
         """Keep the order of the user's day."""
         return list(self.commands)
 
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Know createNodes by its old name, too."""
+        return super().get_command(ctx, "createNodes" if cmd_name == "addNodes" else cmd_name)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command inside the boundary."""
         if threading.current_thread() is threading.main_thread():
@@ -2895,17 +2881,6 @@ def cli(ctx: click.Context, config: Path | None) -> None:
     ctx.obj = App(config or HERE / "config.py")
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
-
-
-class Order(NamedTuple):
-    """What the user asked createNodes for."""
-
-    type: str
-    number: int
-    group: str
-    spot: bool = False
-    max_price: float | None = None
-    max_hours: float | None = None
 
 
 count_argument = click.argument("count", type=click.IntRange(1, 5000))
@@ -3049,7 +3024,7 @@ def fetch_price(ec2: Client, settings: Settings, order: Order, warnings: list[st
     return fetch_on_demand_price(settings, order.type, warnings)
 
 
-def prepare(app: App, order: Order) -> tuple[Launch, list[tuple[str, str, str]]]:
+def prepare(app: App, order: Order) -> Launch:
     """Check everything, say what it will cost, and make what a launch needs; launch nothing."""
     settings, ec2 = app.settings, app.ec2
     ssm = open_client(settings, "ssm")
@@ -3075,32 +3050,23 @@ def prepare(app: App, order: Order) -> tuple[Launch, list[tuple[str, str, str]]]
     tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public}
     tags |= {TAG_PRICE: f"{price:.6f}"} if price is not None else {}
     tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
-    launch = Launch(
-        group=order.group,
-        machine=machine,
-        image=image,
-        key_name=settings.KEYPAIR_NAME,
-        security_group=group.id,
-        user_data=make_user_data(private, public, hours),
-        tags=tags,
-        disk_gb=settings.ROOT_VOLUME_GB,
-        spot=order.spot,
-        max_price=order.max_price,
+    user_data = make_user_data(private, public, hours)
+    return Launch(
+        order, machine, image, subnets, settings.KEYPAIR_NAME, group.id, user_data, tags, settings.ROOT_VOLUME_GB
     )
-    return launch, subnets
 
 
 def create(app: App, order: Order) -> None:
     """Do what createNodes and addSpotNodes have in common."""
     settings = app.settings
     check_package_file(settings)
-    launch, subnets = prepare(app, order)
+    launch = prepare(app, order)
     where = app.where(order.group)
     ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
     app.left = f"Nodes of {where} may be running and cost money: {ways}."
     started = time.monotonic()
     one_try = open_client(settings, "ec2", retries={"total_max_attempts": 1}, read_timeout=60)
-    nodes, why = launch_nodes(one_try, launch, subnets, order.number, note)
+    nodes, why = launch_nodes(one_try, launch, note)
     if not nodes:
         raise ClusterError(f"EC2 gave no {order.type}: {why}")
     note(f"{len(nodes)} of {order.number} nodes launched; waiting until each answers")
@@ -3842,16 +3808,6 @@ def extend(app: App, hours: float, group: str) -> None:
     for total_hours, same in by_hours.items():
         tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
     app.report(outcomes, f"Extended by {hours:g} hours")
-
-
-def hidden(original: click.Command, name: str) -> click.Command:
-    """Return a command under its old name, which the overview leaves out."""
-    twin = copy.copy(original)
-    twin.name, twin.hidden = name, True
-    return twin
-
-
-cli.add_command(hidden(create_nodes, "addNodes"))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from tests.localcloud.__main__ import best_kind, bring_up, take_down
 from tests.localcloud.places import Places
+from tests.ranges import RangeServer, range_server
 from tests.support import LocalCloud
 
 NSPAWN = best_kind() == "nspawn"
@@ -80,3 +81,10 @@ def group(cloud: LocalCloud, request: pytest.FixtureRequest) -> Iterator[str]:
     name = request.node.name.split("[")[0].replace("test_", "")[:60]
     yield name
     cloud.end(name)
+
+
+@pytest.fixture
+def small_s3() -> Iterator[RangeServer]:
+    """An S3 whose objects all say "data"."""
+    with range_server(b"data") as server:
+        yield server

@@ -18,13 +18,12 @@ import pytest
 
 import cluster
 from tests.localcloud.places import CLIENT, STRANGER
+from tests.ranges import RangeServer, run_sync
 from tests.support import LocalCloud, reachable, ssh
-from tests.test_fuzz import fetch, small_s3
 from tests.test_security import BUCKET, Researcher, allowed, readme_policy
 
 pytestmark = pytest.mark.xdist_group("nspawn-faults")
 
-__all__ = ["small_s3"]
 GROUP = "attacked"
 QUICK: dict[str, float] = {"FIRST_KEY_LIMIT": 2}
 SESSION = (("createNodes", "c1.xlarge", "2", GROUP), ("install", GROUP), ("start", GROUP), ("status", "--servers"))
@@ -229,14 +228,14 @@ def test_another_user_of_this_machine(nodes: LocalCloud) -> None:
 # A malicious object name in S3
 
 
-def test_object_name_that_leads_out(tmp_path: Path, small_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_object_name_that_leads_out(tmp_path: Path, small_s3: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     data = tmp_path / "data"
     data.mkdir()
     assert cluster.plan_relative_path("prefix/../outside", "prefix") is None
-    assert "leads out of" in fetch(data, "../outside", small_s3)["error"]
+    assert "leads out of" in run_sync(data, small_s3.job("../outside"))["error"]
     assert not (tmp_path / "outside").exists()
     monkeypatch.setattr(
         cluster, "SYNC", cluster.SYNC.replace("if os.path.commonpath([folder, top]) != top:", "if False:")
     )
-    assert fetch(data, "../outside", small_s3)["fetched"] == 1
+    assert run_sync(data, small_s3.job("../outside"))["fetched"] == 1
     assert (tmp_path / "outside").exists()

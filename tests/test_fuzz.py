@@ -7,10 +7,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import cluster
+from tests.ranges import RangeServer, run_sync
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 NASTY = ["; rm -rf /", "$(reboot)", "`id`", "-rf", "--", "a b", "\n", "☃", "'", '"', "\x1b[2J", "..", "%s", "x" * 1000]
@@ -139,54 +138,23 @@ def test_no_argument_is_code(arguments: list[str]) -> None:
     assert out.decode() == "".join(f"{one}\0" for one in arguments or [""])
 
 
-@pytest.fixture
-def small_s3() -> Iterator[str]:
-    """Serve "data" at every address, ranges and all."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            """Answer with the whole file, as for a range that covers it."""
-            self.send_response(206)
-            self.send_header("Content-Length", "4")
-            self.end_headers()
-            self.wfile.write(b"data")
-
-        def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
-
-
-def fetch(folder: Path, path: str, url: str) -> dict[str, Any]:
-    """Run the nodes' half of syncData for one object; return its last word."""
-    job = [{"key": path, "path": path, "size": 4, "etag": "e-1", "sha256": "", "url": url}]
-    program = [sys.executable, "-c", cluster.SYNC, str(folder)]
-    done = subprocess.run(program, input=json.dumps(job), capture_output=True, text=True, check=True)
-    last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return last
-
-
 @pytest.mark.parametrize("path", ["-rf *", "a b/$(touch x)", "☃", "tab\there", "new\nline", "x" * 255, ".hidden"])
-def test_odd_names_arrive(tmp_path: Path, small_s3: str, path: str) -> None:
-    assert fetch(tmp_path, path, small_s3)["fetched"] == 1
+def test_odd_names_arrive(tmp_path: Path, small_s3: RangeServer, path: str) -> None:
+    assert run_sync(tmp_path, small_s3.job(path))["fetched"] == 1
     assert (tmp_path / path).read_bytes() == b"data"
     assert not (tmp_path / "x").exists() or path.startswith("x")
 
 
-def test_a_second_sync_waits_for_the_first(tmp_path: Path, small_s3: str) -> None:
+def test_a_second_sync_waits_for_the_first(tmp_path: Path, small_s3: RangeServer) -> None:
     """The first may have lost its connection and still be at work: both would write the same part file."""
     (tmp_path / ".mitsuba-cluster").mkdir()
-    job = [{"key": "x", "path": "x", "size": 4, "etag": "e-1", "sha256": "", "url": small_s3}]
     program = [sys.executable, "-c", cluster.SYNC, str(tmp_path)]
     with (tmp_path / ".mitsuba-cluster" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdin
             assert child.stdout
-            child.stdin.write(json.dumps(job))
+            child.stdin.write(json.dumps(small_s3.job("x")))
             child.stdin.close()
             assert json.loads(child.stdout.readline()) == {"moved": 0}
             assert not (tmp_path / "x").exists()
@@ -196,10 +164,10 @@ def test_a_second_sync_waits_for_the_first(tmp_path: Path, small_s3: str) -> Non
 
 
 @pytest.mark.parametrize("path", ["../outside", "way-out/outside", "deep/../../outside", "a-file/below"])
-def test_no_name_leads_out(tmp_path: Path, small_s3: str, path: str) -> None:
+def test_no_name_leads_out(tmp_path: Path, small_s3: RangeServer, path: str) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "way-out").symlink_to(tmp_path)
     (data / "a-file").write_text("")
-    assert "error" in fetch(data, path, small_s3)
+    assert "error" in run_sync(data, small_s3.job(path))
     assert not (tmp_path / "outside").exists()

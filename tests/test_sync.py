@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import cluster
+from tests.ranges import range_server, run_sync
 from tests.support import LocalCloud, Result
 
 pytestmark = pytest.mark.xdist_group("sync")  # two nodes serve them all
@@ -119,59 +113,6 @@ def test_a_damaged_transfer_is_refused_and_leaves_nothing(two_nodes: LocalCloud)
     assert not list(two_nodes.where.nodes.glob("*/mnt/.mitsuba-cluster/*.part*"))
 
 
-class RangeServer(ThreadingHTTPServer):
-    """Serves one content under any name, range by range; can refuse those that start at or after a place."""
-
-    def __init__(self, content: bytes) -> None:
-        super().__init__(("127.0.0.1", 0), RangeHandler)
-        self.content, self.refuse_from, self.code = content, len(content) + 1, 404
-        self.starts: list[int] = []
-
-    def job(self, *names: str) -> list[dict[str, Any]]:
-        """Return the nodes' job for objects with these NAMES, without a hash to check them by."""
-        url = f"http://127.0.0.1:{self.server_address[1]}/"
-        one = {"size": len(self.content), "etag": "e-1", "sha256": "", "url": url}
-        return [{"key": name, "path": name} | one for name in names]
-
-
-class RangeHandler(BaseHTTPRequestHandler):
-    """Answers one request for a range."""
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-    def do_GET(self) -> None:
-        """Send the range."""
-        assert isinstance(self.server, RangeServer)
-        start, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-        self.server.starts.append(start)
-        if start >= self.server.refuse_from:
-            self.send_error(self.server.code)
-            return
-        self.send_response(206)
-        self.send_header("Content-Length", str(end + 1 - start))
-        self.end_headers()
-        self.wfile.write(self.server.content[start : end + 1])
-
-
-@contextlib.contextmanager
-def range_server(content: bytes) -> Iterator[RangeServer]:
-    """Run a RangeServer for a while."""
-    with RangeServer(content) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def run_on_node(folder: Path, job: list[dict[str, Any]]) -> dict[str, Any]:
-    """Run the nodes' program itself in FOLDER; return its last report."""
-    words = [sys.executable, "-c", cluster.SYNC, str(folder)]
-    done = subprocess.run(words, input=json.dumps(job), text=True, capture_output=True, check=False)
-    assert not done.stderr
-    last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return last
-
-
 PART = 16 << 20  # the nodes' program fetches such ranges
 
 
@@ -179,10 +120,10 @@ def test_what_came_before_a_failure_is_not_fetched_again(tmp_path: Path) -> None
     content = os.urandom(3 * PART - 5)
     with range_server(content) as server:
         server.refuse_from = PART
-        assert run_on_node(tmp_path, server.job("big"))["error"] == "big: S3 answers 404"
+        assert run_sync(tmp_path, server.job("big"))["error"] == "big: S3 answers 404"
         assert not (tmp_path / "big").exists()
         server.starts, server.refuse_from = [], len(content)
-        assert run_on_node(tmp_path, server.job("big"))["fetched"] == 1
+        assert run_sync(tmp_path, server.job("big"))["fetched"] == 1
         assert sorted(server.starts) == [PART, 2 * PART]
     assert (tmp_path / "big").read_bytes() == content
     assert sorted(path.name for path in (tmp_path / ".mitsuba-cluster").iterdir()) == ["lock", "record.json"]
@@ -192,34 +133,34 @@ def test_a_stale_mark_vouches_for_nothing(tmp_path: Path) -> None:
     content = os.urandom(PART + 1)
     with range_server(content) as server:
         server.refuse_from = PART
-        run_on_node(tmp_path, server.job("big"))
+        run_sync(tmp_path, server.job("big"))
         next((tmp_path / ".mitsuba-cluster").glob("*.part")).unlink()
         server.refuse_from = 0
-        run_on_node(tmp_path, server.job("big"))
+        run_sync(tmp_path, server.job("big"))
         server.refuse_from = len(content)
-        assert run_on_node(tmp_path, server.job("big"))["fetched"] == 1
+        assert run_sync(tmp_path, server.job("big"))["fetched"] == 1
     assert (tmp_path / "big").read_bytes() == content
 
 
 def test_an_object_that_changes_meanwhile(tmp_path: Path) -> None:
     with range_server(b"old") as server:
         server.refuse_from, server.code = 0, 412
-        last = run_on_node(tmp_path, server.job("scene/mesh.vol"))
+        last = run_sync(tmp_path, server.job("scene/mesh.vol"))
     assert last["error"] == "scene/mesh.vol: it changed in S3 meanwhile; run syncData again"
 
 
 def test_many_small_files(tmp_path: Path) -> None:
     names = [f"frames/{number:04}.png" for number in range(300)]
     with range_server(b"tiny") as server:
-        assert run_on_node(tmp_path, server.job(*names)) == {"moved": 1200, "fetched": 300, "present": 0}
+        assert run_sync(tmp_path, server.job(*names)) == {"moved": 1200, "fetched": 300, "present": 0}
         (tmp_path / names[7]).write_bytes(b"edited")
-        assert run_on_node(tmp_path, server.job(*names)) == {"moved": 4, "fetched": 1, "present": 299}
+        assert run_sync(tmp_path, server.job(*names)) == {"moved": 4, "fetched": 1, "present": 299}
     assert {(tmp_path / name).read_bytes() for name in names} == {b"tiny"}
 
 
 def test_a_file_larger_than_the_free_space(tmp_path: Path) -> None:
     job = [{"key": "k", "path": "k", "size": 1 << 60, "etag": "e", "sha256": "", "url": "http://127.0.0.1:1/"}]
-    assert re.fullmatch(r"\d+ MB are needed in .*, \d+ MB are free", run_on_node(tmp_path, job)["error"])
+    assert re.fullmatch(r"\d+ MB are needed in .*, \d+ MB are free", run_sync(tmp_path, job)["error"])
     assert not list(tmp_path.glob("k*"))
 
 

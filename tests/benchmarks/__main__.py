@@ -28,13 +28,14 @@ from tests.support import LocalCloud, ssh
 RESULTS = Path(__file__).resolve().parent / "results"
 SIZES = (8, 32, 128)
 THOUSAND = 1000
+MEMORY = "/dev/shm"
 Results = dict[str, Any]
 
 
 @contextmanager
-def local_cloud(kind: str) -> Iterator[LocalCloud]:
-    """Run a local cloud in a folder of its own."""
-    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+def local_cloud(kind: str, parent: str | None = None) -> Iterator[LocalCloud]:
+    """Run a local cloud in a folder of its own, below PARENT or where temporary files are."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=parent) as folder:
         where = Places(Path(folder) / "cloud")
         daemon = bring_up(where, kind)
         try:
@@ -51,6 +52,7 @@ def run_fanout(rounds: int) -> Results:
             "true": fanout.measure_command(bench, SIZES, rounds),
             "sleep": fanout.measure_command(bench, (SIZES[-1],), 1, "sleep 1"),
             "five steps": fanout.measure_five_steps(bench, SIZES[0], rounds),
+            "profile": fanout.profile(bench, SIZES[-1]),
         }
 
 
@@ -79,6 +81,8 @@ def run_start(rounds: int) -> Results:
         things = {
             "import click": lambda: measure.run([python, "-c", "import click"]),
             "--help": lambda: measure.run([python, tool, "--help"]),
+            "python": lambda: measure.run([python, "-c", ""]),
+            "compiling": lambda: measure.run([python, "-c", f"compile(open({tool!r}).read(), '', 'exec')"]),
             "the same calls": lambda: measure.run([python, "-c", SAME_CALLS], env),
             "status": lambda: measure.run([python, tool, "status"], env),
         }
@@ -103,8 +107,11 @@ def run_boot(rounds: int) -> Results:
 
 
 def run_data(rounds: int, megabytes: int = 1024) -> Results:
-    """A big file to S3, and to four nodes."""
-    with local_cloud("process") as cloud, tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder:
+    """A big file to S3, and to four nodes; in memory, so that no disk is measured."""
+    with (
+        local_cloud("process", MEMORY) as cloud,
+        tempfile.TemporaryDirectory(prefix="benchmark-data-", dir=MEMORY) as folder,
+    ):
         path = data.make_file(Path(folder) / "big.vol", megabytes)
         return {
             "megabytes": megabytes,

@@ -68,17 +68,24 @@ def measure_uploads(cloud: LocalCloud, path: Path, rounds: int) -> dict[str, Any
         "s3cmd": [*s3cmd, "put", str(path), f"s3://{BUCKET}/s3cmd"],
     }
 
+    server = int(cloud.where.pid.read_text())
+
     def send(words: list[str]) -> measure.Sample:
         for key in s3.list_objects_v2(Bucket=BUCKET).get("Contents", []):
             s3.delete_object(Bucket=BUCKET, Key=key["Key"])
-        return measure.run(words, env)
+        return measure.with_server(server, lambda: measure.run(words, env))
 
     things: dict[str, Callable[[], measure.Sample]] = {
         name: functools.partial(send, words) for name, words in lines.items()
     }
     things["SHA-256 alone"] = lambda: measure.timed(lambda: cluster.digest_file(path, "sha256"))
     assert settings.bucket[0] == BUCKET
-    return {name: {"wall": one.wall, "cpu": one.cpu} for name, one in measure.interleaved(things, rounds).items()}
+    return figures(measure.interleaved(things, rounds))
+
+
+def figures(found: dict[str, measure.Series]) -> dict[str, Any]:
+    """Return name -> medians."""
+    return {name: {"wall": one.wall, "cpu": one.cpu, "server": one.server} for name, one in found.items()}
 
 
 def side_by_side(commands: list[tuple[list[str], bytes]]) -> None:
@@ -124,10 +131,11 @@ def measure_downloads(cloud: LocalCloud, path: Path, folder: Path, rounds: int) 
                 sha256 = digest if way == "cluster.py" else ""
                 job = [{"key": "big", "path": "big", "size": size, "etag": etag, "sha256": sha256, "url": url}]
                 commands.append(([sys.executable, "-c", cluster.SYNC, str(target)], json.dumps(job).encode()))
-        return measure.timed(lambda: side_by_side(commands))
+        server = int(cloud.where.pid.read_text())
+        return measure.with_server(server, lambda: measure.timed(lambda: side_by_side(commands)))
 
     ways = ("cluster.py", "cluster.py without hashing", "4 ranged curls", "s3cmd")
     things = {way: functools.partial(fetch, way) for way in ways}
     found = measure.interleaved(things, rounds)
     shutil.rmtree(folder)
-    return {name: {"wall": one.wall} for name, one in found.items()}
+    return figures(found)

@@ -116,7 +116,7 @@ def measure_command(bench: Fanout, sizes: tuple[int, ...], rounds: int, command:
         lines = peers.command_lines(bench.hosts(size), command, folder)
         things: dict[str, Any] = {name: functools.partial(measure.run, words) for name, words in lines.items()}
         things[OURS] = functools.partial(bench.ours, "runCommand", command, f"g{size}")
-        things["no-op of cluster.py"] = functools.partial(bench.ours, "status", f"g{size}")
+        things["no-op of cluster.py"] = functools.partial(look_up, bench, f"g{size}")
         found = measure.interleaved(things, rounds)
         before = child_cpu(bench.sshd)
         measure.run(lines["asyncssh"])
@@ -142,6 +142,36 @@ for _ in range(5):
     assert all(outcome.ok for outcome in outcomes), outcomes
 print(time.monotonic() - start)
 """
+LOOK_UP = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import cluster
+from pathlib import Path
+assert cluster.App(Path(os.environ["MITSUBA_CLUSTER_CONFIG"])).running(sys.argv[2])
+os._exit(0)
+"""
+PROFILE = """
+import collections, cProfile, json, os, pstats, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import cluster
+from pathlib import Path
+app = cluster.App(Path(os.environ["MITSUBA_CLUSTER_CONFIG"]))
+nodes = app.running(sys.argv[2])
+profiles = []
+def begin(*_):
+    profiles.append(cProfile.Profile(time.thread_time))
+    profiles[-1].enable()
+threading.setprofile(begin)
+outcomes = app.fleet.each(nodes, lambda remote: remote.check("true"))
+assert all(outcome.ok for outcome in outcomes), outcomes
+found = collections.Counter()
+for profile in profiles:
+    for (path, _, name), (_, _, seconds, *_) in pstats.Stats(profile).stats.items():
+        if "recv" not in name:  # in which each connection still waits, with a clock of another thread
+            found["in C" if path == "~" else "/".join(path.split("/")[-2:])] += seconds
+print(json.dumps(found))
+os._exit(0)
+"""
 RECONNECTING = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +189,19 @@ for _ in range(5):
         list(pool.map(one, hosts))
 print(time.monotonic() - start)
 """
+
+
+def look_up(bench: Fanout, group: str) -> measure.Sample:
+    """Do all that runCommand does before its first connection: import what it needs, and ask EC2 for the nodes."""
+    return measure.run([sys.executable, "-c", LOOK_UP, str(PROJECT), group], bench.env)
+
+
+def profile(bench: Fanout, size: int) -> dict[str, float]:
+    """Return file -> share of the processor time that `true` on SIZE nodes takes in this tool's threads."""
+    words = [sys.executable, "-c", PROFILE, str(PROJECT), f"g{size}"]
+    found = json.loads(subprocess.run(words, env=bench.env, check=True, capture_output=True, text=True).stdout)
+    total = sum(found.values())
+    return {name: seconds / total for name, seconds in sorted(found.items(), key=lambda pair: -pair[1])[:8]}
 
 
 def printed(words: list[str], env: dict[str, str]) -> measure.Sample:

@@ -7,7 +7,8 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +18,7 @@ class Sample:
 
     wall: float
     cpu: float  # of the program and of the children that it waited for
+    server: float = 0.0  # processor time of the server that it talked to, where that is measured
 
 
 @dataclass
@@ -34,6 +36,11 @@ class Series:
     def cpu(self) -> float:
         """The median processor time, in seconds."""
         return statistics.median(sample.cpu for sample in self.samples)
+
+    @property
+    def server(self) -> float:
+        """The median processor time of the server, in seconds."""
+        return statistics.median(sample.server for sample in self.samples)
 
 
 def run(words: Sequence[str], env: Mapping[str, str] | None = None) -> Sample:
@@ -53,10 +60,22 @@ def run(words: Sequence[str], env: Mapping[str, str] | None = None) -> Sample:
 
 
 def timed(work: Callable[[], object]) -> Sample:
-    """Do something in this process."""
-    start, cpu = time.monotonic(), time.process_time()
+    """Do something in this process and in children that it waits for."""
+    start, cpu = time.monotonic(), sum(os.times()[:4])
     work()
-    return Sample(time.monotonic() - start, time.process_time() - cpu)
+    return Sample(time.monotonic() - start, sum(os.times()[:4]) - cpu)
+
+
+def process_cpu(pid: int) -> float:
+    """Return the seconds of processor time that a running process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def with_server(pid: int, work: Callable[[], Sample]) -> Sample:
+    """Add to a sample what its server has used meanwhile."""
+    before = process_cpu(pid)
+    return replace(work(), server=process_cpu(pid) - before)
 
 
 def interleaved(things: Mapping[str, Callable[[], Sample]], rounds: int) -> dict[str, Series]:
