@@ -163,6 +163,10 @@ class NodeError(Exception):
     """One node's step failed; the other nodes go on."""
 
 
+class SilentNode(NodeError):
+    """A node does not answer, or does not any more."""
+
+
 class Terminated(BaseException):
     """SIGTERM has come; unwinds like Ctrl-C's KeyboardInterrupt."""
 
@@ -291,6 +295,7 @@ class Outcome(NamedTuple):
     node: Node
     value: Any = None
     error: str = ""
+    silent: bool = False  # it failed since the node does not answer
 
     @property
     def ok(self) -> bool:
@@ -2024,7 +2029,7 @@ class Remote:
             finally:
                 channel.close()
         except TimeoutError:
-            raise NodeError("does not answer any more") from None
+            raise SilentNode("does not answer any more") from None
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
@@ -2214,7 +2219,7 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
                 raise NodeError(refusal(error, settings)) from error
         except (paramiko.SSHException, OSError, EOFError) as error:
             if time.monotonic() > deadline:
-                raise NodeError(unreachable(node, settings, error)) from error
+                raise SilentNode(unreachable(node, settings, error)) from error
         time.sleep(0.2)
 
 
@@ -2357,7 +2362,7 @@ class Fleet:
                 self.remotes[node.id] = remote
             outcome = Outcome(node, step(remote))
         except NodeError as error:
-            outcome = Outcome(node, error=str(error))
+            outcome = Outcome(node, error=str(error), silent=isinstance(error, SilentNode))
         except ClusterError as error:
             outcome = Outcome(node, error=error.message)
         except BaseException as error:  # a bug: the main thread raises it, with its traceback
@@ -2810,6 +2815,8 @@ class Tool(click.Group):
             raise ClusterError(MISSING.format(name=error.name)) from error
         except BrokenPipeError:
             os._exit(1)  # the reader of our output has gone
+        except OSError as error:  # a file that can't be read, a disk that is full
+            raise ClusterError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
         except Exception as error:
             if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
                 raise
@@ -2822,7 +2829,6 @@ class Tool(click.Group):
         """Say what is left running and leave."""
         left = ctx.obj.left if isinstance(ctx.obj, App) else ""
         note(f"Interrupted. {left}".strip())
-        sys.stdout.flush()
         os._exit(code)  # at once: threads may still wait for nodes
 
 
@@ -2905,7 +2911,7 @@ def settle(app: App, waiting: dict[str, Node], begun: set[str], elapsed: float) 
         with contextlib.suppress(queue.Empty):
             outcome = app.fleet.take(max(0.01, end - time.monotonic()))
             if outcome.node.id in waiting:
-                if outcome.error and "does not answer" in outcome.error:
+                if outcome.silent:
                     console = fetch_console(app.ec2, outcome.node)
                     outcome = outcome._replace(error=outcome.error + format_tail(console))
                 yield outcome._replace(node=waiting[outcome.node.id])
@@ -3817,8 +3823,7 @@ def main() -> None:
     except SystemExit as end:
         if not isinstance(end.code, int):
             raise
-        sys.stdout.flush()
-        os._exit(end.code)
+        os._exit(end.code)  # click.echo has flushed all that was said
 
 
 if __name__ == "__main__":

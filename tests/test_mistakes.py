@@ -192,10 +192,23 @@ def test_refusals_of_aws(cloud: LocalCloud, fault: str, says: str) -> None:
     assert (done.code, says in only_one_line(done)) == (1, True), done.err
 
 
+def test_output_to_a_full_disk(cloud: LocalCloud) -> None:
+    with open("/dev/full", "w") as full:
+        done = cloud.run("./cluster.py", "regions", stdout=full)
+    assert (done.code, "No space left on device" in only_one_line(done)) == (1, True), done.err
+
+
+def make_folder(path: Path) -> None:
+    """Put a folder where a file is."""
+    path.unlink()
+    path.mkdir()
+
+
 KEY_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no key": (lambda path: path.write_text("hello"), "is no SSH private key"),
     "0644": (lambda path: path.chmod(0o644), "can be read by other users: chmod 600"),
     "broken": (lambda path: path.write_text(path.read_text()[:120]), "can't be read as an SSH private key"),
+    "a folder": (make_folder, "key.pem: Is a directory"),
 }
 
 
