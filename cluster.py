@@ -95,6 +95,7 @@ CANONICAL = "099720109477"
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
+PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added where it was given
 INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 
@@ -377,9 +378,9 @@ def root_command(name: str, script: str, *arguments: str) -> str:
     return "sudo -n " + user_command(name, script, *arguments)
 
 
-def command(name: str, arguments: str = "") -> str:
+def command(name: str, *arguments: str) -> str:
     """Return a command line that the user can type; the default group need not be named."""
-    return " ".join(filter(None, ["./cluster.py", name, "" if arguments == "default" else arguments]))
+    return " ".join([*PROGRAM, name, *(one for one in arguments if one != "default")])
 
 
 def format_duration(seconds: float) -> str:
@@ -2194,7 +2195,7 @@ def unreachable(node: Node, settings: Settings, error: Exception) -> str:
 
 def no_host_key(node: Node) -> str:
     """Say that a node's host key can't be checked."""
-    advice = f"if you made it yourself: {command('login', f'--trust {node.id}')}"
+    advice = f"if you made it yourself: {command('login', '--trust', node.id)}"
     return f"has no {TAG_HOST_KEY} tag to check its host key by; {advice}"
 
 
@@ -2767,7 +2768,7 @@ class App:
             note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
         if not ready:
             raise ClusterError(
-                f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE COUNT')} makes some"
+                f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE', 'COUNT', group)} makes some"
             )
         for security_group in groups if cidr else []:
             if repair_rules(self.ec2, security_group, self.settings, cidr, rule_owner(self.identity)):
@@ -2884,6 +2885,8 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
     GROUP names one of several independent clusters; it is "default" if you leave it out.
     """
+    given = ctx.get_parameter_source("config") is click.core.ParameterSource.COMMANDLINE
+    PROGRAM[1:] = ["--config", shlex.quote(str(config))] if given else []
     ctx.obj = App(config or HERE / "config.py")
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -172,6 +172,12 @@ def test_broken_config(cloud: LocalCloud, tmp_path: Path, text: str, says: str) 
     assert (done.code, says in only_one_line(done)) == (1, True)
 
 
+def test_advice_names_the_settings_file_that_was_given(cloud: LocalCloud) -> None:
+    config = cloud.config({"MAX_HOURS": 1}).rename(cloud.where.root / "my config.py")
+    done = cloud.cluster("--config", str(config), "start", "nowhere")
+    assert f"; ./cluster.py --config '{config}' createNodes TYPE COUNT nowhere makes some" in only_one_line(done)
+
+
 def test_unknown_setting_is_a_warning(cloud: LocalCloud) -> None:
     done = cloud.cluster("status", "nothing-here", settings={"AWS_REGON": "us-west-2"})
     assert (done.code, "sets AWS_REGON, which is no setting" in done.err) == (0, True)
