@@ -3824,7 +3824,8 @@ def main() -> None:
     try:
         cli(prog_name="cluster.py")
     except SystemExit as end:
-        if not isinstance(end.code, int):
+        runner = sys._getframe(1).f_back  # a profiler or a test that runs this file, and has more to do
+        if runner or not isinstance(end.code, int):
             raise
         os._exit(end.code)  # click.echo has flushed all that was said
 
