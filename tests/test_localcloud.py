@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import click
 import pytest
 from botocore.exceptions import ClientError
 
@@ -111,3 +112,11 @@ def test_canonicals_parameters(cloud: LocalCloud) -> None:
 def test_addresses_belong_to_nobody(cloud: LocalCloud, launch: dict[str, Any]) -> None:
     cloud.client("ec2").run_instances(**launch)
     assert all(one["private"].startswith("127.") for one in cloud.ask("status").values())
+
+
+def test_a_fault_that_is_none_lists_those_that_are(cloud: LocalCloud, launch: dict[str, Any]) -> None:
+    group = launch["TagSpecifications"][0]["Tags"][0]["Value"]
+    with pytest.raises(click.ClickException, match=r"process nodes know these faults: .*sshd-silent"):
+        cloud.fault("nonsense", cloud.nodes(group)[0])
+    with pytest.raises(click.ClickException, match="no such node: i-nothing"):
+        cloud.fault("mute", {"id": "i-nothing"})

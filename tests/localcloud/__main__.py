@@ -66,9 +66,12 @@ def ask(where: Places, what: str, body: Any = None) -> Any:
 
 
 ASK = """
-import sys, urllib.request
+import sys, urllib.error, urllib.request
 address, what, body = sys.argv[1:]
-print(urllib.request.urlopen(f"{address}/_localcloud/{what}", body.encode(), 60).read().decode())
+try:
+    print(urllib.request.urlopen(f"{address}/_localcloud/{what}", body.encode(), 60).read().decode())
+except urllib.error.HTTPError as error:
+    sys.exit(error.read().decode())
 """
 
 
