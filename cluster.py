@@ -385,6 +385,7 @@ def command(name: str, *arguments: str) -> str:
 
 def format_duration(seconds: float) -> str:
     """Return "42s", "12m", "3h05m" or "2d04h"."""
+    seconds = max(0.0, seconds)  # clocks differ
     minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
     if not minutes:
         return f"{int(seconds)}s"
@@ -476,8 +477,8 @@ def format_tail(output: str) -> str:
 
 
 def spent(node: Node, now: datetime) -> float | None:
-    """Return the $ that NODE has cost up to NOW, as far as its price is known."""
-    if node.price is None:
+    """Return the $ that NODE has cost up to NOW; None where its price, or (EC2 does not tell) its end, is unknown."""
+    if node.price is None or node.state == "terminated":
         return None
     hours = max(60.0, (now - node.launched).total_seconds()) / 3600  # EC2 bills 60 s at least
     return hours * (node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0))
@@ -2647,13 +2648,13 @@ def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
                 node.name,
                 node.type,
                 node.state,
-                format_duration(max(0.0, (now - node.launched).total_seconds())),
+                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
                 node.role or "",
                 node.market,
                 node.private_ip,
                 format_money(node.price)[1:] if node.price is not None else "?",
                 format_money(cost)[1:] if cost is not None else "?",
-                format_duration(max(0.0, left.total_seconds())) if left else "",
+                format_duration(left.total_seconds()) if left else "",
                 node.id,
             ]
         )

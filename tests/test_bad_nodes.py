@@ -192,6 +192,7 @@ def test_create_with_bad_nodes(cloud: LocalCloud, group: str) -> None:
     assert made.err.count(": exit code 1") == 1
     shown = cloud.nodes(group)
     assert sorted(node["state"] for node in shown) == 5 * ["running"] + ["terminated"]
+    assert {node["state"]: node["cost"] is None for node in shown} == {"running": False, "terminated": True}
     ended = cloud.cluster("terminateAll", group)
     assert (ended.code, ended.out.count(": terminated\n")) == (0, 5)
 
