@@ -3414,6 +3414,7 @@ def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
         while not done.wait(0.2):
             progress.show(f"{format_size(progress.done)} of {format_size(size)}")
 
+    # The upload stays in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money.
     painter = threading.Thread(target=draw, daemon=True)
     painter.start()
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.ranges import range_server, run_sync
-from tests.support import LocalCloud, Result
+from tests.support import LocalCloud, Result, interrupt, wait_until
 
 pytestmark = pytest.mark.xdist_group("sync")  # two nodes serve them all
 
@@ -69,6 +70,20 @@ def test_a_file_is_sent_once(bucket: Bucket, tmp_path: Path) -> None:
     third = bucket.sync(str(data))
     assert "Uploaded 1 of 1 file" in third.err
     assert bucket.on_nodes(data.name) == 2 * [data.read_bytes()]
+
+
+def test_an_interrupted_upload_leaves_no_parts_that_cost_money(two_nodes: LocalCloud, tmp_path: Path) -> None:
+    bucket = Bucket(two_nodes, "moto")
+    data = tmp_path / "interrupted.vol"
+    data.write_bytes(bytes(200 << 20))
+    config = two_nodes.config({"S3_PATH": "s3://scenes/data"})
+    env = two_nodes.environment(AWS_ENDPOINT_URL_S3=bucket.url, MITSUBA_CLUSTER_CONFIG=str(config))
+    child = two_nodes.start(sys.executable, "cluster.py", "syncData", str(data), GROUP, env=env)
+    wait_until(lambda: "Uploads" in bucket.s3.list_multipart_uploads(Bucket="scenes"))
+    done = interrupt(child)
+    assert (done.code, "Interrupted." in done.last_line) == (130, True), done.err
+    assert "Uploads" not in bucket.s3.list_multipart_uploads(Bucket="scenes")
+    assert "Contents" not in bucket.s3.list_objects_v2(Bucket="scenes", Prefix="data/interrupted")
 
 
 def test_a_prefix_brings_all_that_begins_so(bucket: Bucket) -> None:
