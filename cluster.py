@@ -1933,30 +1933,35 @@ class WrongHostKey(Exception):
     """The node showed another host key than its tag has."""
 
 
+def tune(plain: socket.socket, option: str, value: int) -> None:
+    """Set a TCP option, where the system has it."""
+    with contextlib.suppress(AttributeError, OSError):
+        plain.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
 class EagerSocket(socket.socket):
     """A TCP socket that acknowledges at once: sshd waits for that until the session starts."""
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """Receive with quick acknowledgement, which Linux forgets after each use."""
-        if hasattr(socket, "TCP_QUICKACK"):
-            self.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        tune(self, "TCP_QUICKACK", 1)
         return super().recv(size, flags)
 
 
 def dial(address: str, port: int) -> EagerSocket:
     """Open a TCP connection to a node that notices a dead link within half a minute."""
     plain = socket.create_connection((address, port), TCP_LIMIT)
-    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):
-        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)  # milliseconds
+    tune(plain, "TCP_NODELAY", 1)
+    tune(plain, "TCP_USER_TIMEOUT", 30_000)  # milliseconds
     return EagerSocket(fileno=plain.detach())
 
 
 def is_near(plain: socket.socket) -> bool:
     """Tell whether the other end is near, by the round trip that Linux has measured for this connection."""
-    if not hasattr(socket, "TCP_INFO"):
+    try:
+        info = plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72)
+    except (AttributeError, OSError):  # not Linux, or not quite
         return False
-    info = plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 72)
     return int.from_bytes(info[68:72], sys.byteorder) / 1e6 < NEAR  # tcpi_rtt, microseconds; see linux/tcp.h
 
 
