@@ -133,8 +133,9 @@ WATCH_SECONDS = 3  # between two looks of systemLoad --watch
 UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
 
 NEAR = 0.005  # seconds of a round trip; the network of a near node keeps no key exchange waiting
-CONNECTING = threading.BoundedSemaphore(64)  # key exchanges at once: more gain nothing
-CONNECTING_NEAR = threading.BoundedSemaphore(12)  # and with near nodes, more only contend for Python's lock
+EXCHANGES = 64  # at once: more gain nothing
+EXCHANGES_NEAR = 12  # and with near nodes, more only contend for Python's lock
+MIB = 1 << 20
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 LOG_LINES = 8  # of them, in lines, that are shown
 
@@ -1965,16 +1966,28 @@ def is_near(plain: socket.socket) -> bool:
     return int.from_bytes(info[68:72], sys.byteorder) / 1e6 < NEAR  # tcpi_rtt, microseconds; see linux/tcp.h
 
 
-@contextlib.contextmanager
-def admission(plain: socket.socket) -> Iterator[None]:
-    """Wait for a place to exchange keys, but not for long: nodes that hang must not keep the others out."""
-    gate = CONNECTING_NEAR if is_near(plain) else CONNECTING
-    admitted = gate.acquire(timeout=TCP_LIMIT)
-    try:
-        yield
-    finally:
-        if admitted:
-            gate.release()
+class Gate:
+    """Lets so many connections exchange keys at once; and the others too, when those inside hang."""
+
+    def __init__(self, places: int) -> None:
+        self.places = threading.BoundedSemaphore(places)
+        self.left = 0.0  # when one of those inside last left
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Wait for a place, as long as places become free."""
+        while not (admitted := self.places.acquire(timeout=TCP_LIMIT)):
+            if time.monotonic() - self.left > TCP_LIMIT:
+                break
+        try:
+            yield
+        finally:
+            if admitted:
+                self.left = time.monotonic()
+                self.places.release()
+
+
+NEAR_GATE, FAR_GATE = Gate(EXCHANGES_NEAR), Gate(EXCHANGES)
 
 
 def prefer_gcm(transport: paramiko.Transport) -> None:
@@ -2000,8 +2013,9 @@ class Remote:
         limit: float = STEP_LIMIT,
         stdin: Iterable[bytes] = (),
         sink: Callable[[bytes], object] | None = None,
+        keep: int = OUTPUT_TAIL,
     ) -> tuple[int, str]:
-        """Run COMMAND; return (exit code, or -1: killed; the end of its output, stderr merged in).
+        """Run COMMAND; return (exit code, or -1: killed; the last KEEP bytes of its output, stderr merged in).
 
         SINK gets all of the output as it comes. NodeError after LIMIT seconds, when the node does
         not answer any more, or when the connection breaks.
@@ -2016,7 +2030,7 @@ class Remote:
             while block := self.receive(channel, deadline):
                 if sink:
                     sink(block)
-                tail = (tail + block)[-OUTPUT_TAIL:]
+                tail = (tail + block)[-keep:]
             if not channel.status_event.wait(LIVENESS_LIMIT):
                 raise TimeoutError
             code = channel.recv_exit_status()
@@ -2087,7 +2101,7 @@ class Remote:
 
     def facts(self) -> Facts:
         """Ask the node about itself."""
-        output = self.check(user_command("facts", FACTS))
+        output = self.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
         pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
         try:
             return Facts(
@@ -2163,7 +2177,7 @@ def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
     transport = None
     plain = dial(node.address, settings.SSH_PORT)
     try:
-        with admission(plain):
+        with (NEAR_GATE if is_near(plain) else FAR_GATE).entered():
             transport = paramiko.Transport(plain)
             transport.banner_timeout = EXCHANGE_LIMIT
             transport.auth_timeout = EXCHANGE_LIMIT
@@ -2409,7 +2423,6 @@ class Fleet:
 # --- S3 ---------------------------------------------------------------------
 # Uploads from here, and signed addresses for the nodes. No credentials leave this machine.
 
-MIB = 1 << 20
 PART_SIZE = 64 * MIB  # of an upload; S3 takes 10,000 parts, and boto3 enlarges them beyond that
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
 SLOWEST = 1_000_000  # bytes a second that a node is given time for

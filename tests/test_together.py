@@ -119,3 +119,15 @@ def test_soak(cloud: LocalCloud, group: str, pytestconfig: pytest.Config, tmp_pa
     states = [i["State"]["Name"] for r in ec2.describe_instances(Filters=ours)["Reservations"] for i in r["Instances"]]
     assert set(states) == {"terminated"}
     assert len(ec2.describe_key_pairs(KeyNames=["mitsuba-key"])["KeyPairs"]) == 1
+
+
+def test_a_head_with_hundreds_of_workers(cloud: LocalCloud, group: str) -> None:
+    """What a head says of itself grows with its workers: a second start and status --servers read it all."""
+    assert cloud.cluster("createNodes", "c1.xlarge", "360", group).code == 0
+    for command in ("install", "start"):
+        done = cloud.cluster(command, group)
+        assert done.code == 0, done.err
+    again = cloud.cluster("start", group)
+    assert (again.code, again.out.count("serves already")) == (0, 360), again.err
+    asked = cloud.cluster("status", group, "--servers")
+    assert (asked.code, asked.out.count(": serves 4 cores; load")) == (0, 359), asked.err

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -326,11 +327,37 @@ def test_git_never_picks_up_a_secret(tmp_path: Path) -> None:
 
 
 def test_nodes_that_hang_keep_nobody_from_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = threading.BoundedSemaphore(1)
-    monkeypatch.setattr(cluster, "CONNECTING_NEAR", gate)
     monkeypatch.setattr(cluster, "TCP_LIMIT", 0.05)
+    gate = cluster.Gate(1)
+    with gate.entered():
+        with gate.entered():
+            assert not gate.places.acquire(blocking=False)
+        assert not gate.places.acquire(blocking=False)
+    assert gate.places.acquire(blocking=False)
+
+
+def test_nodes_that_answer_keep_their_places_scarce() -> None:
+    gate, inside, most = cluster.Gate(3), 0, 0
+    lock = threading.Lock()
+
+    def exchange() -> None:
+        nonlocal inside, most
+        with gate.entered():
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.002)
+            with lock:
+                inside -= 1
+
+    threads = [threading.Thread(target=exchange) for _ in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0 < most <= 3
+
+
+def test_a_loopback_node_is_near() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, cluster.dial(*server.getsockname()) as plain:
         assert cluster.is_near(plain)
-        with cluster.admission(plain), cluster.admission(plain):
-            assert not gate.acquire(blocking=False)
-        assert gate.acquire(blocking=False)
