@@ -116,9 +116,11 @@ def test_a_link_that_goes_in_mid_sync(four: LocalCloud, tmp_path: Path) -> None:
     cut, *others = four.nodes(GROUP)
     data = tmp_path / "volume.vol"
     data.write_bytes(bytes(range(256)) * (1 << 20))
+    four.ask("stall", True)
     child = four.start(sys.executable, str(four.impatient(QUICK)), "syncData", str(data), GROUP)
     wait_until(lambda: not ssh(four, cut, "ls /mnt/.mitsuba-cluster/*.part").code)
     four.fault("cut", cut)
+    four.ask("stall", False)
     out, err = child.communicate(timeout=120)
     four.fault("plug", cut)
     assert (child.returncode, out.count("fetched 1 file, 268 MB")) == (1, 3), err

@@ -191,6 +191,9 @@ class Daemon:
             return vars(self.cloud.options)
         if what == "port":
             return self.config.get("SSH_PORT", 22)
+        if what == "stall":
+            s3.Handler.stalled = body
+            return body
         if what == "mirror":
             QuietFiles.failures = int(body)
             return body

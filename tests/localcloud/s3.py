@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
@@ -32,6 +33,7 @@ class Handler(localbucket.S3Handler):
     record: Record = staticmethod(lambda **_: None)
     metadata: ClassVar[dict[Path, dict[str, str]]] = {}
     pending: ClassVar[dict[str, dict[str, str]]] = {}  # of multipart uploads, by upload id
+    stalled: ClassVar[bool] = False  # all but the first bytes of an object wait
     sent = 0
     parts: Sequence[Path] = ()  # of the multipart upload that is being completed
 
@@ -52,6 +54,8 @@ class Handler(localbucket.S3Handler):
             raise self._precondition_failed_error()
         self._send_headers(status, length, headers | self.metadata.get(path, {}))
         if include_body:
+            while self.stalled and start:
+                time.sleep(0.05)
             self.wfile.flush()
             self.sent += self.connection.sendfile(file, start, length) if length else 0
 
