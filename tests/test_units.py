@@ -336,26 +336,29 @@ def test_nodes_that_hang_keep_nobody_from_connecting(monkeypatch: pytest.MonkeyP
     assert gate.places.acquire(blocking=False)
 
 
-def test_nodes_that_answer_keep_their_places_scarce() -> None:
-    gate, inside, most = cluster.Gate(3), 0, 0
-    lock = threading.Lock()
+def test_while_places_become_free_everybody_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "TCP_LIMIT", 0.01)
+    gate, tries, inside = cluster.Gate(1), threading.Semaphore(0), threading.Event()
+    acquire = gate.places.acquire
+
+    def counted(blocking: bool = True, timeout: float | None = None) -> bool:
+        tries.release()
+        return acquire(blocking, timeout)
 
     def exchange() -> None:
-        nonlocal inside, most
         with gate.entered():
-            with lock:
-                inside += 1
-                most = max(most, inside)
-            time.sleep(0.002)
-            with lock:
-                inside -= 1
+            inside.set()
 
-    threads = [threading.Thread(target=exchange) for _ in range(30)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert 0 < most <= 3
+    with gate.entered():
+        gate.left = time.monotonic() + 1000  # somebody leaves all the time
+        monkeypatch.setattr(gate.places, "acquire", counted)
+        waiter = threading.Thread(target=exchange)
+        waiter.start()
+        for _ in range(4):
+            assert tries.acquire(timeout=10)
+        assert not inside.is_set()
+    waiter.join()
+    assert inside.is_set()
 
 
 def test_a_loopback_node_is_near() -> None:
