@@ -24,8 +24,8 @@ sees and ends the cluster, whatever happened to this one.
 Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
 a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
 
-Sections: Constants, Errors, Data, Pure helpers, Remote scripts, Settings, EC2, Launching,
-Server probe, SSH, Fan-out, S3, Output, Commands.
+Rooms: Constants, Errors and output, Settings, AWS, SSH, Command line, and then a chapter for each
+part of the day: createNodes, install, start, status, syncData, terminateAll, Spot, Small commands.
 """
 
 from __future__ import annotations
@@ -74,87 +74,35 @@ if TYPE_CHECKING:
 HERE = Path(__file__).resolve().parent
 Client = Any  # boto3 makes its clients' classes at run time
 
-# --- Constants --------------------------------------------------------------
-# Names that others rely on, and every limit in one place.
+
+# --- Constants ---------------------------------------------------------------
+# What several rooms share: names that others rely on, and limits in seconds.
 
 TAG_GROUP = "mitsuba-group"
 TAG_ROLE = "mitsuba-role"
 TAG_HOST_KEY = "mitsuba-host-key"
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
-
 SERVER_PORT = 7554  # mtssrv's own default
-MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
-GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
-
-# "ebs-gp2" for 22.04; see https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
-UBUNTU_PARAMETER = "/aws/service/canonical/ubuntu/server/22.04/stable/current/amd64/hvm/ebs-gp2/ami-id"
-UBUNTU_NAME = "ubuntu/images/hvm-ssd/ubuntu-jammy-22.04-amd64-server-*"
-CANONICAL = "099720109477"
-ADDRESS_URL = "https://checkip.amazonaws.com"
-ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
-CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
-PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added where it was given
-INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
-
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
-BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
-LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
-TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
-TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 
-# Limits, in seconds.
 POLL = 1.0  # between two looks at EC2, one call for all nodes
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
-PRICE_LIMIT = 5  # the look-up of a price
-TCP_LIMIT = 5  # one connection attempt
-EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
-IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
-LOGIN_LIMIT = 60  # a node that should be up
-LOOK_LIMIT = 10  # the same, where all that is wanted is a look
-BOOT_LIMIT = 600  # from the launch to an answering sshd
-FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
-CLOUD_INIT_LIMIT = 600
-POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
-STEP_LIMIT = 60  # a short remote command
-INSTALL_LIMIT = 1800
 SYNC_LIMIT = 24 * 3600
-SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
-LIVENESS_LIMIT = 30  # and has so long for it
-SERVER_LIMIT = 40  # from starting a server to its handshake
-LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
-HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
-CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
-LAUNCH_TRIES = 6  # of one RunInstances request, with growing pauses (1, 2, 4 … s)
-TERMINATE_LIMIT = 600  # until EC2 says terminated
-WATCH_SECONDS = 3  # between two looks of systemLoad --watch
-UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
-
-NEAR = 0.005  # seconds of a round trip; the network of a near node keeps no key exchange waiting
-EXCHANGES = 64  # at once: more gain nothing
-EXCHANGES_NEAR = 12  # and with near nodes, more only contend for Python's lock
 MIB = 1 << 20
-OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
-LOG_LINES = 8  # of them, in lines, that are shown
 
-CAPACITY_CODES = (
-    "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
-    "Unsupported"
-).split()
 RETRY_CODES = (
     "RequestLimitExceeded Throttling ThrottlingException InternalError InternalFailure Unavailable ServiceUnavailable "
     "502 503 504"
 ).split()
-EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
-CREDENTIAL_CODES = {"AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
-DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
-S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
 
-# --- Errors -----------------------------------------------------------------
-# One for the user, one for a single node, one for SIGTERM.
+# --- Errors and output -------------------------------------------------------
+# One error for the user, two for a node, one for SIGTERM; progress on stderr, results on stdout.
+
+LOG_LINES = 8  # of them, in lines, that are shown
 
 
 class ClusterError(click.ClickException):
@@ -173,215 +121,17 @@ class Terminated(BaseException):
     """SIGTERM has come; unwinds like Ctrl-C's KeyboardInterrupt."""
 
 
-# --- Data -------------------------------------------------------------------
-# Frozen records that the sections hand to each other.
-
-
-class Node(NamedTuple):
-    """One EC2 instance of ours, as far as the tool cares."""
-
-    id: str
-    group: str
-    type: str
-    state: str
-    launched: datetime
-    zone: str = ""
-    public_name: str = ""
-    public_ip: str = ""
-    private_ip: str = ""
-    market: str = "on-demand"
-    role: str | None = None
-    host_key: str = ""
-    price: float | None = None  # $ an hour
-    max_hours: float | None = None
-    spot_request: str = ""
-    reason: str = ""  # why it ended, if not by the user
-
-    @property
-    def address(self) -> str:
-        """Where to connect: the public address, else the private one."""
-        return self.public_ip or self.private_ip
-
-    @property
-    def name(self) -> str:
-        """What to print: the public name, else the address, else the id."""
-        return self.public_name or self.address or self.id
-
-
-class SpotRequest(NamedTuple):
-    """A spot request of ours."""
-
-    id: str
-    group: str
-    state: str
-    status: str
-    max_price: float | None
-    node_id: str
-
-
-class Rule(NamedTuple):
-    """One way into a security group: a port for a CIDR, and who added it."""
-
-    port: int
-    cidr: str
-    owner: str
-
-
-class SecurityGroup(NamedTuple):
-    """The security group of one of our groups; made first, removed last."""
-
-    id: str
-    group: str
-    rules: tuple[Rule, ...] = ()
-    open_inside: bool = False  # its own nodes may talk to each other
-
-
-class Overview(NamedTuple):
-    """Everything of ours in a region."""
-
-    nodes: list[Node]
-    requests: list[SpotRequest]
-    security_groups: list[SecurityGroup]
-
-
-class Machine(NamedTuple):
-    """What an instance type can do."""
-
-    type: str
-    architectures: tuple[str, ...]
-    boot_modes: tuple[str, ...]
-    virtualization: tuple[str, ...]
-    cores: int
-    encrypts: bool
-
-
-class Image(NamedTuple):
-    """What matters of an AMI."""
-
-    id: str
-    architecture: str
-    boot_mode: str
-    virtualization: str
-    root_device: str
-    root_gb: int
-
-
-class Order(NamedTuple):
-    """What the user asked createNodes for."""
-
-    type: str
-    number: int
-    group: str
-    spot: bool = False
-    max_price: float | None = None
-    max_hours: float | None = None
-
-
-class Launch(NamedTuple):
-    """All that RunInstances needs."""
-
-    order: Order
-    machine: Machine
-    image: Image
-    subnets: list[tuple[str, str, str]]  # (zone, subnet, VPC), in the order in which they are tried
-    key_name: str
-    security_group: str
-    user_data: str
-    tags: dict[str, str]
-    disk_gb: int
-
-
-class Outcome(NamedTuple):
-    """What one step did on one node."""
-
-    node: Node
-    value: Any = None
-    error: str = ""
-    silent: bool = False  # it failed since the node does not answer
-
-    @property
-    def ok(self) -> bool:
-        """Tell whether the step succeeded."""
-        return not self.error
-
-
-class Facts(NamedTuple):
-    """What a node says of itself."""
-
-    cores: int
-    version: str = ""  # of Mitsuba; empty: not installed
-    role: str = ""  # of its server: head, worker, or none yet
-    linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
-    load: tuple[float, ...] = ()
-    memory_mb: tuple[int, ...] = ()  # used, total
-
-
-class Identity(NamedTuple):
-    """The user's SSH key: what logs in, and its public half as one line."""
-
-    key: paramiko.PKey
-    public: str
-
-    @property
-    def fingerprint(self) -> str:
-        """Return SHA256:… as ssh-keygen -l does."""
-        import base64
-        import hashlib
-
-        digest = hashlib.sha256(base64.b64decode(self.public.split()[1])).digest()
-        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
-
-
-class RemoteObject(NamedTuple):
-    """An S3 object that the nodes shall have."""
-
-    key: str
-    path: str  # below DATA_DIR
-    size: int
-    etag: str
-    sha256: str = ""
-
-
-# --- Pure helpers -----------------------------------------------------------
-# Planning, formatting, quoting. No input or output.
-
-
-def plan_batches(count: int, size: int) -> list[int]:
-    """Split COUNT into parts of at most SIZE: plan_batches(250, 100) is [100, 100, 50]."""
-    return [min(size, count - start) for start in range(0, count, size)]
-
-
-def plan_head(nodes: Sequence[Node]) -> Node:
-    """Choose the head: the one that was it, else on-demand before spot, else the oldest."""
-    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.launched, node.id))
-
-
-def plan_head_cores(own: int) -> int:
-    """Return how many of its OWN cores a head renders with: two stay free to relay."""
-    return max(1, own - 2)
-
-
-def plan_relative_path(key: str, prefix: str) -> str | None:
-    """Return where an object goes below DATA_DIR; None where its key leads elsewhere or nowhere."""
-    path = key[len(prefix) :].lstrip("/")
-    parts = path.split("/")
-    bad = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
-    return None if bad or "\0" in path else path
-
-
-def user_command(name: str, script: str, *arguments: str) -> str:
-    """Return the command line that runs a bash SCRIPT as the SSH user; NAME is its $0."""
-    return shlex.join(["bash", "-c", script, name, *arguments])
-
-
-def root_command(name: str, script: str, *arguments: str) -> str:
-    """Return the command line that runs a bash SCRIPT as root."""
-    return "sudo -n " + user_command(name, script, *arguments)
+PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added where it was given
 
 
 def command(name: str, *arguments: str) -> str:
     """Return a command line that the user can type; the default group need not be named."""
     return " ".join([*PROGRAM, name, *(one for one in arguments if one != "default")])
+
+
+def printable(text: str) -> str:
+    """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
+    return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
 
 
 def format_duration(seconds: float) -> str:
@@ -419,14 +169,6 @@ def format_money(dollars: float) -> str:
     return f"${dollars:.2f}" if dollars >= 0.1 or not dollars else f"${dollars:.4f}"
 
 
-def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
-    """Return what COUNT nodes cost, as createNodes says it before the launch."""
-    if price is None:
-        return f"{count} × {machine}: the price could not be looked up"
-    addresses = f", and {format_money(count * PUBLIC_ADDRESS_PRICE)} for public addresses" if public else ""
-    return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
-
-
 def wrap(words: Sequence[str], width: int) -> list[str]:
     """Join WORDS by commas into lines of at most WIDTH (one word a line at least)."""
     lines: list[str] = []
@@ -458,469 +200,78 @@ def format_bar(done: float, total: float, width: int = 20) -> str:
     return f"[{'#' * filled}{'·' * (width - filled)}]"
 
 
-def format_plot(values: Sequence[float], width: int) -> str:
-    """Return VALUES as a row of at most WIDTH little bars."""
-    step = max(1, -(-len(values) // width))
-    means = [sum(part) / len(part) for part in (values[i : i + step] for i in range(0, len(values), step))]
-    low, high = min(means), max(means)
-    return "".join("▁▂▃▄▅▆▇█"[int(7 * (mean - low) / (high - low))] if high > low else "▄" for mean in means)
-
-
-def printable(text: str) -> str:
-    """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
-    return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
-
-
 def format_tail(output: str) -> str:
     """Return the last lines of a step's output, indented for its error message."""
     lines = [line for line in output.splitlines() if line.strip()][-LOG_LINES:]
     return "".join(f"\n    {printable(line)}" for line in lines)
 
 
-def spent(node: Node, now: datetime) -> float | None:
-    """Return the $ that NODE has cost up to NOW; None where its price, or (EC2 does not tell) its end, is unknown."""
-    if node.price is None or node.state == "terminated":
-        return None
-    hours = max(60.0, (now - node.launched).total_seconds()) / 3600  # EC2 bills 60 s at least
-    return hours * (node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0))
+def terminal_width() -> int:
+    """Return the width for a table on stdout: unlimited in a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
-def total(values: Iterable[float | None]) -> float | None:
-    """Add up VALUES; None where none is known."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+class Progress:
+    """A bar on a terminal, nothing of it in a pipe; a line for each node that is done."""
+
+    shown = False  # a bar stands on the terminal's last line
+
+    def __init__(self, label: str, total: int, say: Callable[[Outcome], str] | None = None) -> None:
+        self.label, self.total, self.say = label, total, say
+        self.done = 0.0
+        self.detail = ""
+
+    @staticmethod
+    def clear() -> None:
+        """Remove the bar, so that a line can be printed."""
+        if Progress.shown:
+            click.echo("\r\033[K", nl=False, err=True)
+            Progress.shown = False
+
+    def redraw(self) -> None:
+        """Draw the bar anew."""
+        if sys.stderr.isatty():
+            text = f"{self.label} {format_bar(self.done, self.total)} {self.detail or self.counted()}"
+            click.echo("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], nl=False, err=True)
+            Progress.shown = True
+
+    def counted(self) -> str:
+        """Return "3/8"."""
+        return f"{int(self.done)}/{self.total}"
+
+    def show(self, detail: str) -> None:
+        """Show a detail beside the bar."""
+        self.detail = detail
+        self.redraw()
+
+    def finished(self, outcome: Outcome) -> None:
+        """Count a node, and print its line: success to stdout, failure to stderr."""
+        self.done += 1
+        if outcome.error:
+            note(f"{outcome.node.name}: {outcome.error}")
+        elif self.say and (line := self.say(outcome)):
+            result(line)
 
 
-# --- Remote scripts ---------------------------------------------------------
-# Bash with positional parameters; each can be read, linted and run by hand.
-
-# $1…: every boot, as root, before anything else. Whoever runs on the node could read its
-# user data, in which the host key is, or act with the node's role; so root alone may ask.
-METADATA_GUARD = """
-set -eu
-nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
-table inet mitsuba_metadata
-delete table inet mitsuba_metadata
-table inet mitsuba_metadata {
-  chain output {
-    type filter hook output priority 0;
-    ip daddr 169.254.169.254 meta skuid != 0 reject
-    ip6 daddr fd00:ec2::254 meta skuid != 0 reject
-  }
-}
-RULES
-"""
-
-# $1: seconds from the first boot. The node's own clock decides, and a reboot changes nothing.
-DEADLINE = """
-set -eu
-unit=/etc/systemd/system/mitsuba-deadline
-if [ ! -e $unit.timer ]; then
-  at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
-  printf '%s\\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
-  printf '%s\\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \\
-    '[Install]' 'WantedBy=timers.target' > $unit.timer
-  systemctl daemon-reload
-  systemctl enable --quiet mitsuba-deadline.timer
-fi
-systemctl start --no-block mitsuba-deadline.timer
-"""
-
-# $1: seconds to add to the deadline.
-EXTEND = """
-set -euo pipefail
-unit=/etc/systemd/system/mitsuba-deadline
-[ -e $unit.timer ] || { echo 'this node has no deadline'; exit 1; }
-old=$(sed -n 's/^OnCalendar=//p' $unit.timer)
-at=$(date -u -d "@$(($(date -u -d "$old" +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
-sed -i "s/^OnCalendar=.*/OnCalendar=$at/" $unit.timer
-systemctl daemon-reload
-systemctl restart mitsuba-deadline.timer
-echo "$at"
-"""
-
-# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
-WAIT_FOR_BOOT = """
-set -euo pipefail
-command -v cloud-init > /dev/null || exit 0
-code=0
-timeout "$1" cloud-init status --wait > /dev/null || code=$?
-case $code in
-  0 | 2) ;;
-  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
-  *) cloud-init status --long; exit 1 ;;
-esac
-"""
-
-# Prints NAME=VALUE lines; what a node has not is left out or empty.
-FACTS = """
-set -uo pipefail
-echo "cores=$(nproc)"
-echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
-echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
-echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
-echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
-echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
-"""
-
-# $1 SSH user, $2 data directory, $3 apt line, $4 package: a name in that repository, or else a file or
-# https address of a .deb, .tar.gz or shell script, $5 its SHA-256 (or empty), $6 what all this amounts to.
-INSTALL = """
-set -euo pipefail
-user=$1 data=$2 repository=$3 package=$4 sha256=$5 recipe=$6
-state=/var/lib/mitsuba-cluster
-export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
-
-apt() {
-  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
-}
-
-# apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
-update() {
-  for pause in 2 4 8 16 0; do
-    if apt -o APT::Update::Error-Mode=any update; then return 0; fi
-    if [ "$pause" = 0 ]; then break; fi
-    echo "apt-get update failed; next try in $pause seconds"
-    sleep "$pause"
-  done
-  echo 'the package lists could not be fetched'
-  return 1
-}
-
-wait_for_boot() {
-  command -v cloud-init > /dev/null || return 0
-  timeout 600 cloud-init status --wait > /dev/null || [ $? -eq 2 ] || echo 'cloud-init reports an error; going on'
-}
-
-quiet_timers() {
-  systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
-  systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
-}
-
-fetch() {
-  case $package in
-    https://*) curl -fsSL --proto =https --retry 5 -o "$1" "$package" ;;
-    *) mv "$package" "$1" ;;
-  esac
-  if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
-}
-
-install_tree() {
-  rm -rf /opt/mitsuba
-  mkdir -p /opt/mitsuba
-  tar -xzf "$1" -C /opt/mitsuba
-  program=$(find /opt/mitsuba -type f -name mtssrv -perm -u+x | head -n 1)
-  [ -n "$program" ] || { echo "there is no mtssrv in $package"; return 1; }
-  folder=$(dirname "$program")
-  for name in mtssrv mitsuba; do
-    printf '#!/bin/sh\\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\\n' "$folder" "$folder" "$folder/$name" \\
-      > "/usr/local/bin/$name"
-    chmod 755 "/usr/local/bin/$name"
-  done
-}
-
-install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list
-  case $package in
-    *.deb) fetch "$state/mitsuba.deb"; update; apt install --allow-downgrades "$state/mitsuba.deb" ;;
-    *.tar.gz | *.tgz) fetch "$state/mitsuba.tar.gz"; install_tree "$state/mitsuba.tar.gz" ;;
-    */*) fetch "$state/install.sh"; bash "$state/install.sh" ;;
-    *) echo "$repository" > /etc/apt/sources.list.d/mitsuba.list; update; apt install "$package" ;;
-  esac
-}
-
-# An NVMe instance store comes raw. Only a disk that EC2 itself calls one is formatted, and
-# only if it bears no file system, no partition and no mount.
-mount_instance_store() {
-  mountpoint -q "$data" && return 0
-  for link in /dev/disk/by-id/nvme-Amazon_EC2_NVMe_Instance_Storage*; do
-    [ -e "$link" ] || continue
-    disk=$(readlink -f "$link")
-    [ "$(lsblk --noheadings --raw --output NAME "$disk" | wc -l)" = 1 ] || continue
-    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \\n')" ] || continue
-    [ -z "$(wipefs --no-act --noheadings "$disk")" ] || continue
-    mkfs.ext4 -q -E nodiscard "$disk"
-    mkdir -p "$data"
-    mount "$disk" "$data"
-    echo "$disk $data ext4 defaults,nofail 0 2" >> /etc/fstab
-    return 0
-  done
-}
-
-make_data_directory() {
-  getent passwd mitsuba > /dev/null ||
-    useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin mitsuba
-  mount_instance_store
-  mkdir -p "$data"
-  chown "$user:mitsuba" "$data"
-  chmod 2775 "$data"
-}
-
-server_version() {
-  (mtssrv -h 2>&1 || true) < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2
-}
-
-wait_for_boot
-quiet_timers
-mkdir -p "$state"
-if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
-  install_mitsuba
-fi
-make_data_directory
-version=$(server_version) || true
-[ -n "$version" ] || { echo 'mtssrv does not run on this node:'; mtssrv -h; exit 1; }
-echo "$recipe" > "$state/installed"
-echo "version $version"
-"""
-
-# $1 role, $2 the server's unit, $3 the watchdog's unit, $4 the guard program, $5 the workers'
-# addresses, one a line. On a worker, $3 to $5 are empty.
-START_SERVER = """
-set -euo pipefail
-role=$1 server=$2 watchdog=$3 guard=$4 workers=$5
-command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
-units=/etc/systemd/system
-mkdir -p /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
-systemctl disable --quiet --now mtssrv-watchdog.service 2> /dev/null || true
-printf '%s\\n' "$server" > $units/mtssrv.service
-printf '%s\\n' "$workers" > /etc/mitsuba-cluster/workers
-printf '%s\\n' "$guard" > /usr/local/lib/mitsuba-cluster/guard.py
-if [ "$role" = head ]; then printf '%s\\n' "$watchdog" > $units/mtssrv-watchdog.service; fi
-systemctl daemon-reload
-systemctl enable --quiet mtssrv.service
-systemctl restart mtssrv.service
-if [ "$role" = head ]; then systemctl enable --quiet --now mtssrv-watchdog.service; fi
-echo "$role" > /etc/mitsuba-cluster/role
-"""
-
-# What the server said last, for an error message.
-SERVER_LOG = "journalctl --no-pager --quiet --output cat --lines 20 --unit mtssrv.service"
-
-# $1 role, $2 data directory, $3 mtssrv's arguments. No network guard of systemd's own is relied
-# on but for the metadata address; what may connect is the security group's business.
-SERVER_UNIT = """\
-[Unit]
-Description=Mitsuba render server ({role})
-Wants=network-online.target
-After=network-online.target
-RequiresMountsFor={data}
-StartLimitIntervalSec=0
-
-[Service]
-User=mitsuba
-Group=mitsuba
-UMask=0002
-WorkingDirectory={data}
-RuntimeDirectory=mtssrv
-{before}ExecStart=/usr/bin/env mtssrv {arguments}
-Restart=always
-RestartSec=1
-TimeoutStopSec=2
-NoNewPrivileges=yes
-CapabilityBoundingSet=
-PrivateTmp=yes
-PrivateDevices=yes
-ProtectHome=yes
-ProtectSystem=strict
-ReadWritePaths={data}
-ProtectKernelTunables=yes
-ProtectKernelModules=yes
-ProtectControlGroups=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
-IPAddressDeny=169.254.169.254 fd00:ec2::254
-
-[Install]
-WantedBy=multi-user.target
-"""
-
-WATCHDOG_UNIT = """\
-[Unit]
-Description=Restarts Mitsuba's head when it or one of its workers falls silent
-After=mtssrv.service
-
-[Service]
-ExecStart={watch}
-Restart=always
-RestartSec=1
-
-[Install]
-WantedBy=multi-user.target
-"""
-
-# The nodes' half of syncData: reads a JSON job from stdin, so that no URL shows in a command
-# line, and writes a JSON line twice a second, the last with the result. Python, since a stock
-# Ubuntu image has it and it can do all of it in one process: ranges in parallel, resume, check.
-SYNC = r"""
-import concurrent.futures, fcntl, hashlib, http.client, json, os, shutil, sys, threading, time
-import urllib.error, urllib.request
-
-PART = 16 << 20
-BLOCK = 1 << 20
-STREAMS = 8
-TRIES = 6
-data = sys.argv[1]
-job = json.load(sys.stdin)
-state = os.path.join(data, ".mitsuba-cluster")
-moved = 0
-lock, printing = threading.Lock(), threading.Lock()
+def note(text: str) -> None:
+    """Say something about the progress."""
+    Progress.clear()
+    click.echo(text, err=True)
 
 
-def say(**what):
-    with printing:
-        sys.stdout.write(json.dumps(what) + "\n")
-        sys.stdout.flush()
+def result(text: str) -> None:
+    """Print a result."""
+    Progress.clear()
+    click.echo(text)
 
 
-def fail(text):
-    say(error=text)
-    os._exit(1)  # at once: other threads are in the midst of their ranges
+def warn(warnings: Iterable[str]) -> None:
+    """Show what went wrong and can be done without."""
+    for warning in warnings:
+        note(f"Warning: {warning}")
 
 
-def report():
-    while True:
-        time.sleep(0.5)
-        say(moved=moved)
-
-
-def no_follow(path, flags):
-    return os.open(path, flags | os.O_NOFOLLOW, 0o664)
-
-
-def load(name, otherwise):
-    try:
-        with open(os.path.join(state, name)) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return otherwise
-
-
-def save(name, value):
-    fresh = os.path.join(state, name + ".new")
-    with open(fresh, "w", opener=no_follow) as file:
-        json.dump(value, file)
-    os.replace(fresh, os.path.join(state, name))
-
-
-def part_name(thing):
-    return hashlib.sha256((thing["key"] + thing["etag"]).encode()).hexdigest()[:32] + ".part"
-
-
-def target(thing):
-    path = os.path.join(data, thing["path"])
-    folder, top = os.path.realpath(os.path.dirname(path)), os.path.realpath(data)
-    if os.path.commonpath([folder, top]) != top:
-        raise ValueError("leads out of " + data)
-    return path
-
-
-def entry(thing):
-    now = os.stat(target(thing))
-    return [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
-
-
-def is_here(thing, record):
-    try:
-        return record.get(thing["path"]) == entry(thing)
-    except (OSError, ValueError):
-        return False
-
-
-def fetch_range(thing, handle, start, end):
-    global moved
-    for attempt in range(TRIES):
-        try:
-            headers = {"Range": "bytes=%d-%d" % (start, end - 1), "If-Match": '"%s"' % thing["etag"]}
-            request = urllib.request.Request(thing["url"], headers=headers)
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                if answer.status != 206 and (start, end) != (0, thing["size"]):
-                    raise OSError("the server sent no range")
-                while start < end:
-                    block = answer.read(min(BLOCK, end - start))
-                    if not block:
-                        raise OSError("the transfer broke off")
-                    os.pwrite(handle, block, start)
-                    start += len(block)
-                    with lock:
-                        moved += len(block)
-            return
-        except urllib.error.HTTPError as error:
-            if error.code in (400, 403, 404, 412) or attempt == TRIES - 1:
-                words = {412: "it changed in S3 meanwhile; run syncData again", 403: "S3 refuses the signed address"}
-                raise OSError(words.get(error.code, "S3 answers %d" % error.code)) from None
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if attempt == TRIES - 1:
-                raise OSError("cannot be fetched from S3: %s" % getattr(error, "reason", error)) from None
-        time.sleep(0.5 * 2 ** attempt)
-
-
-def fetch(thing, pool):
-    path, name, size = target(thing), part_name(thing), thing["size"]
-    part = os.path.join(state, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    plain = thing["etag"] if len(thing["etag"]) == 32 else ""  # S3's ETag is an MD5, unless it has a "-"
-    wanted = thing["sha256"] or plain
-    digest = hashlib.sha256() if thing["sha256"] else hashlib.new("md5", usedforsecurity=False)
-    whole = load(name + ".whole", 0) if os.path.exists(part) else 0  # ranges that an earlier run has brought
-    save(name + ".whole", whole)  # before there is a part: a stale one would vouch for what is not there
-    handle = no_follow(part, os.O_RDWR | os.O_CREAT)
-    os.truncate(handle, size)
-    ranges = [(start, min(start + PART, size)) for start in range(0, size, PART)]
-    jobs = [pool.submit(fetch_range, thing, handle, *one) for one in ranges[whole:]]
-    for number, (start, end) in enumerate(ranges):
-        if number >= whole:
-            jobs[number - whole].result()
-            save(name + ".whole", number + 1)
-        for place in range(start, end if wanted else start, BLOCK):  # while the next ranges come
-            digest.update(os.pread(handle, min(BLOCK, end - place), place))
-    os.close(handle)
-    os.unlink(part + ".whole")
-    if wanted and digest.hexdigest() != wanted:
-        os.unlink(part)
-        raise ValueError("its checksum is wrong after the transfer")
-    os.replace(part, path)
-    return entry(thing)
-
-
-def main():
-    os.umask(0o002)
-    os.makedirs(state, exist_ok=True)
-    threading.Thread(target=report, daemon=True).start()
-    lock_file = open(os.path.join(state, "lock"), "w", opener=no_follow)
-    fcntl.flock(lock_file, fcntl.LOCK_EX)  # a run that lost its connection, or somebody else's, goes first
-    record = load("record.json", {})
-    missing = [thing for thing in job if not is_here(thing, record)]
-    need, free = sum(thing["size"] for thing in missing), shutil.disk_usage(data).free
-    if need > free:
-        fail("%d MB are needed in %s, %d MB are free" % (need >> 20, data, free >> 20))
-    wanted = [part_name(thing) for thing in missing]
-    for name in os.listdir(state):
-        if ".part" in name and name.removesuffix(".whole") not in wanted:
-            os.unlink(os.path.join(state, name))
-    files, ranges = (concurrent.futures.ThreadPoolExecutor(STREAMS) for _ in range(2))
-    jobs = {files.submit(fetch, thing, ranges): thing for thing in missing}
-    saved = time.monotonic()
-    for finished in concurrent.futures.as_completed(jobs):
-        thing = jobs[finished]
-        try:
-            record[thing["path"]] = finished.result()
-        except (OSError, ValueError) as error:
-            save("record.json", record)
-            fail("%s: %s" % (thing["path"], error))
-        if time.monotonic() - saved > 1:
-            save("record.json", record)
-            saved = time.monotonic()
-    save("record.json", record)
-    say(moved=moved, fetched=len(missing), present=len(job) - len(missing))
-
-
-try:
-    main()
-except OSError as error:
-    fail("%s: %s" % (error.filename or data, error.strerror))
-"""
-
-
-# --- Settings ---------------------------------------------------------------
+# --- Settings ----------------------------------------------------------------
 # config.py: reading it and checking each value. Touches that file and nothing else.
 
 
@@ -1021,6 +372,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "DATA_DIR": (matches(r"(/[\w.-]*[\w-][\w.-]*)+"), 'an absolute path such as "/mnt"'),
     "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
 }
+
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
@@ -1069,8 +421,18 @@ def load_settings(path: Path) -> Settings:
     return settings
 
 
-# --- EC2 --------------------------------------------------------------------
-# Talks to AWS, never to a node. Every function takes the client first; what leaves is our own.
+# --- AWS ---------------------------------------------------------------------
+# Clients, AWS's errors in words, records, look-ups, and who may connect. Touches AWS, never a node.
+
+ADDRESS_URL = "https://checkip.amazonaws.com"
+ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
+INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
+TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
+CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
+EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
+CREDENTIAL_CODES = {"AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
+DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
+S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
 
 @contextlib.contextmanager
@@ -1193,6 +555,84 @@ def excused(warnings: list[str], loss: str) -> Iterator[None]:
         warnings.append(f"{loss}: {explain(error)}")
 
 
+def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
+    """Make several calls at once; return their results in order, or raise the first error."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool = ThreadPoolExecutor(len(calls))
+    try:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for the slowest
+
+
+class Node(NamedTuple):
+    """One EC2 instance of ours, as far as the tool cares."""
+
+    id: str
+    group: str
+    type: str
+    state: str
+    launched: datetime
+    zone: str = ""
+    public_name: str = ""
+    public_ip: str = ""
+    private_ip: str = ""
+    market: str = "on-demand"
+    role: str | None = None
+    host_key: str = ""
+    price: float | None = None  # $ an hour
+    max_hours: float | None = None
+    spot_request: str = ""
+    reason: str = ""  # why it ended, if not by the user
+
+    @property
+    def address(self) -> str:
+        """Where to connect: the public address, else the private one."""
+        return self.public_ip or self.private_ip
+
+    @property
+    def name(self) -> str:
+        """What to print: the public name, else the address, else the id."""
+        return self.public_name or self.address or self.id
+
+
+class SpotRequest(NamedTuple):
+    """A spot request of ours."""
+
+    id: str
+    group: str
+    state: str
+    status: str
+    max_price: float | None
+    node_id: str
+
+
+class Rule(NamedTuple):
+    """One way into a security group: a port for a CIDR, and who added it."""
+
+    port: int
+    cidr: str
+    owner: str
+
+
+class SecurityGroup(NamedTuple):
+    """The security group of one of our groups; made first, removed last."""
+
+    id: str
+    group: str
+    rules: tuple[Rule, ...] = ()
+    open_inside: bool = False  # its own nodes may talk to each other
+
+
+class Overview(NamedTuple):
+    """Everything of ours in a region."""
+
+    nodes: list[Node]
+    requests: list[SpotRequest]
+    security_groups: list[SecurityGroup]
+
+
 def to_utc(value: Any) -> datetime:
     """Return boto3's datetime, or now where it is missing."""
     return value.astimezone(timezone.utc) if isinstance(value, datetime) else datetime.now(timezone.utc)
@@ -1289,17 +729,6 @@ def fetch_security_groups(ec2: Client, group: str | None = None) -> list[Securit
     return [to_security_group(raw) for raw in found]
 
 
-def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
-    """Make several calls at once; return their results in order, or raise the first error."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    pool = ThreadPoolExecutor(len(calls))
-    try:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C must not wait for the slowest
-
-
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
     """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
     return Overview(
@@ -1311,143 +740,35 @@ def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
     )
 
 
-def fetch_machine(ec2: Client, machine: str) -> Machine:
-    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
-    types = []
-    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
-        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
-    if not types:
-        region = ec2.meta.region_name
-        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
-    raw = types[0]
-    return Machine(
-        type=machine,
-        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
-        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
-        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
-        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
-        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
-    )
+def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
+    """Return those of REQUESTS that can still launch something, or have."""
+    return [request for request in requests if request.state in ("open", "active")]
 
 
-def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[str, str, str]]:
-    """Return (zone, subnet, VPC) wherever MACHINE can be launched, by zone."""
-    wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
-    if not settings.SUBNET_ID:
-        wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
-    kind = [{"Name": "instance-type", "Values": [machine]}]
-    subnets, offerings = side_by_side(
-        lambda: ec2.describe_subnets(**wanted)["Subnets"],
-        lambda: ec2.describe_instance_type_offerings(LocationType="availability-zone", Filters=kind),
-    )
-    if not subnets:
-        raise ClusterError(
-            f"{ec2.meta.region_name} has no default VPC: make one with `aws ec2 create-default-vpc`, or set SUBNET_ID"
-        )
-    zones = {offer["Location"] for offer in offerings["InstanceTypeOfferings"]}
-    places = [(one["AvailabilityZone"], one["SubnetId"], one["VpcId"]) for one in subnets]
-    fit = sorted(place for place in places if place[0] in zones)
-    if not fit:
-        here = f"in {places[0][0]}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
-        there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
-        raise ClusterError(f"{machine} is not offered {here}{there}")
-    return fit
+def spent(node: Node, now: datetime) -> float | None:
+    """Return the $ that NODE has cost up to NOW; None where its price, or (EC2 does not tell) its end, is unknown."""
+    if node.price is None or node.state == "terminated":
+        return None
+    hours = max(60.0, (now - node.launched).total_seconds()) / 3600  # EC2 bills 60 s at least
+    return hours * (node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0))
 
 
-def fetch_ubuntu(ec2: Client, ssm: Client, warnings: list[str]) -> str:
-    """Return the id of Ubuntu's newest image: by Canonical's SSM parameter, else from EC2's list."""
-    with excused(warnings, "Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
-        return str(ssm.get_parameter(Name=UBUNTU_PARAMETER)["Parameter"]["Value"])
-    named = [{"Name": "name", "Values": [UBUNTU_NAME]}]
-    images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
-    if not images:
-        raise ClusterError(f"no Ubuntu image was found in {ec2.meta.region_name}; name one in AMI_IDS")
-    return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
+def total(values: Iterable[float | None]) -> float | None:
+    """Add up VALUES; None where none is known."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
 
 
-def fetch_image(ec2: Client, ssm: Client, settings: Settings, warnings: list[str]) -> Image:
-    """Return the image for the region: of AMI_IDS, else Ubuntu's."""
-    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm, warnings)
-    found = []
-    with tolerate("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"):
-        found = ec2.describe_images(ImageIds=[chosen])["Images"]
-    if not found:
-        raise ClusterError(f"there is no image {chosen} in {settings.AWS_REGION}; see AMI_IDS")
-    raw = found[0]
-    root = raw.get("RootDeviceName", "/dev/sda1")
-    disks = {disk.get("DeviceName"): disk.get("Ebs", {}) for disk in raw.get("BlockDeviceMappings", [])}
-    return Image(
-        id=chosen,
-        architecture=raw.get("Architecture", ""),
-        boot_mode=raw.get("BootMode", "legacy-bios"),
-        virtualization=raw.get("VirtualizationType", "hvm"),
-        root_device=root,
-        root_gb=disks.get(root, {}).get("VolumeSize", 0),
-    )
+def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
+    """Set one tag of many nodes, a thousand a call."""
+    ids = [node.id for node in nodes]
+    for start in range(0, len(ids), TAG_BATCH):
+        ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
 
 
-def check_image(machine: Machine, image: Image, named: bool) -> None:
-    """Refuse an image that can't boot on the machine; NAMED: the user chose it."""
-    if "x86_64" not in machine.architectures and not named:
-        raise ClusterError(
-            f"{machine.type} is an {machine.architectures[0]} machine, and Mitsuba 0.6 is an x86-64 program: "
-            "choose another type (or name an image of your own in AMI_IDS)"
-        )
-    if image.architecture not in machine.architectures:
-        raise ClusterError(f"image {image.id} is for {image.architecture}, which {machine.type} is not; see AMI_IDS")
-    if image.virtualization not in machine.virtualization:
-        raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {machine.type}; see AMI_IDS")
-    modes = {"uefi-preferred": ("uefi", "legacy-bios")}.get(image.boot_mode, (image.boot_mode,))
-    if not set(modes) & set(machine.boot_modes):
-        raise ClusterError(f"image {image.id} boots by {image.boot_mode} only, which {machine.type} can't; see AMI_IDS")
-
-
-def fetch_on_demand_price(settings: Settings, machine: str, warnings: list[str]) -> float | None:
-    """Return the $ an hour of a Linux instance; None where it can't be had.
-
-    The Pricing API answers in us-east-1 for all regions of the partition:
-    https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
-    """
-    wanted = {
-        "instanceType": machine,
-        "regionCode": settings.AWS_REGION,
-        "operatingSystem": "Linux",
-        "preInstalledSw": "NA",
-        "tenancy": "Shared",
-        "capacitystatus": "Used",
-    }
-    filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
-    quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
-    with excused(warnings, "the price is unknown"), contextlib.suppress(KeyError, ValueError):
-        pricing = open_client(settings, "pricing", "us-east-1", **quick)
-        products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
-        terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
-        rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
-        return max(filter(None, map(float, rates)), default=None)
-    return None
-
-
-def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
-    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
-    history = fetch_pages(
-        ec2,
-        "describe_spot_price_history",
-        "SpotPriceHistory",
-        InstanceTypes=[machine],
-        ProductDescriptions=["Linux/UNIX"],
-        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
-    )
-    zones: dict[str, list[tuple[datetime, float]]] = {}
-    for one in history:
-        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
-    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
-
-
-def fetch_spot_price(ec2: Client, machine: str, warnings: list[str]) -> float | None:
-    """Return the lowest present spot price of any zone; None where it can't be had."""
-    with excused(warnings, "the price is unknown"):
-        return min((prices[-1][1] for prices in fetch_spot_history(ec2, machine, 1).values()), default=None)
-    return None
+def fetch_regions(ec2: Client) -> list[str]:
+    """Return the names of the regions that the account can use."""
+    return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
 
 
 def fetch_client_cidr(settings: Settings) -> str:
@@ -1475,28 +796,21 @@ def fetch_client_cidr(settings: Settings) -> str:
         ) from None
 
 
+def try_client_cidr(settings: Settings, warnings: list[str]) -> str:
+    """Return who may connect, or "" with a warning: a set-up cluster can do without the look-up."""
+    try:
+        return fetch_client_cidr(settings)
+    except ClusterError as error:
+        warnings.append(error.message)
+        return ""
+
+
 def rule_owner(identity: Identity) -> str:
     """Return what marks a rule as this machine's: EC2 allows a few characters only."""
     import getpass
 
     who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
     return f"mitsuba-cluster {identity.fingerprint} {who}"[:255]
-
-
-def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
-    """Return GROUP's security group; make it, tagged, where it is missing."""
-    if existing := fetch_security_groups(ec2, group):
-        return existing[0]
-    name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
-    specification = [{"ResourceType": "security-group", "Tags": tags}]
-    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
-    with tolerate("InvalidGroup.Duplicate"):
-        return SecurityGroup(ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"], group)
-    for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
-        if existing := fetch_security_groups(ec2, group):
-            return existing[0]
-        time.sleep(POLL)
-    raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
 def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
@@ -1534,400 +848,136 @@ def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: st
     return any(rule.cidr != cidr for rule in stale)
 
 
-def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
-    """Import the user's key under NAME; refuse a NAME that another key has."""
-    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-    pairs: list[dict[str, Any]] = []
-    with tolerate("InvalidKeyPair.NotFound"):
-        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-    if not pairs:
-        with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
-            ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
-            return
-        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-    if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
-        raise ClusterError(
-            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
-            "private half where SSH_PRIVATE_KEY_FILE says"
-        )
+# --- SSH ---------------------------------------------------------------------
+# The user's key, one connection a node, one step on every node. Touches the key file and the nodes.
+
+TCP_LIMIT = 5  # one connection attempt
+EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
+IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
+LOGIN_LIMIT = 60  # a node that should be up
+FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
+STEP_LIMIT = 60  # a short remote command
+SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
+LIVENESS_LIMIT = 30  # and has so long for it
+SERVER_LIMIT = 40  # from starting a server to its handshake
+LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
+HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
+NEAR = 0.005  # seconds of a round trip; the network of a near node keeps no key exchange waiting
+EXCHANGES = 64  # at once: more gain nothing
+EXCHANGES_NEAR = 12  # and with near nodes, more only contend for Python's lock
+OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 
 
-def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
-    """Set one tag of many nodes, a thousand a call."""
-    ids = [node.id for node in nodes]
-    for start in range(0, len(ids), TAG_BATCH):
-        ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
+class Identity(NamedTuple):
+    """The user's SSH key: what logs in, and its public half as one line."""
+
+    key: paramiko.PKey
+    public: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Return SHA256:… as ssh-keygen -l does."""
+        import base64
+        import hashlib
+
+        digest = hashlib.sha256(base64.b64decode(self.public.split()[1])).digest()
+        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def fetch_console(ec2: Client, node: Node) -> str:
-    """Return what a node wrote to its console ("" where EC2 has nothing yet), or why it can't be had."""
-    troubles: list[str] = []
-    with excused(troubles, "its console can't be read"):
-        return str(ec2.get_console_output(InstanceId=node.id).get("Output") or "")
-    return troubles[0]
+def agent_identity(path: Path, public: str) -> Identity:
+    """Return the ssh-agent's key with this PUBLIC half."""
+    import paramiko
+
+    for key in paramiko.Agent().get_keys():
+        if f"{key.get_name()} {key.get_base64()}" == public:
+            return Identity(key, public)
+    raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
 
 
-def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
-    """Start the end of NODES, a thousand a call; a list that lags may name one that EC2 forgot."""
-    ids = [node.id for node in nodes if node.state != "shutting-down"]
-    for start in range(0, len(ids), TERMINATE_BATCH):
-        with tolerate("InvalidInstanceID.NotFound"):
-            ec2.terminate_instances(InstanceIds=ids[start : start + TERMINATE_BATCH])
+def unlock_identity(path: Path, text: str) -> Identity:
+    """Return an encrypted key: the agent's, if it has it, else by asking for the passphrase."""
+    import base64
 
+    import paramiko
 
-def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
-    """Return those of REQUESTS that can still launch something, or have."""
-    return [request for request in requests if request.state in ("open", "active")]
-
-
-def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
-    """Cancel the live ones of REQUESTS; return their ids."""
-    ids = [request.id for request in live(requests)]
-    if ids:
-        ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=ids)
-    return ids
-
-
-def wait_until_terminated(ec2: Client, group: str, show: Callable[[str], None]) -> list[Node]:
-    """Terminate all of GROUP and wait until EC2 says so; return every node that was seen.
-
-    Each look terminates what it finds: a list can show a node late. TimeoutError with the
-    names of those that remain.
-    """
-    seen: dict[str, Node] = {}
-    deadline = time.monotonic() + TERMINATE_LIMIT
-    while True:
-        living = [node for node in fetch_nodes(ec2, group) if node.state in ALIVE]
-        fresh = [node for node in living if node.id not in seen]
-        terminate_nodes(ec2, fresh)
-        seen |= {node.id: node for node in fresh}
-        if not living:
-            return list(seen.values())
-        if time.monotonic() > deadline:
-            raise TimeoutError(", ".join(node.id for node in living))
-        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended")
-        time.sleep(POLL)
-
-
-def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
-    """Delete a security group; return False while nodes (that no list may show yet) hold it."""
-    with tolerate("DependencyViolation"):
-        with tolerate("InvalidGroup.NotFound"):
-            ec2.delete_security_group(GroupId=group.id)
-        return True
-    return False
-
-
-def terminate_group(ec2: Client, group: str, show: Callable[[str], None]) -> tuple[list[Node], int, bool]:
-    """End everything of GROUP; return (its nodes, cancelled spot requests, whether there was anything).
-
-    The security group is the anchor: while it can't be deleted there are nodes that the list
-    does not show yet, so look again, for UNSEEN_LIMIT. ClusterError where something remains.
-    """
-    before = fetch_overview(ec2, group)
-    cancelled = len(cancel_spot_requests(ec2, before.requests))
-    ended: dict[str, Node] = {}
-    deadline = time.monotonic() + UNSEEN_LIMIT
-    waiting = list(before.security_groups)
-    while True:
-        try:
-            ended |= {node.id: node for node in wait_until_terminated(ec2, group, show)}
-        except TimeoutError as error:
-            raise ClusterError(f"EC2 does not say terminated of {error} yet; run terminateAll {group} again") from None
-        waiting = [one for one in waiting if not remove_security_group(ec2, one)]
-        if not waiting:
-            return list(ended.values()), cancelled, bool(ended or cancelled or before.security_groups)
-        if time.monotonic() > deadline:
-            raise ClusterError(
-                f"security group {waiting[0].id} is still in use by something that EC2 does not list as a node of "
-                f"{group!r}; run terminateAll {group} again, and look at it in the EC2 console"
-            )
-        show("the security group is still in use; looking again")
-        time.sleep(POLL)
-
-
-# --- Launching --------------------------------------------------------------
-# From a plan to instances that exist. Talks to EC2; makes keys; touches no node.
-
-
-def make_ed25519() -> tuple[str, str]:
-    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    form = serialization.PublicFormat.OpenSSH
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
-    return private.decode(), public.decode()
-
-
-def make_user_data(private: str, public: str, max_hours: float) -> str:
-    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline.
-
-    https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
-    """
-    commands = [["bash", "-c", METADATA_GUARD]]
-    if max_hours:
-        commands.append(["bash", "-c", DEADLINE, "deadline", str(round(max_hours * 3600))])
-    config = {
-        "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
-        "ssh_pwauth": False,
-        "disable_root": True,
-        "bootcmd": commands,
-    }
-    return "#cloud-config\n" + json.dumps(config)
-
-
-def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> dict[str, Any]:
-    """Return RunInstances' parameters; the same for each try of one request, to the byte."""
-    tags = [{"Key": name, "Value": value} for name, value in launch.tags.items()]
-    kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.order.spot else [])
-    disk = {"VolumeSize": max(launch.disk_gb, launch.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
-    if launch.machine.encrypts:
-        disk["Encrypted"] = True
-    parameters: dict[str, Any] = {
-        "ImageId": launch.image.id,
-        "InstanceType": launch.machine.type,
-        "MinCount": 1,
-        "MaxCount": count,
-        "KeyName": launch.key_name,
-        "SubnetId": subnet,
-        "SecurityGroupIds": [launch.security_group],
-        "UserData": launch.user_data,
-        "ClientToken": token,
-        "InstanceInitiatedShutdownBehavior": "terminate",
-        "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
-        "BlockDeviceMappings": [{"DeviceName": launch.image.root_device, "Ebs": disk}],
-        "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
-    }
-    if launch.order.spot:
-        options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
-        if launch.order.max_price is not None:
-            options["MaxPrice"] = f"{launch.order.max_price:.6f}"
-        parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
-    return parameters
-
-
-def launch_batch(ec2: Client, parameters: dict[str, Any], note: Callable[[str], None]) -> list[Node]:
-    """Send one RunInstances request until its answer is known.
-
-    A lost answer, a 5xx or a throttle: the same parameters and token, so that EC2 launches
-    once. EC2 is the client here with one attempt of botocore's: it would resend a capacity
-    error (an HTTP 500) for seconds.
-    """
-    from botocore.exceptions import ClientError, HTTPClientError
-    from botocore.parsers import ResponseParserError
-
-    def send() -> list[Node]:
-        return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
-
-    for attempt in range(LAUNCH_TRIES - 1):
-        try:
-            return send()
-        except (HTTPClientError, ResponseParserError, ClientError) as error:
-            if isinstance(error, ClientError) and error_code(error) not in RETRY_CODES:
-                raise
-            note(f"RunInstances: {error_code(error) or type(error).__name__}; trying again, the same request")
-            time.sleep(2**attempt)
-    return send()
-
-
-def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tuple[list[Node], str]:
-    """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
-
-    An error before the first node exists is raised; later ones become the reason.
-    """
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    nodes: list[Node] = []
-    why, count = "", launch.order.number
-    for zone, subnet, _ in launch.subnets:
-        try:
-            for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()), note)
-                nodes += got
-                if len(got) < size:
-                    why = f"{zone} had no more"
-                    break
-            if len(nodes) == count:
-                return nodes, ""
-            note(f"{zone} gave {len(nodes)} of {count} nodes")
-        except (BotoCoreError, ClientError) as error:
-            why = f"{zone}: {explain(error)}"
-            if error_code(error) not in CAPACITY_CODES:
-                if not nodes:
-                    raise
-                break
-            note(f"no capacity for {launch.machine.type} in {zone} ({error_code(error)}); trying the next zone")
-    return nodes, why or "no zone had capacity"
-
-
-# --- Server probe -----------------------------------------------------------
-# mtssrv's handshake, from here over SSH, and on the head as its guard. The functions up to
-# `guard` are also sent to the head as a program: they use the imports of GUARD_HEADER only.
-
-HELLO = b"\x1b\xcd"
-QUIT = b"\x00\x0c"
-FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
-WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many more as there are
-WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
-WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
-GUARD_TIMEOUT = 2.0  # seconds for one handshake
-
-
-class AnotherBuild(Exception):
-    """The server is a Mitsuba of another version or flavour."""
-
-
-def receive(stream: Stream, size: int) -> bytes:
-    """Receive exactly SIZE bytes; EOFError where the server closes first."""
-    data = b""
-    while len(data) < size:
-        part = stream.recv(size - len(data))
-        if not part:
-            raise EOFError("the server closed the connection")
-        data += part
-    return data
-
-
-def shake_hands(stream: Stream, version: str, samples: int, double: int) -> tuple[int, str]:
-    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
-
-    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to
-    the last byte: a reset connection can kill the server, and its head with it.
-    """
-    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive(stream, 2)
-    if answer == b"\x00\x0d":
-        raise AnotherBuild(version)
-    if answer != HELLO:
-        raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive(stream, 2), "big")
-    name = b""
-    while not name.endswith(b"\0"):
-        name += receive(stream, 1)
+    if "OPENSSH" in text:  # the public half stands in front, unencrypted (PROTOCOL.key of OpenSSH)
+        body = base64.b64decode("".join(line for line in text.splitlines() if not line.startswith("-")))
+        message = paramiko.Message(body[len(b"openssh-key-v1\0") :])
+        for _ in ("cipher", "kdf", "kdf options"):
+            message.get_binary()
+        message.get_int()
+        blob = message.get_binary()
+        with contextlib.suppress(ClusterError):
+            name = paramiko.Message(blob).get_text()
+            return agent_identity(path, f"{name} {base64.b64encode(blob).decode()}")
+    if not sys.stdin.isatty():
+        raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
+    passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
     try:
-        stream.sendall(QUIT)
-        stream.shutdown(socket.SHUT_WR)
-        while stream.recv(256):
-            pass
-    except OSError:
-        pass
-    return cores, name[:-1].decode("utf-8", "replace")
+        # Bytes, whatever the annotation says: cryptography, which paramiko hands it to, takes nothing else.
+        key = paramiko.PKey.from_path(path, passphrase.encode())  # type: ignore[arg-type]
+    except (paramiko.SSHException, ValueError) as error:
+        raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
+    return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
 
-def ask_server(dial: Callable[[], contextlib.AbstractContextManager[Any]], version: str) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each; AnotherBuild where none is right."""
-    for samples, double in FLAVOURS:
-        try:
-            with dial() as stream:
-                return shake_hands(stream, version, samples, double)
-        except AnotherBuild:
-            pass
-    raise AnotherBuild(version)
+def load_identity(path: Path) -> Identity:
+    """Load the user's SSH key; ClusterError says what is wrong with the file."""
+    import paramiko
 
-
-def answers(address: str, version: str) -> bool | None:
-    """Tell whether the server at ADDRESS shakes hands; None: it is another build, but alive."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
+        return agent_identity(path, match[0])
+    if "PRIVATE KEY" not in text:
+        raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
     try:
-        ask_server(lambda: socket.create_connection((address, SERVER_PORT), GUARD_TIMEOUT), version)
-    except AnotherBuild:
-        return None
-    except (OSError, EOFError, ValueError):
-        return False
-    return True
+        key = paramiko.PKey.from_path(path)
+    except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
+        return unlock_identity(path, text)
+    except (paramiko.SSHException, ValueError) as error:
+        raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
+    return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
 
-def ask_all(addresses: Sequence[str], version: str) -> dict[str, bool | None]:
-    """Ask many servers at once."""
-    found: dict[str, bool | None] = {}
-    threads = [
-        threading.Thread(target=lambda one: found.update({one: answers(one, version)}), args=(one,), daemon=True)
-        for one in addresses
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+def clean_environment() -> dict[str, str]:
+    """Return the environment for child processes: without AWS credentials."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
 
 
-def read_words(path: str) -> list[str]:
-    """Return the words of a file; none where it is missing."""
-    try:
-        with open(path) as file:
-            return file.read().split()
-    except OSError:
-        return []
-
-
-def filter_workers(version: str, wanted: str, linked: str) -> None:
-    """Before each start of the head: write to LINKED those workers of WANTED that answer."""
-    workers = read_words(wanted)
-    found = ask_all(workers, version)
-    with open(linked, "w") as file:
-        file.write("".join(f"{worker}\n" for worker in workers if found[worker]))
-
-
-def watch_servers(version: str, own: str, linked: str) -> None:
-    """Restart the head once it, or a worker that it is linked to, is silent for too long."""
+def hide_from_git(path: Path) -> None:
+    """Keep git from picking up what is about to replace a tracked placeholder."""
     import subprocess
 
-    heard: dict[str, float] = {}
-    while True:
-        addresses = [own, *read_words(linked)]
-        found = ask_all(addresses, version)
-        now = time.monotonic()
-        heard = {one: now if found[one] is not False else heard.get(one, now) for one in addresses}
-        silent = [one for one, last in heard.items() if now - last > WATCH_SILENCE]
-        if silent:
-            print("silent, so the head is restarted:", *silent, flush=True)
-            subprocess.run(["systemctl", "restart", "mtssrv.service"], check=False)
-            heard = {}
-        time.sleep(WATCH_PAUSE + len(addresses) / WATCH_RATE)
+    if (path.parent / ".git").exists() and shutil.which("git"):
+        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
+        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
 
 
-def guard(arguments: list[str]) -> None:
-    """Run as a program on the head: filter VERSION WANTED LINKED, or watch VERSION OWN LINKED."""
-    what, version, first, second = arguments
-    (filter_workers if what == "filter" else watch_servers)(version, first, second)
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only the user can read, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
-GUARD_HEADER = '''"""Keeps Mitsuba's head node serving; written by cluster.py."""
-from __future__ import annotations
-import socket, sys, threading, time
-'''
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE".split()
-GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
-WORKERS_PATH = "/etc/mitsuba-cluster/workers"
-LINKED_PATH = "/run/mtssrv/linked"
+def user_command(name: str, script: str, *arguments: str) -> str:
+    """Return the command line that runs a bash SCRIPT as the SSH user; NAME is its $0."""
+    return shlex.join(["bash", "-c", script, name, *arguments])
 
 
-def guard_program() -> str:
-    """Return the guard as a program of its own: the functions above, to the letter."""
-    values = [f"{name} = {globals()[name]!r}" for name in GUARD_VALUES]
-    parts: list[Any] = [AnotherBuild, receive, shake_hands, ask_server, answers, ask_all, read_words]
-    parts += [filter_workers, watch_servers, guard]
-    return "\n".join([GUARD_HEADER, *values, *map(inspect.getsource, parts), "guard(sys.argv[1:])"])
-
-
-def server_units(node: Node, role: str, facts: Facts, data: str) -> tuple[str, str]:
-    """Return the texts of mtssrv.service and of its watchdog's unit (a worker has none)."""
-    arguments = f"-i {node.private_ip} -l {SERVER_PORT}"
-    if role == "worker":
-        return SERVER_UNIT.format(role=role, data=data, before="", arguments=arguments), ""
-    python = f"/usr/bin/python3 {GUARD_PATH}"
-    before = f"ExecStartPre={python} filter {facts.version} {WORKERS_PATH} {LINKED_PATH}\n"
-    arguments += f" -p {plan_head_cores(facts.cores)} -s {LINKED_PATH}"
-    watch = f"{python} watch {facts.version} {node.private_ip} {LINKED_PATH}"
-    unit = SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
-    return unit, WATCHDOG_UNIT.format(watch=watch)
-
-
-# --- SSH --------------------------------------------------------------------
-# One connection a node, kept for the whole run of the program.
+def root_command(name: str, script: str, *arguments: str) -> str:
+    """Return the command line that runs a bash SCRIPT as root."""
+    return "sudo -n " + user_command(name, script, *arguments)
 
 
 class WrongHostKey(Exception):
@@ -1996,6 +1046,43 @@ def prefer_gcm(transport: paramiko.Transport) -> None:
     ciphers: tuple[str, ...] = tuple(options.ciphers)
     first = tuple(cipher for cipher in ciphers if "gcm" in cipher)
     options.ciphers = first + tuple(cipher for cipher in ciphers if cipher not in first)
+
+
+class Outcome(NamedTuple):
+    """What one step did on one node."""
+
+    node: Node
+    value: Any = None
+    error: str = ""
+    silent: bool = False  # it failed since the node does not answer
+
+    @property
+    def ok(self) -> bool:
+        """Tell whether the step succeeded."""
+        return not self.error
+
+
+class Facts(NamedTuple):
+    """What a node says of itself."""
+
+    cores: int
+    version: str = ""  # of Mitsuba; empty: not installed
+    role: str = ""  # of its server: head, worker, or none yet
+    linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
+    load: tuple[float, ...] = ()
+    memory_mb: tuple[int, ...] = ()  # used, total
+
+
+# Prints NAME=VALUE lines; what a node has not is left out or empty.
+FACTS = """
+set -uo pipefail
+echo "cores=$(nproc)"
+echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
+echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
+echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
+echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
+echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
+"""
 
 
 class Remote:
@@ -2244,108 +1331,6 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
         time.sleep(0.2)
 
 
-def agent_identity(path: Path, public: str) -> Identity:
-    """Return the ssh-agent's key with this PUBLIC half."""
-    import paramiko
-
-    for key in paramiko.Agent().get_keys():
-        if f"{key.get_name()} {key.get_base64()}" == public:
-            return Identity(key, public)
-    raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
-
-
-def unlock_identity(path: Path, text: str) -> Identity:
-    """Return an encrypted key: the agent's, if it has it, else by asking for the passphrase."""
-    import base64
-
-    import paramiko
-
-    if "OPENSSH" in text:  # the public half stands in front, unencrypted (PROTOCOL.key of OpenSSH)
-        body = base64.b64decode("".join(line for line in text.splitlines() if not line.startswith("-")))
-        message = paramiko.Message(body[len(b"openssh-key-v1\0") :])
-        for _ in ("cipher", "kdf", "kdf options"):
-            message.get_binary()
-        message.get_int()
-        blob = message.get_binary()
-        with contextlib.suppress(ClusterError):
-            name = paramiko.Message(blob).get_text()
-            return agent_identity(path, f"{name} {base64.b64encode(blob).decode()}")
-    if not sys.stdin.isatty():
-        raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
-    passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
-    try:
-        # Bytes, whatever the annotation says: cryptography, which paramiko hands it to, takes nothing else.
-        key = paramiko.PKey.from_path(path, passphrase.encode())  # type: ignore[arg-type]
-    except (paramiko.SSHException, ValueError) as error:
-        raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
-
-
-def load_identity(path: Path) -> Identity:
-    """Load the user's SSH key; ClusterError says what is wrong with the file."""
-    import paramiko
-
-    text = path.read_text("latin-1") if path.exists() else ""
-    if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
-        return agent_identity(path, match[0])
-    if "PRIVATE KEY" not in text:
-        raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
-    try:
-        key = paramiko.PKey.from_path(path)
-    except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
-        return unlock_identity(path, text)
-    except (paramiko.SSHException, ValueError) as error:
-        raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
-
-
-def clean_environment() -> dict[str, str]:
-    """Return the environment for child processes: without AWS credentials."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-
-
-def hide_from_git(path: Path) -> None:
-    """Keep git from picking up what is about to replace a tracked placeholder."""
-    import subprocess
-
-    if (path.parent / ".git").exists() and shutil.which("git"):
-        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
-        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
-
-
-def write_secret(path: Path, text: str) -> None:
-    """Write a file that only the user can read, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def ensure_key_file(path: Path) -> None:
-    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
-        return
-    if text and "placeholder" not in text:
-        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
-    private, _ = make_ed25519()
-    hide_from_git(path)
-    write_secret(path, private)
-    click.echo(f"Made a new SSH key: {path}", err=True)
-
-
-# --- Fan-out ----------------------------------------------------------------
-# One step on every node, a thread a node; each outcome comes back, none is lost.
-
 Step = Callable[[Remote], Any]
 
 
@@ -2420,306 +1405,11 @@ class Fleet:
         return [found[node.id] for node in nodes]
 
 
-# --- S3 ---------------------------------------------------------------------
-# Uploads from here, and signed addresses for the nodes. No credentials leave this machine.
+# --- Command line ------------------------------------------------------------
+# The one error boundary, what a run holds, and what the commands share.
 
-PART_SIZE = 64 * MIB  # of an upload; S3 takes 10,000 parts, and boto3 enlarges them beyond that
-SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
-SLOWEST = 1_000_000  # bytes a second that a node is given time for
-
-
-def read_s3cfg(settings: Settings) -> dict[str, str]:
-    """Return s3cmd's settings from .s3cfg beside config.py or cluster.py; {} where there is none."""
-    import configparser
-
-    path = next((path for path in (settings.folder / ".s3cfg", HERE / ".s3cfg") if path.exists()), None)
-    if not path:
-        return {}
-    parser = configparser.ConfigParser(interpolation=None, strict=False)
-    try:
-        parser.read_string(path.read_text("utf-8", "replace"))
-    except configparser.Error as error:
-        raise ClusterError(f"{path} is no settings file of s3cmd: {str(error).splitlines()[0]}") from error
-    return {name: value.strip() for name, value in parser.items("default")} if "default" in parser else {}
-
-
-@no_collection()
-def open_s3(settings: Settings, region: str = "") -> Client:
-    """Return an S3 client: credentials and endpoint of .s3cfg, else config.py's, else boto3's own."""
-    import boto3
-    from botocore.config import Config
-
-    s3cfg = read_s3cfg(settings)
-    key, secret = s3cfg.get("access_key", ""), s3cfg.get("secret_key", "")
-    if PLACEHOLDER_KEY.fullmatch(key) or PLACEHOLDER_KEY.fullmatch(secret):
-        key, secret = settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY
-    host, endpoint = s3cfg.get("host_base", ""), None
-    if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
-        endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
-    elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    config = Config(
-        signature_version="s3v4",
-        connect_timeout=10,
-        read_timeout=60,
-        retries={"mode": "standard", "total_max_attempts": 6},
-        max_pool_connections=64,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
-    )
-    session = boto3.Session(key or None, secret or None, s3cfg.get("access_token") or None if key else None)
-    return session.client("s3", region or settings.AWS_REGION, endpoint_url=endpoint, config=config)
-
-
-def open_bucket(settings: Settings) -> tuple[Client, str, str]:
-    """Return (client for the bucket's own region, bucket, prefix) of S3_PATH."""
-    from botocore.exceptions import ClientError
-
-    bucket, prefix = settings.bucket
-    if not bucket:
-        raise ClusterError('S3_PATH is not set in config.py; it is "s3://your-bucket/some/prefix"')
-    s3 = open_s3(settings)
-    try:
-        answer = s3.head_bucket(Bucket=bucket)
-    except ClientError as error:
-        answer = error.response
-        if error_code(error) == "404":
-            raise ClusterError(f"there is no bucket {bucket!r}; make it with: aws s3 mb s3://{bucket}") from error
-        if error_code(error) == "403":
-            trouble = f"you may not use the bucket {bucket!r}: is it yours, and may you do s3:ListBucket there?"
-            raise ClusterError(clock_trouble(error) or trouble) from error
-        if error_code(error) not in ("301", "400"):
-            raise
-    region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
-    return (open_s3(settings, region) if region and region != settings.AWS_REGION else s3), bucket, prefix
-
-
-def list_objects(s3: Client, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
-    """Return key -> (size, ETag) of every object under PREFIX; folder markers left out."""
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    things = [thing for page in pages for thing in page.get("Contents", [])]
-    return {one["Key"]: (one["Size"], one["ETag"].strip('"')) for one in things if not one["Key"].endswith("/")}
-
-
-def fetch_sha256(s3: Client, bucket: str, key: str) -> str:
-    """Return the SHA-256 that our upload noted with an object, or ""."""
-    value = s3.head_object(Bucket=bucket, Key=key).get("Metadata", {}).get("sha256", "")
-    return value if re.fullmatch(r"[0-9a-f]{64}", value) else ""
-
-
-def plan_upload(name: str, prefix: str) -> dict[str, Path]:
-    """Return key -> file for a local file or folder NAME; {} where there is none."""
-    source = Path(name)
-    base = "/".join(filter(None, [prefix, source.resolve().name]))
-    if source.is_file():
-        return {base: source}
-    inside = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else []
-    return {f"{base}/{path.relative_to(source).as_posix()}": path for path in inside}
-
-
-def digest_file(path: Path, kind: str) -> str:
-    """Return a file's digest in hex."""
-    import hashlib
-
-    digest = hashlib.new(kind, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(MIB):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
-    """Tell whether the object is this very file: same size and SHA-256 (or MD5, if the ETag is one)."""
-    if not there or there[0] != path.stat().st_size:
-        return False
-    noted = fetch_sha256(s3, bucket, key)
-    if noted:
-        return noted == sha256
-    return re.fullmatch(r"[0-9a-f]{32}", there[1]) is not None and digest_file(path, "md5") == there[1]
-
-
-def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int], None]) -> int:
-    """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
-
-    While one file is sent, the next is being hashed.
-    """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from boto3.s3.transfer import TransferConfig
-
-    there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
-    transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
-    sent = 0
-    with ThreadPoolExecutor(1) as hasher:
-        hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
-        for (key, path), sha256 in zip(files.items(), hashes):
-            if is_same(s3, bucket, key, there.get(key), path, sha256):
-                count(path.stat().st_size)
-                continue
-            extra = {"Metadata": {"sha256": sha256}}
-            s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
-            sent += 1
-    return sent
-
-
-def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
-    """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
-    paths = {key: plan_relative_path(key, prefix) for key in found}
-    good = [key for key in found if paths[key] is not None]
-    with ThreadPoolExecutor(32) as pool:
-        hashes = list(pool.map(lambda key: fetch_sha256(s3, bucket, key), good))
-    objects = [RemoteObject(key, str(paths[key]), *found[key], sha256) for key, sha256 in zip(good, hashes)]
-    return objects, [key for key in found if paths[key] is None]
-
-
-def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> bytes:
-    """Return the nodes' job: the objects with signed addresses that live as short as may be, as JSON."""
-    shortest, longest = SIGNED_SECONDS
-    seconds = int(min(longest, shortest + sum(one.size for one in objects) / SLOWEST))
-    job = []
-    for one in objects:
-        where = {"Bucket": bucket, "Key": one.key}
-        job.append(one._asdict() | {"url": s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds)})
-    return json.dumps(job).encode()
-
-
-def has_hash(one: RemoteObject) -> bool:
-    """Tell whether a node can check an object's content: by our SHA-256, or an ETag that is an MD5."""
-    return bool(one.sha256 or re.fullmatch(r"[0-9a-f]{32}", one.etag))
-
-
-# --- Output -----------------------------------------------------------------
-# Progress on stderr, results on stdout. Only the main thread gets here.
-
-
-class Progress:
-    """A bar on a terminal, nothing of it in a pipe; a line for each node that is done."""
-
-    shown = False  # a bar stands on the terminal's last line
-
-    def __init__(self, label: str, total: int, say: Callable[[Outcome], str] | None = None) -> None:
-        self.label, self.total, self.say = label, total, say
-        self.done = 0.0
-        self.detail = ""
-
-    @staticmethod
-    def clear() -> None:
-        """Remove the bar, so that a line can be printed."""
-        if Progress.shown:
-            click.echo("\r\033[K", nl=False, err=True)
-            Progress.shown = False
-
-    def redraw(self) -> None:
-        """Draw the bar anew."""
-        if sys.stderr.isatty():
-            text = f"{self.label} {format_bar(self.done, self.total)} {self.detail or self.counted()}"
-            click.echo("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], nl=False, err=True)
-            Progress.shown = True
-
-    def counted(self) -> str:
-        """Return "3/8"."""
-        return f"{int(self.done)}/{self.total}"
-
-    def show(self, detail: str) -> None:
-        """Show a detail beside the bar."""
-        self.detail = detail
-        self.redraw()
-
-    def finished(self, outcome: Outcome) -> None:
-        """Count a node, and print its line: success to stdout, failure to stderr."""
-        self.done += 1
-        if outcome.error:
-            note(f"{outcome.node.name}: {outcome.error}")
-        elif self.say and (line := self.say(outcome)):
-            result(line)
-
-
-def note(text: str) -> None:
-    """Say something about the progress."""
-    Progress.clear()
-    click.echo(text, err=True)
-
-
-def result(text: str) -> None:
-    """Print a result."""
-    Progress.clear()
-    click.echo(text)
-
-
-def terminal_width() -> int:
-    """Return the width for a table on stdout: unlimited in a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
-
-
-def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
-    """Return the table of NODES, header first."""
-    now = datetime.now(timezone.utc)
-    rows = [["NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
-    for node in nodes:
-        cost = spent(node, now)
-        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
-        rows.append(
-            [
-                node.name,
-                node.type,
-                node.state,
-                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
-                node.role or "",
-                node.market,
-                node.private_ip,
-                format_money(node.price)[1:] if node.price is not None else "?",
-                format_money(cost)[1:] if cost is not None else "?",
-                format_duration(left.total_seconds()) if left else "",
-                node.id,
-            ]
-        )
-    empty = {i for i in range(len(rows[0])) if not any(row[i] for row in rows[1:])}
-    return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
-
-
-def format_cost(nodes: Sequence[Node]) -> str:
-    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
-    hourly = total(
-        node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
-        for node in nodes
-        if node.price is not None and node.state in BILLED
-    )
-    so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    parts = [(hourly, "an hour"), (so_far, "so far")]
-    return ", ".join(f"{format_money(value)} {what}" for value, what in parts if value is not None)
-
-
-def node_json(node: Node) -> dict[str, Any]:
-    """Return a node as `status --json` shows it."""
-    cost = spent(node, datetime.now(timezone.utc))
-    return node._asdict() | {
-        "name": node.name,
-        "address": node.address,
-        "launched": node.launched.isoformat().replace("+00:00", "Z"),
-        "cost": round(cost, 4) if cost is not None else None,
-    }
-
-
-# --- Commands ---------------------------------------------------------------
-# In the order of the user's day. Each: resolve, fan out, report, exit.
-
-
-def warn(warnings: Iterable[str]) -> None:
-    """Show what went wrong and can be done without."""
-    for warning in warnings:
-        note(f"Warning: {warning}")
-
-
-def try_client_cidr(settings: Settings, warnings: list[str]) -> str:
-    """Return who may connect, or "" with a warning: a set-up cluster can do without the look-up."""
-    try:
-        return fetch_client_cidr(settings)
-    except ClusterError as error:
-        warnings.append(error.message)
-        return ""
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
 
 
 def warn_of_secrets(path: Path, settings: Settings) -> None:
@@ -2916,58 +1606,295 @@ type_argument = click.argument("machine", metavar="TYPE")
 hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
 
 
-def boot_step(remote: Remote) -> None:
-    """Wait for the end of cloud-init."""
-    remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
+def find_node(app: App, name: str) -> Node:
+    """Return our node that NAME means; ClusterError where there is none."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
+    found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if not found:
+        raise ClusterError(
+            f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
+        )
+    return found[0]
 
 
-def settle(app: App, waiting: dict[str, Node], begun: set[str], elapsed: float) -> Iterator[Outcome]:
-    """Yield, for POLL seconds, the outcome of each WAITING node that is decided."""
-    for node in list(waiting.values()):
-        if node.state in ("shutting-down", "terminated"):
-            yield Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
-        elif node.id not in begun and elapsed > BOOT_LIMIT:
-            yield Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
-    end = time.monotonic() + (POLL if len(begun) == len(waiting) else POLL / 3)
-    while waiting and time.monotonic() < end:
-        with contextlib.suppress(queue.Empty):
-            outcome = app.fleet.take(max(0.01, end - time.monotonic()))
-            if outcome.node.id in waiting:
-                if outcome.silent:
-                    console = fetch_console(app.ec2, outcome.node)
-                    outcome = outcome._replace(error=outcome.error + format_tail(console))
-                yield outcome._replace(node=waiting[outcome.node.id])
+def find_head(app: App, group: str) -> Node:
+    """Return GROUP's head node."""
+    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
+    if not heads:
+        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
+    return heads[0]
 
 
-def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome]:
-    """Wait until each node answers and has booted; each goes on by itself once it has an address."""
-    from botocore.exceptions import BotoCoreError, ClientError
+# --- createNodes -------------------------------------------------------------
+# Plan, access, launch, wait. Touches EC2, makes the user's key, and waits on the nodes for their boot.
 
-    progress = Progress("Answering", len(nodes))
-    waiting = {node.id: node for node in nodes}
-    begun: set[str] = set()
-    done: dict[str, Outcome] = {}
-    start = good = time.monotonic()
-    while waiting:
-        try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
-            good = time.monotonic()
-        except (BotoCoreError, ClientError):  # a look that fails ends no launch
-            seen = {}
-            if time.monotonic() - good > POLL_TROUBLE_LIMIT:
-                raise
-        waiting |= seen
-        for node in seen.values():
-            if node.address and node.id not in begun and node.state in ("pending", "running"):
-                begun.add(node.id)
-                app.fleet.begin(node, boot_step, BOOT_LIMIT, first_boot=True)
-        running = sum(node.state == "running" for node in waiting.values()) + len(done)
-        progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
-        for outcome in settle(app, waiting, begun, time.monotonic() - start):
-            done[outcome.node.id] = outcome
-            del waiting[outcome.node.id]
-            progress.finished(outcome)
-    return [done[node.id] for node in nodes]
+# "ebs-gp2" for 22.04; see https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
+UBUNTU_PARAMETER = "/aws/service/canonical/ubuntu/server/22.04/stable/current/amd64/hvm/ebs-gp2/ami-id"
+UBUNTU_NAME = "ubuntu/images/hvm-ssd/ubuntu-jammy-22.04-amd64-server-*"
+CANONICAL = "099720109477"
+LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
+PRICE_LIMIT = 5  # the look-up of a price
+BOOT_LIMIT = 600  # from the launch to an answering sshd
+CLOUD_INIT_LIMIT = 600
+POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
+LAUNCH_TRIES = 6  # of one RunInstances request, with growing pauses (1, 2, 4 … s)
+
+CAPACITY_CODES = (
+    "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
+    "Unsupported"
+).split()
+
+
+class Machine(NamedTuple):
+    """What an instance type can do."""
+
+    type: str
+    architectures: tuple[str, ...]
+    boot_modes: tuple[str, ...]
+    virtualization: tuple[str, ...]
+    cores: int
+    encrypts: bool
+
+
+class Image(NamedTuple):
+    """What matters of an AMI."""
+
+    id: str
+    architecture: str
+    boot_mode: str
+    virtualization: str
+    root_device: str
+    root_gb: int
+
+
+class Order(NamedTuple):
+    """What the user asked createNodes for."""
+
+    type: str
+    number: int
+    group: str
+    spot: bool = False
+    max_price: float | None = None
+    max_hours: float | None = None
+
+
+class Launch(NamedTuple):
+    """All that RunInstances needs."""
+
+    order: Order
+    machine: Machine
+    image: Image
+    subnets: list[tuple[str, str, str]]  # (zone, subnet, VPC), in the order in which they are tried
+    key_name: str
+    security_group: str
+    user_data: str
+    tags: dict[str, str]
+    disk_gb: int
+
+
+# $1…: every boot, as root, before anything else. Whoever runs on the node could read its
+# user data, in which the host key is, or act with the node's role; so root alone may ask.
+METADATA_GUARD = """
+set -eu
+nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
+table inet mitsuba_metadata
+delete table inet mitsuba_metadata
+table inet mitsuba_metadata {
+  chain output {
+    type filter hook output priority 0;
+    ip daddr 169.254.169.254 meta skuid != 0 reject
+    ip6 daddr fd00:ec2::254 meta skuid != 0 reject
+  }
+}
+RULES
+"""
+
+# $1: seconds from the first boot. The node's own clock decides, and a reboot changes nothing.
+DEADLINE = """
+set -eu
+unit=/etc/systemd/system/mitsuba-deadline
+if [ ! -e $unit.timer ]; then
+  at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
+  printf '%s\\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
+  printf '%s\\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \\
+    '[Install]' 'WantedBy=timers.target' > $unit.timer
+  systemctl daemon-reload
+  systemctl enable --quiet mitsuba-deadline.timer
+fi
+systemctl start --no-block mitsuba-deadline.timer
+"""
+
+# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
+WAIT_FOR_BOOT = """
+set -euo pipefail
+command -v cloud-init > /dev/null || exit 0
+code=0
+timeout "$1" cloud-init status --wait > /dev/null || code=$?
+case $code in
+  0 | 2) ;;
+  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
+  *) cloud-init status --long; exit 1 ;;
+esac
+"""
+
+
+def plan_batches(count: int, size: int) -> list[int]:
+    """Split COUNT into parts of at most SIZE: plan_batches(250, 100) is [100, 100, 50]."""
+    return [min(size, count - start) for start in range(0, count, size)]
+
+
+def fetch_machine(ec2: Client, machine: str) -> Machine:
+    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
+    types = []
+    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
+        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
+    if not types:
+        region = ec2.meta.region_name
+        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
+    raw = types[0]
+    return Machine(
+        type=machine,
+        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
+        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
+        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
+        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
+        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
+    )
+
+
+def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[str, str, str]]:
+    """Return (zone, subnet, VPC) wherever MACHINE can be launched, by zone."""
+    wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
+    if not settings.SUBNET_ID:
+        wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
+    kind = [{"Name": "instance-type", "Values": [machine]}]
+    subnets, offerings = side_by_side(
+        lambda: ec2.describe_subnets(**wanted)["Subnets"],
+        lambda: ec2.describe_instance_type_offerings(LocationType="availability-zone", Filters=kind),
+    )
+    if not subnets:
+        raise ClusterError(
+            f"{ec2.meta.region_name} has no default VPC: make one with `aws ec2 create-default-vpc`, or set SUBNET_ID"
+        )
+    zones = {offer["Location"] for offer in offerings["InstanceTypeOfferings"]}
+    places = [(one["AvailabilityZone"], one["SubnetId"], one["VpcId"]) for one in subnets]
+    fit = sorted(place for place in places if place[0] in zones)
+    if not fit:
+        here = f"in {places[0][0]}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
+        there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
+        raise ClusterError(f"{machine} is not offered {here}{there}")
+    return fit
+
+
+def fetch_ubuntu(ec2: Client, ssm: Client, warnings: list[str]) -> str:
+    """Return the id of Ubuntu's newest image: by Canonical's SSM parameter, else from EC2's list."""
+    with excused(warnings, "Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
+        return str(ssm.get_parameter(Name=UBUNTU_PARAMETER)["Parameter"]["Value"])
+    named = [{"Name": "name", "Values": [UBUNTU_NAME]}]
+    images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
+    if not images:
+        raise ClusterError(f"no Ubuntu image was found in {ec2.meta.region_name}; name one in AMI_IDS")
+    return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
+
+
+def fetch_image(ec2: Client, ssm: Client, settings: Settings, warnings: list[str]) -> Image:
+    """Return the image for the region: of AMI_IDS, else Ubuntu's."""
+    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm, warnings)
+    found = []
+    with tolerate("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"):
+        found = ec2.describe_images(ImageIds=[chosen])["Images"]
+    if not found:
+        raise ClusterError(f"there is no image {chosen} in {settings.AWS_REGION}; see AMI_IDS")
+    raw = found[0]
+    root = raw.get("RootDeviceName", "/dev/sda1")
+    disks = {disk.get("DeviceName"): disk.get("Ebs", {}) for disk in raw.get("BlockDeviceMappings", [])}
+    return Image(
+        id=chosen,
+        architecture=raw.get("Architecture", ""),
+        boot_mode=raw.get("BootMode", "legacy-bios"),
+        virtualization=raw.get("VirtualizationType", "hvm"),
+        root_device=root,
+        root_gb=disks.get(root, {}).get("VolumeSize", 0),
+    )
+
+
+def check_image(machine: Machine, image: Image, named: bool) -> None:
+    """Refuse an image that can't boot on the machine; NAMED: the user chose it."""
+    if "x86_64" not in machine.architectures and not named:
+        raise ClusterError(
+            f"{machine.type} is an {machine.architectures[0]} machine, and Mitsuba 0.6 is an x86-64 program: "
+            "choose another type (or name an image of your own in AMI_IDS)"
+        )
+    if image.architecture not in machine.architectures:
+        raise ClusterError(f"image {image.id} is for {image.architecture}, which {machine.type} is not; see AMI_IDS")
+    if image.virtualization not in machine.virtualization:
+        raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {machine.type}; see AMI_IDS")
+    modes = {"uefi-preferred": ("uefi", "legacy-bios")}.get(image.boot_mode, (image.boot_mode,))
+    if not set(modes) & set(machine.boot_modes):
+        raise ClusterError(f"image {image.id} boots by {image.boot_mode} only, which {machine.type} can't; see AMI_IDS")
+
+
+def fetch_on_demand_price(settings: Settings, machine: str, warnings: list[str]) -> float | None:
+    """Return the $ an hour of a Linux instance; None where it can't be had.
+
+    The Pricing API answers in us-east-1 for all regions of the partition:
+    https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
+    """
+    wanted = {
+        "instanceType": machine,
+        "regionCode": settings.AWS_REGION,
+        "operatingSystem": "Linux",
+        "preInstalledSw": "NA",
+        "tenancy": "Shared",
+        "capacitystatus": "Used",
+    }
+    filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
+    quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
+    with excused(warnings, "the price is unknown"), contextlib.suppress(KeyError, ValueError):
+        pricing = open_client(settings, "pricing", "us-east-1", **quick)
+        products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
+        terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
+        rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
+        return max(filter(None, map(float, rates)), default=None)
+    return None
+
+
+def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
+    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
+    history = fetch_pages(
+        ec2,
+        "describe_spot_price_history",
+        "SpotPriceHistory",
+        InstanceTypes=[machine],
+        ProductDescriptions=["Linux/UNIX"],
+        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
+    )
+    zones: dict[str, list[tuple[datetime, float]]] = {}
+    for one in history:
+        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
+    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
+
+
+def fetch_spot_price(ec2: Client, machine: str, warnings: list[str]) -> float | None:
+    """Return the lowest present spot price of any zone; None where it can't be had."""
+    with excused(warnings, "the price is unknown"):
+        return min((prices[-1][1] for prices in fetch_spot_history(ec2, machine, 1).values()), default=None)
+    return None
+
+
+def fetch_price(ec2: Client, settings: Settings, order: Order, warnings: list[str]) -> float | None:
+    """Return the present $ an hour of one of the ORDER's nodes."""
+    if order.spot:
+        return fetch_spot_price(ec2, order.type, warnings)
+    return fetch_on_demand_price(settings, order.type, warnings)
+
+
+def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
+    """Return what COUNT nodes cost, as createNodes says it before the launch."""
+    if price is None:
+        return f"{count} × {machine}: the price could not be looked up"
+    addresses = f", and {format_money(count * PUBLIC_ADDRESS_PRICE)} for public addresses" if public else ""
+    return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
 
 
 def index_has(apt_line: str, package: str) -> bool:
@@ -3045,11 +1972,81 @@ def announce(
     warn(warnings)
 
 
-def fetch_price(ec2: Client, settings: Settings, order: Order, warnings: list[str]) -> float | None:
-    """Return the present $ an hour of one of the ORDER's nodes."""
-    if order.spot:
-        return fetch_spot_price(ec2, order.type, warnings)
-    return fetch_on_demand_price(settings, order.type, warnings)
+def make_ed25519() -> tuple[str, str]:
+    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    form = serialization.PublicFormat.OpenSSH
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    return private.decode(), public.decode()
+
+
+def ensure_key_file(path: Path) -> None:
+    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
+        return
+    if text and "placeholder" not in text:
+        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    private, _ = make_ed25519()
+    hide_from_git(path)
+    write_secret(path, private)
+    click.echo(f"Made a new SSH key: {path}", err=True)
+
+
+def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
+    """Import the user's key under NAME; refuse a NAME that another key has."""
+    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
+    pairs: list[dict[str, Any]] = []
+    with tolerate("InvalidKeyPair.NotFound"):
+        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
+    if not pairs:
+        with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
+            ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
+            return
+        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
+    if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
+        raise ClusterError(
+            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
+            "private half where SSH_PRIVATE_KEY_FILE says"
+        )
+
+
+def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
+    """Return GROUP's security group; make it, tagged, where it is missing."""
+    if existing := fetch_security_groups(ec2, group):
+        return existing[0]
+    name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
+    specification = [{"ResourceType": "security-group", "Tags": tags}]
+    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
+    with tolerate("InvalidGroup.Duplicate"):
+        return SecurityGroup(ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"], group)
+    for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
+        if existing := fetch_security_groups(ec2, group):
+            return existing[0]
+        time.sleep(POLL)
+    raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
+
+
+def make_user_data(private: str, public: str, max_hours: float) -> str:
+    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline.
+
+    https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
+    """
+    commands = [["bash", "-c", METADATA_GUARD]]
+    if max_hours:
+        commands.append(["bash", "-c", DEADLINE, "deadline", str(round(max_hours * 3600))])
+    config = {
+        "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
+        "ssh_pwauth": False,
+        "disable_root": True,
+        "bootcmd": commands,
+    }
+    return "#cloud-config\n" + json.dumps(config)
 
 
 def prepare(app: App, order: Order) -> Launch:
@@ -3082,6 +2079,178 @@ def prepare(app: App, order: Order) -> Launch:
     return Launch(
         order, machine, image, subnets, settings.KEYPAIR_NAME, group.id, user_data, tags, settings.ROOT_VOLUME_GB
     )
+
+
+def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> dict[str, Any]:
+    """Return RunInstances' parameters; the same for each try of one request, to the byte."""
+    tags = [{"Key": name, "Value": value} for name, value in launch.tags.items()]
+    kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.order.spot else [])
+    disk = {"VolumeSize": max(launch.disk_gb, launch.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
+    if launch.machine.encrypts:
+        disk["Encrypted"] = True
+    parameters: dict[str, Any] = {
+        "ImageId": launch.image.id,
+        "InstanceType": launch.machine.type,
+        "MinCount": 1,
+        "MaxCount": count,
+        "KeyName": launch.key_name,
+        "SubnetId": subnet,
+        "SecurityGroupIds": [launch.security_group],
+        "UserData": launch.user_data,
+        "ClientToken": token,
+        "InstanceInitiatedShutdownBehavior": "terminate",
+        "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
+        "BlockDeviceMappings": [{"DeviceName": launch.image.root_device, "Ebs": disk}],
+        "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
+    }
+    if launch.order.spot:
+        options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
+        if launch.order.max_price is not None:
+            options["MaxPrice"] = f"{launch.order.max_price:.6f}"
+        parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
+    return parameters
+
+
+def launch_batch(ec2: Client, parameters: dict[str, Any], note: Callable[[str], None]) -> list[Node]:
+    """Send one RunInstances request until its answer is known.
+
+    A lost answer, a 5xx or a throttle: the same parameters and token, so that EC2 launches
+    once. EC2 is the client here with one attempt of botocore's: it would resend a capacity
+    error (an HTTP 500) for seconds.
+    """
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.parsers import ResponseParserError
+
+    def send() -> list[Node]:
+        return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
+
+    for attempt in range(LAUNCH_TRIES - 1):
+        try:
+            return send()
+        except (HTTPClientError, ResponseParserError, ClientError) as error:
+            if isinstance(error, ClientError) and error_code(error) not in RETRY_CODES:
+                raise
+            note(f"RunInstances: {error_code(error) or type(error).__name__}; trying again, the same request")
+            time.sleep(2**attempt)
+    return send()
+
+
+def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tuple[list[Node], str]:
+    """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
+
+    An error before the first node exists is raised; later ones become the reason.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    nodes: list[Node] = []
+    why, count = "", launch.order.number
+    for zone, subnet, _ in launch.subnets:
+        try:
+            for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
+                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()), note)
+                nodes += got
+                if len(got) < size:
+                    why = f"{zone} had no more"
+                    break
+            if len(nodes) == count:
+                return nodes, ""
+            note(f"{zone} gave {len(nodes)} of {count} nodes")
+        except (BotoCoreError, ClientError) as error:
+            why = f"{zone}: {explain(error)}"
+            if error_code(error) not in CAPACITY_CODES:
+                if not nodes:
+                    raise
+                break
+            note(f"no capacity for {launch.machine.type} in {zone} ({error_code(error)}); trying the next zone")
+    return nodes, why or "no zone had capacity"
+
+
+def fetch_console(ec2: Client, node: Node) -> str:
+    """Return what a node wrote to its console ("" where EC2 has nothing yet), or why it can't be had."""
+    troubles: list[str] = []
+    with excused(troubles, "its console can't be read"):
+        return str(ec2.get_console_output(InstanceId=node.id).get("Output") or "")
+    return troubles[0]
+
+
+def boot_step(remote: Remote) -> None:
+    """Wait for the end of cloud-init."""
+    remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
+
+
+def settle(app: App, waiting: dict[str, Node], begun: set[str], elapsed: float) -> Iterator[Outcome]:
+    """Yield, for POLL seconds, the outcome of each WAITING node that is decided."""
+    for node in list(waiting.values()):
+        if node.state in ("shutting-down", "terminated"):
+            yield Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
+        elif node.id not in begun and elapsed > BOOT_LIMIT:
+            yield Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
+    end = time.monotonic() + (POLL if len(begun) == len(waiting) else POLL / 3)
+    while waiting and time.monotonic() < end:
+        with contextlib.suppress(queue.Empty):
+            outcome = app.fleet.take(max(0.01, end - time.monotonic()))
+            if outcome.node.id in waiting:
+                if outcome.silent:
+                    console = fetch_console(app.ec2, outcome.node)
+                    outcome = outcome._replace(error=outcome.error + format_tail(console))
+                yield outcome._replace(node=waiting[outcome.node.id])
+
+
+def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome]:
+    """Wait until each node answers and has booted; each goes on by itself once it has an address."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    progress = Progress("Answering", len(nodes))
+    waiting = {node.id: node for node in nodes}
+    begun: set[str] = set()
+    done: dict[str, Outcome] = {}
+    start = good = time.monotonic()
+    while waiting:
+        try:
+            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
+            good = time.monotonic()
+        except (BotoCoreError, ClientError):  # a look that fails ends no launch
+            seen = {}
+            if time.monotonic() - good > POLL_TROUBLE_LIMIT:
+                raise
+        waiting |= seen
+        for node in seen.values():
+            if node.address and node.id not in begun and node.state in ("pending", "running"):
+                begun.add(node.id)
+                app.fleet.begin(node, boot_step, BOOT_LIMIT, first_boot=True)
+        running = sum(node.state == "running" for node in waiting.values()) + len(done)
+        progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
+        for outcome in settle(app, waiting, begun, time.monotonic() - start):
+            done[outcome.node.id] = outcome
+            del waiting[outcome.node.id]
+            progress.finished(outcome)
+    return [done[node.id] for node in nodes]
+
+
+def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
+    """Return the table of NODES, header first."""
+    now = datetime.now(timezone.utc)
+    rows = [["NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
+    for node in nodes:
+        cost = spent(node, now)
+        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
+        rows.append(
+            [
+                node.name,
+                node.type,
+                node.state,
+                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
+                node.role or "",
+                node.market,
+                node.private_ip,
+                format_money(node.price)[1:] if node.price is not None else "?",
+                format_money(cost)[1:] if cost is not None else "?",
+                format_duration(left.total_seconds()) if left else "",
+                node.id,
+            ]
+        )
+    empty = {i for i in range(len(rows[0])) if not any(row[i] for row in rows[1:])}
+    return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
 
 
 def create(app: App, order: Order) -> None:
@@ -3118,6 +2287,146 @@ def create(app: App, order: Order) -> None:
 def create_nodes(app: App, machine: str, count: int, group: str, spot: bool, max_hours: float | None) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
     create(app, Order(machine, count, group, spot, None, max_hours))
+
+
+@cli.command("addSpotNodes")
+@type_argument
+@count_argument
+@click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
+@group_argument
+@hours_option
+@click.pass_obj
+def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: str, max_hours: float | None) -> None:
+    """Like createNodes --spot, for at most MAXPRICE $ an hour."""
+    create(app, Order(machine, count, group, True, max_price, max_hours))
+
+
+# --- install -----------------------------------------------------------------
+# Mitsuba's package, sent and installed. Touches the nodes, and the logs that are kept here.
+
+INSTALL_LIMIT = 1800
+
+
+# $1 SSH user, $2 data directory, $3 apt line, $4 package: a name in that repository, or else a file or
+# https address of a .deb, .tar.gz or shell script, $5 its SHA-256 (or empty), $6 what all this amounts to.
+INSTALL = """
+set -euo pipefail
+user=$1 data=$2 repository=$3 package=$4 sha256=$5 recipe=$6
+state=/var/lib/mitsuba-cluster
+export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
+
+apt() {
+  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
+}
+
+# apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
+update() {
+  for pause in 2 4 8 16 0; do
+    if apt -o APT::Update::Error-Mode=any update; then return 0; fi
+    if [ "$pause" = 0 ]; then break; fi
+    echo "apt-get update failed; next try in $pause seconds"
+    sleep "$pause"
+  done
+  echo 'the package lists could not be fetched'
+  return 1
+}
+
+wait_for_boot() {
+  command -v cloud-init > /dev/null || return 0
+  timeout 600 cloud-init status --wait > /dev/null || [ $? -eq 2 ] || echo 'cloud-init reports an error; going on'
+}
+
+quiet_timers() {
+  systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
+  systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
+}
+
+fetch() {
+  case $package in
+    https://*) curl -fsSL --proto =https --retry 5 -o "$1" "$package" ;;
+    *) mv "$package" "$1" ;;
+  esac
+  if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
+}
+
+install_tree() {
+  rm -rf /opt/mitsuba
+  mkdir -p /opt/mitsuba
+  tar -xzf "$1" -C /opt/mitsuba
+  program=$(find /opt/mitsuba -type f -name mtssrv -perm -u+x | head -n 1)
+  [ -n "$program" ] || { echo "there is no mtssrv in $package"; return 1; }
+  folder=$(dirname "$program")
+  for name in mtssrv mitsuba; do
+    printf '#!/bin/sh\\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\\n' "$folder" "$folder" "$folder/$name" \\
+      > "/usr/local/bin/$name"
+    chmod 755 "/usr/local/bin/$name"
+  done
+}
+
+install_mitsuba() {
+  rm -f /etc/apt/sources.list.d/mitsuba.list
+  case $package in
+    *.deb) fetch "$state/mitsuba.deb"; update; apt install --allow-downgrades "$state/mitsuba.deb" ;;
+    *.tar.gz | *.tgz) fetch "$state/mitsuba.tar.gz"; install_tree "$state/mitsuba.tar.gz" ;;
+    */*) fetch "$state/install.sh"; bash "$state/install.sh" ;;
+    *) echo "$repository" > /etc/apt/sources.list.d/mitsuba.list; update; apt install "$package" ;;
+  esac
+}
+
+# An NVMe instance store comes raw. Only a disk that EC2 itself calls one is formatted, and
+# only if it bears no file system, no partition and no mount.
+mount_instance_store() {
+  mountpoint -q "$data" && return 0
+  for link in /dev/disk/by-id/nvme-Amazon_EC2_NVMe_Instance_Storage*; do
+    [ -e "$link" ] || continue
+    disk=$(readlink -f "$link")
+    [ "$(lsblk --noheadings --raw --output NAME "$disk" | wc -l)" = 1 ] || continue
+    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \\n')" ] || continue
+    [ -z "$(wipefs --no-act --noheadings "$disk")" ] || continue
+    mkfs.ext4 -q -E nodiscard "$disk"
+    mkdir -p "$data"
+    mount "$disk" "$data"
+    echo "$disk $data ext4 defaults,nofail 0 2" >> /etc/fstab
+    return 0
+  done
+}
+
+make_data_directory() {
+  getent passwd mitsuba > /dev/null ||
+    useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin mitsuba
+  mount_instance_store
+  mkdir -p "$data"
+  chown "$user:mitsuba" "$data"
+  chmod 2775 "$data"
+}
+
+server_version() {
+  (mtssrv -h 2>&1 || true) < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2
+}
+
+wait_for_boot
+quiet_timers
+mkdir -p "$state"
+if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
+  install_mitsuba
+fi
+make_data_directory
+version=$(server_version) || true
+[ -n "$version" ] || { echo 'mtssrv does not run on this node:'; mtssrv -h; exit 1; }
+echo "$recipe" > "$state/installed"
+echo "version $version"
+"""
+
+
+def digest_file(path: Path, kind: str) -> str:
+    """Return a file's digest in hex."""
+    import hashlib
+
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(MIB):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def upload_package(path: Path, remote: Remote) -> tuple[str, str]:
@@ -3165,6 +2474,255 @@ def install(app: App, group: str) -> None:
     note(f"Next: {command('start', group)}")
 
 
+# --- start -------------------------------------------------------------------
+# mtssrv's handshake, the guard and the units on the nodes, the links to the head; the tunnel. Touches the nodes.
+
+MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
+
+
+def plan_head(nodes: Sequence[Node]) -> Node:
+    """Choose the head: the one that was it, else on-demand before spot, else the oldest."""
+    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.launched, node.id))
+
+
+def plan_head_cores(own: int) -> int:
+    """Return how many of its OWN cores a head renders with: two stay free to relay."""
+    return max(1, own - 2)
+
+
+# $1 role, $2 the server's unit, $3 the watchdog's unit, $4 the guard program, $5 the workers'
+# addresses, one a line. On a worker, $3 to $5 are empty.
+START_SERVER = """
+set -euo pipefail
+role=$1 server=$2 watchdog=$3 guard=$4 workers=$5
+command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
+units=/etc/systemd/system
+mkdir -p /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
+systemctl disable --quiet --now mtssrv-watchdog.service 2> /dev/null || true
+printf '%s\\n' "$server" > $units/mtssrv.service
+printf '%s\\n' "$workers" > /etc/mitsuba-cluster/workers
+printf '%s\\n' "$guard" > /usr/local/lib/mitsuba-cluster/guard.py
+if [ "$role" = head ]; then printf '%s\\n' "$watchdog" > $units/mtssrv-watchdog.service; fi
+systemctl daemon-reload
+systemctl enable --quiet mtssrv.service
+systemctl restart mtssrv.service
+if [ "$role" = head ]; then systemctl enable --quiet --now mtssrv-watchdog.service; fi
+echo "$role" > /etc/mitsuba-cluster/role
+"""
+
+# What the server said last, for an error message.
+SERVER_LOG = "journalctl --no-pager --quiet --output cat --lines 20 --unit mtssrv.service"
+
+# $1 role, $2 data directory, $3 mtssrv's arguments. No network guard of systemd's own is relied
+# on but for the metadata address; what may connect is the security group's business.
+SERVER_UNIT = """\
+[Unit]
+Description=Mitsuba render server ({role})
+Wants=network-online.target
+After=network-online.target
+RequiresMountsFor={data}
+StartLimitIntervalSec=0
+
+[Service]
+User=mitsuba
+Group=mitsuba
+UMask=0002
+WorkingDirectory={data}
+RuntimeDirectory=mtssrv
+{before}ExecStart=/usr/bin/env mtssrv {arguments}
+Restart=always
+RestartSec=1
+TimeoutStopSec=2
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectHome=yes
+ProtectSystem=strict
+ReadWritePaths={data}
+ProtectKernelTunables=yes
+ProtectKernelModules=yes
+ProtectControlGroups=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+IPAddressDeny=169.254.169.254 fd00:ec2::254
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+WATCHDOG_UNIT = """\
+[Unit]
+Description=Restarts Mitsuba's head when it or one of its workers falls silent
+After=mtssrv.service
+
+[Service]
+ExecStart={watch}
+Restart=always
+RestartSec=1
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+HELLO = b"\x1b\xcd"
+QUIT = b"\x00\x0c"
+FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
+WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many more as there are
+WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
+WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+GUARD_TIMEOUT = 2.0  # seconds for one handshake
+
+
+class AnotherBuild(Exception):
+    """The server is a Mitsuba of another version or flavour."""
+
+
+def receive(stream: Stream, size: int) -> bytes:
+    """Receive exactly SIZE bytes; EOFError where the server closes first."""
+    data = b""
+    while len(data) < size:
+        part = stream.recv(size - len(data))
+        if not part:
+            raise EOFError("the server closed the connection")
+        data += part
+    return data
+
+
+def shake_hands(stream: Stream, version: str, samples: int, double: int) -> tuple[int, str]:
+    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
+
+    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to
+    the last byte: a reset connection can kill the server, and its head with it.
+    """
+    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
+    answer = receive(stream, 2)
+    if answer == b"\x00\x0d":
+        raise AnotherBuild(version)
+    if answer != HELLO:
+        raise ValueError("what answers is not mtssrv")
+    cores = int.from_bytes(receive(stream, 2), "big")
+    name = b""
+    while not name.endswith(b"\0"):
+        name += receive(stream, 1)
+    try:
+        stream.sendall(QUIT)
+        stream.shutdown(socket.SHUT_WR)
+        while stream.recv(256):
+            pass
+    except OSError:
+        pass
+    return cores, name[:-1].decode("utf-8", "replace")
+
+
+def ask_server(dial: Callable[[], contextlib.AbstractContextManager[Any]], version: str) -> tuple[int, str]:
+    """Shake hands in each usual flavour, a connection each; AnotherBuild where none is right."""
+    for samples, double in FLAVOURS:
+        try:
+            with dial() as stream:
+                return shake_hands(stream, version, samples, double)
+        except AnotherBuild:
+            pass
+    raise AnotherBuild(version)
+
+
+def answers(address: str, version: str) -> bool | None:
+    """Tell whether the server at ADDRESS shakes hands; None: it is another build, but alive."""
+    try:
+        ask_server(lambda: socket.create_connection((address, SERVER_PORT), GUARD_TIMEOUT), version)
+    except AnotherBuild:
+        return None
+    except (OSError, EOFError, ValueError):
+        return False
+    return True
+
+
+def ask_all(addresses: Sequence[str], version: str) -> dict[str, bool | None]:
+    """Ask many servers at once."""
+    found: dict[str, bool | None] = {}
+    threads = [
+        threading.Thread(target=lambda one: found.update({one: answers(one, version)}), args=(one,), daemon=True)
+        for one in addresses
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def read_words(path: str) -> list[str]:
+    """Return the words of a file; none where it is missing."""
+    try:
+        with open(path) as file:
+            return file.read().split()
+    except OSError:
+        return []
+
+
+def filter_workers(version: str, wanted: str, linked: str) -> None:
+    """Before each start of the head: write to LINKED those workers of WANTED that answer."""
+    workers = read_words(wanted)
+    found = ask_all(workers, version)
+    with open(linked, "w") as file:
+        file.write("".join(f"{worker}\n" for worker in workers if found[worker]))
+
+
+def watch_servers(version: str, own: str, linked: str) -> None:
+    """Restart the head once it, or a worker that it is linked to, is silent for too long."""
+    import subprocess
+
+    heard: dict[str, float] = {}
+    while True:
+        addresses = [own, *read_words(linked)]
+        found = ask_all(addresses, version)
+        now = time.monotonic()
+        heard = {one: now if found[one] is not False else heard.get(one, now) for one in addresses}
+        silent = [one for one, last in heard.items() if now - last > WATCH_SILENCE]
+        if silent:
+            print("silent, so the head is restarted:", *silent, flush=True)
+            subprocess.run(["systemctl", "restart", "mtssrv.service"], check=False)
+            heard = {}
+        time.sleep(WATCH_PAUSE + len(addresses) / WATCH_RATE)
+
+
+def guard(arguments: list[str]) -> None:
+    """Run as a program on the head: filter VERSION WANTED LINKED, or watch VERSION OWN LINKED."""
+    what, version, first, second = arguments
+    (filter_workers if what == "filter" else watch_servers)(version, first, second)
+
+
+GUARD_HEADER = '''"""Keeps Mitsuba's head node serving; written by cluster.py."""
+from __future__ import annotations
+import socket, sys, threading, time
+'''
+
+GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE".split()
+GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
+WORKERS_PATH = "/etc/mitsuba-cluster/workers"
+LINKED_PATH = "/run/mtssrv/linked"
+
+
+def guard_program() -> str:
+    """Return the guard as a program of its own: the functions above, to the letter."""
+    values = [f"{name} = {globals()[name]!r}" for name in GUARD_VALUES]
+    parts: list[Any] = [AnotherBuild, receive, shake_hands, ask_server, answers, ask_all, read_words]
+    parts += [filter_workers, watch_servers, guard]
+    return "\n".join([GUARD_HEADER, *values, *map(inspect.getsource, parts), "guard(sys.argv[1:])"])
+
+
+def server_units(node: Node, role: str, facts: Facts, data: str) -> tuple[str, str]:
+    """Return the texts of mtssrv.service and of its watchdog's unit (a worker has none)."""
+    arguments = f"-i {node.private_ip} -l {SERVER_PORT}"
+    if role == "worker":
+        return SERVER_UNIT.format(role=role, data=data, before="", arguments=arguments), ""
+    python = f"/usr/bin/python3 {GUARD_PATH}"
+    before = f"ExecStartPre={python} filter {facts.version} {WORKERS_PATH} {LINKED_PATH}\n"
+    arguments += f" -p {plan_head_cores(facts.cores)} -s {LINKED_PATH}"
+    watch = f"{python} watch {facts.version} {node.private_ip} {LINKED_PATH}"
+    unit = SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
+    return unit, WATCHDOG_UNIT.format(watch=watch)
+
+
 def local_mitsuba() -> str:
     """Return the version of this machine's own mitsuba, or ""."""
     import subprocess
@@ -3178,6 +2736,14 @@ def local_mitsuba() -> str:
         found = re.search(rb"version (\d[\d.]*\d)", done.stdout + done.stderr, re.I)
         return found[1].decode() if found else ""
     return ""
+
+
+class Served(NamedTuple):
+    """What a node's server offers after start."""
+
+    facts: Facts
+    cores: int
+    news: str  # what was done
 
 
 def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
@@ -3201,14 +2767,6 @@ def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
     if head and head.role != "head":
         tag_nodes(ec2, [head], TAG_ROLE, "head")
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
-
-
-class Served(NamedTuple):
-    """What a node's server offers after start."""
-
-    facts: Facts
-    cores: int
-    news: str  # what was done
 
 
 def start_server(remote: Remote, role: str, facts: Facts, data: str, workers: Sequence[str]) -> None:
@@ -3284,6 +2842,87 @@ def start(app: App, group: str) -> None:
     say_how_to_connect(app, group, head, ready.value)
     if failed:
         raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+
+
+def pump(source: Any, target: Any) -> None:
+    """Copy SOURCE to TARGET up to its end, and pass the end on."""
+    with contextlib.suppress(OSError, EOFError):
+        while data := source.recv(1 << 16):
+            target.sendall(data)
+    with contextlib.suppress(OSError, EOFError):
+        target.shutdown(socket.SHUT_WR)
+
+
+def forward(remote: Remote, connection: socket.socket) -> None:
+    """Carry one connection to the node's server and back, until both directions have ended."""
+    import paramiko
+
+    with connection, contextlib.suppress(OSError, EOFError, paramiko.SSHException), remote.server_stream() as channel:
+        connection.settimeout(None)
+        channel.settimeout(None)
+        back = threading.Thread(target=pump, args=(channel, connection), daemon=True)
+        back.start()
+        pump(connection, channel)
+        back.join()
+
+
+@cli.command("tunnel")
+@group_argument
+@click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
+@click.pass_obj
+def tunnel(app: App, group: str, port: int) -> None:
+    """Forward localhost:7554 to the head's server over SSH."""
+    app.running(group)
+    head = find_head(app, group)
+    try:
+        listener = socket.create_server(("127.0.0.1", port), backlog=128)
+    except OSError as error:
+        raise ClusterError(
+            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
+        ) from error
+    outcome = app.fleet.each([head], lambda remote: remote)[0]
+    if not outcome.ok:
+        raise ClusterError(f"{head.name}: {outcome.error}")
+    app.left = f"The tunnel is closed. {app.left}"
+    result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
+    note(f"Forwarding to {head.name} until Ctrl-C")
+    listener.settimeout(1)
+    while outcome.value.transport.is_active():
+        with contextlib.suppress(TimeoutError):
+            connection, _ = listener.accept()
+            threading.Thread(target=forward, args=(outcome.value, connection), daemon=True).start()
+    raise ClusterError(f"the connection to {head.name} broke; run {command('tunnel', group)} again")
+
+
+# --- status ------------------------------------------------------------------
+# What runs, since when, and what it costs. Touches AWS; the nodes only where they are to be asked.
+
+BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
+LOOK_LIMIT = 10  # the same, where all that is wanted is a look
+WATCH_SECONDS = 3  # between two looks of systemLoad --watch
+
+
+def format_cost(nodes: Sequence[Node]) -> str:
+    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+    hourly = total(
+        node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
+        for node in nodes
+        if node.price is not None and node.state in BILLED
+    )
+    so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    parts = [(hourly, "an hour"), (so_far, "so far")]
+    return ", ".join(f"{format_money(value)} {what}" for value, what in parts if value is not None)
+
+
+def node_json(node: Node) -> dict[str, Any]:
+    """Return a node as `status --json` shows it."""
+    cost = spent(node, datetime.now(timezone.utc))
+    return node._asdict() | {
+        "name": node.name,
+        "address": node.address,
+        "launched": node.launched.isoformat().replace("+00:00", "Z"),
+        "cost": round(cost, 4) if cost is not None else None,
+    }
 
 
 def server_detail(outcome: Outcome, linked: set[str]) -> dict[str, Any]:
@@ -3376,6 +3015,383 @@ def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     elif len(groups) > 1 and (cost := format_cost(nodes)):
         result(f"All groups: {cost}")
     return None
+
+
+@cli.command("systemLoad")
+@group_argument
+@click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
+@click.pass_obj
+def system_load(app: App, group: str, watch: bool) -> None:
+    """Show each node's load, cores and memory."""
+    nodes = app.running(group)
+    while True:
+        outcomes = app.fleet.each(nodes, Remote.facts, limit=LOOK_LIMIT)
+        rows = [["LOAD 1", "5", "15", "CORES", "MEMORY", "NAME"]]
+        for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
+            facts: Facts = outcome.value
+            used = " of ".join(f"{value / 1024:.1f}" for value in facts.memory_mb) + " GiB"
+            rows.append([*(f"{value:.2f}" for value in facts.load), str(facts.cores), used, outcome.node.name])
+        if watch and sys.stdout.isatty():
+            click.clear()
+        result(format_table(rows, terminal_width()))
+        if not watch:
+            break
+        time.sleep(WATCH_SECONDS)
+    bad = [outcome for outcome in outcomes if not outcome.ok]
+    for outcome in bad:
+        note(f"{outcome.node.name}: {outcome.error}")
+    if bad:
+        raise ClusterError(f"{len(bad)} of {len(nodes)} nodes did not answer")
+
+
+# --- syncData ----------------------------------------------------------------
+# The nodes' half, S3, and the step between them. Touches S3 and the nodes' data folders.
+
+# The nodes' half of syncData: reads a JSON job from stdin, so that no URL shows in a command
+# line, and writes a JSON line twice a second, the last with the result. Python, since a stock
+# Ubuntu image has it and it can do all of it in one process: ranges in parallel, resume, check.
+SYNC = r"""
+import concurrent.futures, fcntl, hashlib, http.client, json, os, shutil, sys, threading, time
+import urllib.error, urllib.request
+
+PART = 16 << 20
+BLOCK = 1 << 20
+STREAMS = 8
+TRIES = 6
+data = sys.argv[1]
+job = json.load(sys.stdin)
+state = os.path.join(data, ".mitsuba-cluster")
+moved = 0
+lock, printing = threading.Lock(), threading.Lock()
+
+
+def say(**what):
+    with printing:
+        sys.stdout.write(json.dumps(what) + "\n")
+        sys.stdout.flush()
+
+
+def fail(text):
+    say(error=text)
+    os._exit(1)  # at once: other threads are in the midst of their ranges
+
+
+def report():
+    while True:
+        time.sleep(0.5)
+        say(moved=moved)
+
+
+def no_follow(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW, 0o664)
+
+
+def load(name, otherwise):
+    try:
+        with open(os.path.join(state, name)) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return otherwise
+
+
+def save(name, value):
+    fresh = os.path.join(state, name + ".new")
+    with open(fresh, "w", opener=no_follow) as file:
+        json.dump(value, file)
+    os.replace(fresh, os.path.join(state, name))
+
+
+def part_name(thing):
+    return hashlib.sha256((thing["key"] + thing["etag"]).encode()).hexdigest()[:32] + ".part"
+
+
+def target(thing):
+    path = os.path.join(data, thing["path"])
+    folder, top = os.path.realpath(os.path.dirname(path)), os.path.realpath(data)
+    if os.path.commonpath([folder, top]) != top:
+        raise ValueError("leads out of " + data)
+    return path
+
+
+def entry(thing):
+    now = os.stat(target(thing))
+    return [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
+
+
+def is_here(thing, record):
+    try:
+        return record.get(thing["path"]) == entry(thing)
+    except (OSError, ValueError):
+        return False
+
+
+def fetch_range(thing, handle, start, end):
+    global moved
+    for attempt in range(TRIES):
+        try:
+            headers = {"Range": "bytes=%d-%d" % (start, end - 1), "If-Match": '"%s"' % thing["etag"]}
+            request = urllib.request.Request(thing["url"], headers=headers)
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                if answer.status != 206 and (start, end) != (0, thing["size"]):
+                    raise OSError("the server sent no range")
+                while start < end:
+                    block = answer.read(min(BLOCK, end - start))
+                    if not block:
+                        raise OSError("the transfer broke off")
+                    os.pwrite(handle, block, start)
+                    start += len(block)
+                    with lock:
+                        moved += len(block)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code in (400, 403, 404, 412) or attempt == TRIES - 1:
+                words = {412: "it changed in S3 meanwhile; run syncData again", 403: "S3 refuses the signed address"}
+                raise OSError(words.get(error.code, "S3 answers %d" % error.code)) from None
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            if attempt == TRIES - 1:
+                raise OSError("cannot be fetched from S3: %s" % getattr(error, "reason", error)) from None
+        time.sleep(0.5 * 2 ** attempt)
+
+
+def fetch(thing, pool):
+    path, name, size = target(thing), part_name(thing), thing["size"]
+    part = os.path.join(state, name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    plain = thing["etag"] if len(thing["etag"]) == 32 else ""  # S3's ETag is an MD5, unless it has a "-"
+    wanted = thing["sha256"] or plain
+    digest = hashlib.sha256() if thing["sha256"] else hashlib.new("md5", usedforsecurity=False)
+    whole = load(name + ".whole", 0) if os.path.exists(part) else 0  # ranges that an earlier run has brought
+    save(name + ".whole", whole)  # before there is a part: a stale one would vouch for what is not there
+    handle = no_follow(part, os.O_RDWR | os.O_CREAT)
+    os.truncate(handle, size)
+    ranges = [(start, min(start + PART, size)) for start in range(0, size, PART)]
+    jobs = [pool.submit(fetch_range, thing, handle, *one) for one in ranges[whole:]]
+    for number, (start, end) in enumerate(ranges):
+        if number >= whole:
+            jobs[number - whole].result()
+            save(name + ".whole", number + 1)
+        for place in range(start, end if wanted else start, BLOCK):  # while the next ranges come
+            digest.update(os.pread(handle, min(BLOCK, end - place), place))
+    os.close(handle)
+    os.unlink(part + ".whole")
+    if wanted and digest.hexdigest() != wanted:
+        os.unlink(part)
+        raise ValueError("its checksum is wrong after the transfer")
+    os.replace(part, path)
+    return entry(thing)
+
+
+def main():
+    os.umask(0o002)
+    os.makedirs(state, exist_ok=True)
+    threading.Thread(target=report, daemon=True).start()
+    lock_file = open(os.path.join(state, "lock"), "w", opener=no_follow)
+    fcntl.flock(lock_file, fcntl.LOCK_EX)  # a run that lost its connection, or somebody else's, goes first
+    record = load("record.json", {})
+    missing = [thing for thing in job if not is_here(thing, record)]
+    need, free = sum(thing["size"] for thing in missing), shutil.disk_usage(data).free
+    if need > free:
+        fail("%d MB are needed in %s, %d MB are free" % (need >> 20, data, free >> 20))
+    wanted = [part_name(thing) for thing in missing]
+    for name in os.listdir(state):
+        if ".part" in name and name.removesuffix(".whole") not in wanted:
+            os.unlink(os.path.join(state, name))
+    files, ranges = (concurrent.futures.ThreadPoolExecutor(STREAMS) for _ in range(2))
+    jobs = {files.submit(fetch, thing, ranges): thing for thing in missing}
+    saved = time.monotonic()
+    for finished in concurrent.futures.as_completed(jobs):
+        thing = jobs[finished]
+        try:
+            record[thing["path"]] = finished.result()
+        except (OSError, ValueError) as error:
+            save("record.json", record)
+            fail("%s: %s" % (thing["path"], error))
+        if time.monotonic() - saved > 1:
+            save("record.json", record)
+            saved = time.monotonic()
+    save("record.json", record)
+    say(moved=moved, fetched=len(missing), present=len(job) - len(missing))
+
+
+try:
+    main()
+except OSError as error:
+    fail("%s: %s" % (error.filename or data, error.strerror))
+"""
+
+PART_SIZE = 64 * MIB  # of an upload; S3 takes 10,000 parts, and boto3 enlarges them beyond that
+SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
+SLOWEST = 1_000_000  # bytes a second that a node is given time for
+
+
+class RemoteObject(NamedTuple):
+    """An S3 object that the nodes shall have."""
+
+    key: str
+    path: str  # below DATA_DIR
+    size: int
+    etag: str
+    sha256: str = ""
+
+
+def plan_relative_path(key: str, prefix: str) -> str | None:
+    """Return where an object goes below DATA_DIR; None where its key leads elsewhere or nowhere."""
+    path = key[len(prefix) :].lstrip("/")
+    parts = path.split("/")
+    bad = any(part in ("", ".", "..") or len(part.encode()) > 255 for part in parts)
+    return None if bad or "\0" in path else path
+
+
+def read_s3cfg(settings: Settings) -> dict[str, str]:
+    """Return s3cmd's settings from .s3cfg beside config.py or cluster.py; {} where there is none."""
+    import configparser
+
+    path = next((path for path in (settings.folder / ".s3cfg", HERE / ".s3cfg") if path.exists()), None)
+    if not path:
+        return {}
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        parser.read_string(path.read_text("utf-8", "replace"))
+    except configparser.Error as error:
+        raise ClusterError(f"{path} is no settings file of s3cmd: {str(error).splitlines()[0]}") from error
+    return {name: value.strip() for name, value in parser.items("default")} if "default" in parser else {}
+
+
+@no_collection()
+def open_s3(settings: Settings, region: str = "") -> Client:
+    """Return an S3 client: credentials and endpoint of .s3cfg, else config.py's, else boto3's own."""
+    import boto3
+    from botocore.config import Config
+
+    s3cfg = read_s3cfg(settings)
+    key, secret = s3cfg.get("access_key", ""), s3cfg.get("secret_key", "")
+    if PLACEHOLDER_KEY.fullmatch(key) or PLACEHOLDER_KEY.fullmatch(secret):
+        key, secret = settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY
+    host, endpoint = s3cfg.get("host_base", ""), None
+    if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
+        endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
+    elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = Config(
+        signature_version="s3v4",
+        connect_timeout=10,
+        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 6},
+        max_pool_connections=64,
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
+    )
+    session = boto3.Session(key or None, secret or None, s3cfg.get("access_token") or None if key else None)
+    return session.client("s3", region or settings.AWS_REGION, endpoint_url=endpoint, config=config)
+
+
+def open_bucket(settings: Settings) -> tuple[Client, str, str]:
+    """Return (client for the bucket's own region, bucket, prefix) of S3_PATH."""
+    from botocore.exceptions import ClientError
+
+    bucket, prefix = settings.bucket
+    if not bucket:
+        raise ClusterError('S3_PATH is not set in config.py; it is "s3://your-bucket/some/prefix"')
+    s3 = open_s3(settings)
+    try:
+        answer = s3.head_bucket(Bucket=bucket)
+    except ClientError as error:
+        answer = error.response
+        if error_code(error) == "404":
+            raise ClusterError(f"there is no bucket {bucket!r}; make it with: aws s3 mb s3://{bucket}") from error
+        if error_code(error) == "403":
+            trouble = f"you may not use the bucket {bucket!r}: is it yours, and may you do s3:ListBucket there?"
+            raise ClusterError(clock_trouble(error) or trouble) from error
+        if error_code(error) not in ("301", "400"):
+            raise
+    region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
+    return (open_s3(settings, region) if region and region != settings.AWS_REGION else s3), bucket, prefix
+
+
+def list_objects(s3: Client, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
+    """Return key -> (size, ETag) of every object under PREFIX; folder markers left out."""
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    things = [thing for page in pages for thing in page.get("Contents", [])]
+    return {one["Key"]: (one["Size"], one["ETag"].strip('"')) for one in things if not one["Key"].endswith("/")}
+
+
+def fetch_sha256(s3: Client, bucket: str, key: str) -> str:
+    """Return the SHA-256 that our upload noted with an object, or ""."""
+    value = s3.head_object(Bucket=bucket, Key=key).get("Metadata", {}).get("sha256", "")
+    return value if re.fullmatch(r"[0-9a-f]{64}", value) else ""
+
+
+def plan_upload(name: str, prefix: str) -> dict[str, Path]:
+    """Return key -> file for a local file or folder NAME; {} where there is none."""
+    source = Path(name)
+    base = "/".join(filter(None, [prefix, source.resolve().name]))
+    if source.is_file():
+        return {base: source}
+    inside = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else []
+    return {f"{base}/{path.relative_to(source).as_posix()}": path for path in inside}
+
+
+def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
+    """Tell whether the object is this very file: same size and SHA-256 (or MD5, if the ETag is one)."""
+    if not there or there[0] != path.stat().st_size:
+        return False
+    noted = fetch_sha256(s3, bucket, key)
+    if noted:
+        return noted == sha256
+    return re.fullmatch(r"[0-9a-f]{32}", there[1]) is not None and digest_file(path, "md5") == there[1]
+
+
+def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int], None]) -> int:
+    """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
+
+    While one file is sent, the next is being hashed.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from boto3.s3.transfer import TransferConfig
+
+    there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
+    transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
+    sent = 0
+    with ThreadPoolExecutor(1) as hasher:
+        hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
+        for (key, path), sha256 in zip(files.items(), hashes):
+            if is_same(s3, bucket, key, there.get(key), path, sha256):
+                count(path.stat().st_size)
+                continue
+            extra = {"Metadata": {"sha256": sha256}}
+            s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
+            sent += 1
+    return sent
+
+
+def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
+    """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
+    paths = {key: plan_relative_path(key, prefix) for key in found}
+    good = [key for key in found if paths[key] is not None]
+    with ThreadPoolExecutor(32) as pool:
+        hashes = list(pool.map(lambda key: fetch_sha256(s3, bucket, key), good))
+    objects = [RemoteObject(key, str(paths[key]), *found[key], sha256) for key, sha256 in zip(good, hashes)]
+    return objects, [key for key in found if paths[key] is None]
+
+
+def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> bytes:
+    """Return the nodes' job: the objects with signed addresses that live as short as may be, as JSON."""
+    shortest, longest = SIGNED_SECONDS
+    seconds = int(min(longest, shortest + sum(one.size for one in objects) / SLOWEST))
+    job = []
+    for one in objects:
+        where = {"Bucket": bucket, "Key": one.key}
+        job.append(one._asdict() | {"url": s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds)})
+    return json.dumps(job).encode()
+
+
+def has_hash(one: RemoteObject) -> bool:
+    """Tell whether a node can check an object's content: by our SHA-256, or an ETag that is an MD5."""
+    return bool(one.sha256 or re.fullmatch(r"[0-9a-f]{32}", one.etag))
 
 
 class SyncProgress(Progress):
@@ -3480,6 +3496,88 @@ def sync_data(app: App, name: str, group: str) -> None:
         raise ClusterError(f"{format_count(len(refused), 'object')} left out")
 
 
+# --- terminateAll ------------------------------------------------------------
+# Ending a group or a node, and verifying it. Touches EC2 only.
+
+TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
+TERMINATE_LIMIT = 600  # until EC2 says terminated
+UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
+
+
+def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
+    """Start the end of NODES, a thousand a call; a list that lags may name one that EC2 forgot."""
+    ids = [node.id for node in nodes if node.state != "shutting-down"]
+    for start in range(0, len(ids), TERMINATE_BATCH):
+        with tolerate("InvalidInstanceID.NotFound"):
+            ec2.terminate_instances(InstanceIds=ids[start : start + TERMINATE_BATCH])
+
+
+def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
+    """Cancel the live ones of REQUESTS; return their ids."""
+    ids = [request.id for request in live(requests)]
+    if ids:
+        ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=ids)
+    return ids
+
+
+def wait_until_terminated(ec2: Client, group: str, show: Callable[[str], None]) -> list[Node]:
+    """Terminate all of GROUP and wait until EC2 says so; return every node that was seen.
+
+    Each look terminates what it finds: a list can show a node late. TimeoutError with the
+    names of those that remain.
+    """
+    seen: dict[str, Node] = {}
+    deadline = time.monotonic() + TERMINATE_LIMIT
+    while True:
+        living = [node for node in fetch_nodes(ec2, group) if node.state in ALIVE]
+        fresh = [node for node in living if node.id not in seen]
+        terminate_nodes(ec2, fresh)
+        seen |= {node.id: node for node in fresh}
+        if not living:
+            return list(seen.values())
+        if time.monotonic() > deadline:
+            raise TimeoutError(", ".join(node.id for node in living))
+        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended")
+        time.sleep(POLL)
+
+
+def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
+    """Delete a security group; return False while nodes (that no list may show yet) hold it."""
+    with tolerate("DependencyViolation"):
+        with tolerate("InvalidGroup.NotFound"):
+            ec2.delete_security_group(GroupId=group.id)
+        return True
+    return False
+
+
+def terminate_group(ec2: Client, group: str, show: Callable[[str], None]) -> tuple[list[Node], int, bool]:
+    """End everything of GROUP; return (its nodes, cancelled spot requests, whether there was anything).
+
+    The security group is the anchor: while it can't be deleted there are nodes that the list
+    does not show yet, so look again, for UNSEEN_LIMIT. ClusterError where something remains.
+    """
+    before = fetch_overview(ec2, group)
+    cancelled = len(cancel_spot_requests(ec2, before.requests))
+    ended: dict[str, Node] = {}
+    deadline = time.monotonic() + UNSEEN_LIMIT
+    waiting = list(before.security_groups)
+    while True:
+        try:
+            ended |= {node.id: node for node in wait_until_terminated(ec2, group, show)}
+        except TimeoutError as error:
+            raise ClusterError(f"EC2 does not say terminated of {error} yet; run terminateAll {group} again") from None
+        waiting = [one for one in waiting if not remove_security_group(ec2, one)]
+        if not waiting:
+            return list(ended.values()), cancelled, bool(ended or cancelled or before.security_groups)
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"security group {waiting[0].id} is still in use by something that EC2 does not list as a node of "
+                f"{group!r}; run terminateAll {group} again, and look at it in the EC2 console"
+            )
+        show("the security group is still in use; looking again")
+        time.sleep(POLL)
+
+
 def terminate_in(ec2: Client, group: str) -> None:
     """Terminate GROUP in one region and say what was proved."""
     region = ec2.meta.region_name
@@ -3495,11 +3593,6 @@ def terminate_in(ec2: Client, group: str) -> None:
     cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
     paid = f" They cost {format_money(cost)}." if cost is not None else ""
     return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
-
-
-def fetch_regions(ec2: Client) -> list[str]:
-    """Return the names of the regions that the account can use."""
-    return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
 
 
 @cli.command("terminateAll")
@@ -3523,16 +3616,31 @@ def terminate_all(app: App, group: str, all_regions: bool) -> None:
     return None
 
 
-@cli.command("addSpotNodes")
-@type_argument
-@count_argument
-@click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
-@group_argument
-@hours_option
+@cli.command("terminate")
+@click.argument("name", metavar="NODE")
 @click.pass_obj
-def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: str, max_hours: float | None) -> None:
-    """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, Order(machine, count, group, True, max_price, max_hours))
+def terminate(app: App, name: str) -> None:
+    """Shut one node down, by its name, address or instance id."""
+    node = find_node(app, name)
+    app.left = f"{node.name} may still run; {command('status')} shows it."
+    terminate_nodes(app.ec2, [node])
+    result(f"{node.name} ({node.id}) is being terminated")
+    if node.role == "head":
+        note(f"It was the head node: run {command('start', node.group)} to make another one the head")
+    elif node.role == "worker":
+        note("It was a worker: the head restarts without it within half a minute; a running render is lost")
+
+
+# --- Spot --------------------------------------------------------------------
+# Prices and requests. Touches EC2 only.
+
+
+def format_plot(values: Sequence[float], width: int) -> str:
+    """Return VALUES as a row of at most WIDTH little bars."""
+    step = max(1, -(-len(values) // width))
+    means = [sum(part) / len(part) for part in (values[i : i + step] for i in range(0, len(values), step))]
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (mean - low) / (high - low))] if high > low else "▄" for mean in means)
 
 
 @cli.command("spotPrices")
@@ -3553,32 +3661,6 @@ def spot_prices(app: App, machine: str, as_json: bool) -> None:
         plot = format_plot(values, 24) if sys.stdout.isatty() else ""
         rows.append([zone, *(f"${figure:.4f}" for figure in figures), plot])
     return result(format_table(rows, terminal_width()))
-
-
-def find_node(app: App, name: str) -> Node:
-    """Return our node that NAME means; ClusterError where there is none."""
-    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
-    found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
-    if not found:
-        raise ClusterError(
-            f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
-        )
-    return found[0]
-
-
-@cli.command("terminate")
-@click.argument("name", metavar="NODE")
-@click.pass_obj
-def terminate(app: App, name: str) -> None:
-    """Shut one node down, by its name, address or instance id."""
-    node = find_node(app, name)
-    app.left = f"{node.name} may still run; {command('status')} shows it."
-    terminate_nodes(app.ec2, [node])
-    result(f"{node.name} ({node.id}) is being terminated")
-    if node.role == "head":
-        note(f"It was the head node: run {command('start', node.group)} to make another one the head")
-    elif node.role == "worker":
-        note("It was a worker: the head restarts without it within half a minute; a running render is lost")
 
 
 def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
@@ -3613,12 +3695,8 @@ def cancel_all_spot(app: App) -> None:
     cancel_requests(app, fetch_spot_requests(app.ec2))
 
 
-def find_head(app: App, group: str) -> Node:
-    """Return GROUP's head node."""
-    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
-    if not heads:
-        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
-    return heads[0]
+# --- Small commands ----------------------------------------------------------
+# login, runCommand, regions, extend.
 
 
 def trust(app: App, node: Node) -> Node:
@@ -3665,33 +3743,6 @@ def login(app: App, name: str | None, trusting: bool) -> None:
         words += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
         code = subprocess.call([*words, f"{settings.SSH_USER}@{node.address}"], env=clean_environment())
     sys.exit(min(code, 255))
-
-
-@cli.command("systemLoad")
-@group_argument
-@click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
-@click.pass_obj
-def system_load(app: App, group: str, watch: bool) -> None:
-    """Show each node's load, cores and memory."""
-    nodes = app.running(group)
-    while True:
-        outcomes = app.fleet.each(nodes, Remote.facts, limit=LOOK_LIMIT)
-        rows = [["LOAD 1", "5", "15", "CORES", "MEMORY", "NAME"]]
-        for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
-            facts: Facts = outcome.value
-            used = " of ".join(f"{value / 1024:.1f}" for value in facts.memory_mb) + " GiB"
-            rows.append([*(f"{value:.2f}" for value in facts.load), str(facts.cores), used, outcome.node.name])
-        if watch and sys.stdout.isatty():
-            click.clear()
-        result(format_table(rows, terminal_width()))
-        if not watch:
-            break
-        time.sleep(WATCH_SECONDS)
-    bad = [outcome for outcome in outcomes if not outcome.ok]
-    for outcome in bad:
-        note(f"{outcome.node.name}: {outcome.error}")
-    if bad:
-        raise ClusterError(f"{len(bad)} of {len(nodes)} nodes did not answer")
 
 
 def command_json(outcome: Outcome) -> dict[str, Any]:
@@ -3763,54 +3814,18 @@ def regions(app: App) -> None:
         result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
 
 
-def pump(source: Any, target: Any) -> None:
-    """Copy SOURCE to TARGET up to its end, and pass the end on."""
-    with contextlib.suppress(OSError, EOFError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with contextlib.suppress(OSError, EOFError):
-        target.shutdown(socket.SHUT_WR)
-
-
-def forward(remote: Remote, connection: socket.socket) -> None:
-    """Carry one connection to the node's server and back, until both directions have ended."""
-    import paramiko
-
-    with connection, contextlib.suppress(OSError, EOFError, paramiko.SSHException), remote.server_stream() as channel:
-        connection.settimeout(None)
-        channel.settimeout(None)
-        back = threading.Thread(target=pump, args=(channel, connection), daemon=True)
-        back.start()
-        pump(connection, channel)
-        back.join()
-
-
-@cli.command("tunnel")
-@group_argument
-@click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
-@click.pass_obj
-def tunnel(app: App, group: str, port: int) -> None:
-    """Forward localhost:7554 to the head's server over SSH."""
-    app.running(group)
-    head = find_head(app, group)
-    try:
-        listener = socket.create_server(("127.0.0.1", port), backlog=128)
-    except OSError as error:
-        raise ClusterError(
-            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
-        ) from error
-    outcome = app.fleet.each([head], lambda remote: remote)[0]
-    if not outcome.ok:
-        raise ClusterError(f"{head.name}: {outcome.error}")
-    app.left = f"The tunnel is closed. {app.left}"
-    result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
-    note(f"Forwarding to {head.name} until Ctrl-C")
-    listener.settimeout(1)
-    while outcome.value.transport.is_active():
-        with contextlib.suppress(TimeoutError):
-            connection, _ = listener.accept()
-            threading.Thread(target=forward, args=(outcome.value, connection), daemon=True).start()
-    raise ClusterError(f"the connection to {head.name} broke; run {command('tunnel', group)} again")
+# $1: seconds to add to the deadline.
+EXTEND = """
+set -euo pipefail
+unit=/etc/systemd/system/mitsuba-deadline
+[ -e $unit.timer ] || { echo 'this node has no deadline'; exit 1; }
+old=$(sed -n 's/^OnCalendar=//p' $unit.timer)
+at=$(date -u -d "@$(($(date -u -d "$old" +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
+sed -i "s/^OnCalendar=.*/OnCalendar=$at/" $unit.timer
+systemctl daemon-reload
+systemctl restart mitsuba-deadline.timer
+echo "$at"
+"""
 
 
 def extend_step(hours: float, remote: Remote) -> str:
@@ -3837,6 +3852,9 @@ def extend(app: App, hours: float, group: str) -> None:
     for total_hours, same in by_hours.items():
         tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
     app.report(outcomes, f"Extended by {hours:g} hours")
+
+
+# --- main --------------------------------------------------------------------
 
 
 def main() -> None:
