@@ -479,6 +479,11 @@ def error_code(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code", ""))
 
 
+def find_partition(region: str) -> str:
+    """Return the part of AWS, with its own accounts and names, in which REGION is."""
+    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
+
+
 @contextlib.contextmanager
 def tolerate(*codes: str) -> Iterator[None]:
     """Let AWS's errors with these CODES pass; with none named, all of AWS's errors."""
@@ -3696,7 +3701,7 @@ def cancel_all_spot(app: App) -> None:
 
 
 # --- Small commands ----------------------------------------------------------
-# login, runCommand, regions, extend.
+# login, runCommand, regions, extend, policy.
 
 
 def trust(app: App, node: Node) -> Node:
@@ -3852,6 +3857,62 @@ def extend(app: App, hours: float, group: str) -> None:
     for total_hours, same in by_hours.items():
         tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
     app.report(outcomes, f"Extended by {hours:g} hours")
+
+
+LOOKS = (
+    "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs DescribeRegions "
+    "DescribeSecurityGroupRules DescribeSecurityGroups DescribeSpotInstanceRequests DescribeSpotPriceHistory "
+    "DescribeSubnets"
+)
+CHANGES = (
+    "RunInstances TerminateInstances GetConsoleOutput CancelSpotInstanceRequests CreateTags "
+    "AuthorizeSecurityGroupIngress RevokeSecurityGroupIngress DeleteSecurityGroup"
+)
+
+
+def make_policy(partition: str, bucket: str) -> dict[str, Any]:
+    """Return the IAM policy for all that this tool does; what it makes or changes must have the tool's tag.
+
+    Resource types and keys: https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonec2.html
+    Spot launches: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ExamplePolicies_EC2.html
+    """
+
+    def allow(name: str, actions: str, resources: str, condition: dict[str, Any] | None = None) -> dict[str, Any]:
+        service = "ec2:" if ":" not in actions else ""
+        arns = [one if one == "*" else f"arn:{partition}:{one}" for one in resources.split()]
+        statement = {"Sid": name, "Effect": "Allow", "Action": [service + one for one in actions.split()]}
+        return statement | {"Resource": arns} | ({"Condition": condition} if condition else {})
+
+    def kinds(names: str) -> str:
+        return " ".join(f"ec2:*:{'' if name == 'image' else '*'}:{name}/*" for name in names.split())
+
+    made = "instance volume spot-instances-request security-group"
+    new, ours = ({"Null": {f"aws:{tag}/{TAG_GROUP}": "false"}} for tag in ("RequestTag", "ResourceTag"))
+    made_by = {"StringEquals": {"ec2:CreateAction": ["RunInstances", "CreateSecurityGroup", "ImportKeyPair"]}}
+    launch = "RunInstances CreateSecurityGroup"
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            allow("Look", LOOKS, "*"),
+            allow("LookUpPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", "*"),
+            allow("FindUbuntu", "ssm:GetParameter", "ssm:*::parameter/aws/service/canonical/*"),
+            allow("LaunchFrom", f"{launch} ImportKeyPair", kinds("image subnet network-interface key-pair vpc")),
+            allow("LaunchWithTag", launch, kinds(made), new),
+            allow("TagWhatIsBeingMade", "CreateTags", kinds(f"{made} key-pair"), made_by),
+            allow("ChangeAndEndOnlyWhatIsOurs", CHANGES, kinds(made), ours),
+            allow("AddRules", "AuthorizeSecurityGroupIngress", kinds("security-group-rule")),
+            allow("FindData", "s3:ListBucket", f"s3:::{bucket}"),
+            allow("MoveData", "s3:GetObject s3:PutObject s3:AbortMultipartUpload", f"s3:::{bucket}/*"),
+        ],
+    }
+
+
+@cli.command("policy")
+@click.pass_obj
+def policy(app: App) -> None:
+    """Print the IAM policy that this tool needs, for your partition and bucket."""
+    region = app.settings.AWS_REGION
+    result(json.dumps(make_policy(find_partition(region), app.settings.bucket[0] or "YOUR-BUCKET"), indent=2))
 
 
 # --- main --------------------------------------------------------------------
