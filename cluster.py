@@ -433,7 +433,8 @@ TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of a
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
-CREDENTIAL_CODES = {"AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
+REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
+CREDENTIAL_CODES = REGION_CODES | {"InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
 S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
@@ -449,31 +450,48 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
+SESSION_LOCK = threading.Lock()  # boto3's sessions are not safe for threads, their clients are
+
+
 @functools.cache
-def open_session(key: str, secret: str) -> Any:
-    """Return the boto3 session for these credentials (or boto3's own), which reads AWS's big models once."""
+def make_session(region: str, key: str, secret: str, token: str) -> Any:
+    """Return the one boto3 session for these credentials (or boto3's own), ready: a code for MFA is asked for here."""
     import boto3
+    from botocore.utils import JSONFileCache
 
-    return boto3.Session(key or None, secret or None)
+    session = boto3.Session(key or None, secret or None, token or None, region_name=region)
+    if not key:  # the credentials of a role, where the AWS CLI keeps and finds them, too
+        assume_role = session._session.get_component("credential_provider").get_provider("assume-role")
+        assume_role.cache = JSONFileCache(str(Path.home() / ".aws/cli/cache"))
+    if credentials := session.get_credentials():
+        credentials.get_frozen_credentials()
+    return session
 
 
-@no_collection()
+@contextlib.contextmanager
+def open_session(settings: Settings, key: str, secret: str, token: str = "") -> Iterator[Any]:
+    """Lend the session for these credentials to one thread, to make a client."""
+    with SESSION_LOCK, no_collection():
+        yield make_session(settings.AWS_REGION, key, secret, token)
+
+
 def open_client(settings: Settings, service: str, region: str = "", **options: Any) -> Client:
     """Return a boto3 client with bounded patience; OPTIONS are botocore's Config's."""
     from botocore.config import Config
 
-    session = open_session(settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY)
     region = region or settings.AWS_REGION
-    partitions = session.get_available_partitions()
-    if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
-        raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see https://docs.aws.amazon.com/ec2")
     defaults: dict[str, Any] = {
         "connect_timeout": 10,
         "read_timeout": 20,
         "retries": {"mode": "standard", "total_max_attempts": 5},
         "max_pool_connections": 64,
     }
-    return session.client(service, region_name=region, config=Config(**(defaults | options)))
+    with open_session(settings, settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY) as session:
+        partitions = session.get_available_partitions()
+        if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
+            url = "https://docs.aws.amazon.com/ec2"
+            raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see {url}")
+        return session.client(service, region_name=region, config=Config(**(defaults | options)))
 
 
 def error_code(error: Exception) -> str:
@@ -482,9 +500,11 @@ def error_code(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code", ""))
 
 
-def find_partition(region: str) -> str:
-    """Return the part of AWS, with its own accounts and names, in which REGION is."""
-    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
+def find_partition(region: str) -> tuple[str, str]:
+    """Return the part of AWS in which REGION is (it has accounts of its own), and its region that is always enabled."""
+    if region.startswith("cn-"):
+        return "aws-cn", "cn-north-1"
+    return ("aws-us-gov", "us-gov-west-1") if region.startswith("us-gov-") else ("aws", "us-east-1")
 
 
 @contextlib.contextmanager
@@ -499,11 +519,13 @@ def tolerate(*codes: str) -> Iterator[None]:
             raise
 
 
-def denied_action(error: Exception) -> str:
-    """Return the IAM action that AWS says is missing; it need not be the call's own."""
-    found = re.search(r"not authorized to perform: ([\w-]+:\w+)", str(error))
-    call = getattr(error, "operation_name", "this")
-    return found[1] if found else S3_ACTIONS.get(call, call)
+def explain_denial(text: str, call: str) -> str:
+    """Say what AWS denies and why in AWS's words, without its encoded blob, and who can change that."""
+    found = re.search(r"not authorized to perform: (.+?)(\W+Encoded authorization failure message.*|\W*)$", text)
+    denied = f"AWS denies {found[1] if found else S3_ACTIONS.get(call, call)}"
+    if "explicit deny" in denied:
+        return f"{denied}: a rule forbids it, whatever permissions you have; ask whoever made that rule"
+    return f"{denied}: ask for that permission; {command('policy')} prints all that this tool needs"
 
 
 def clock_trouble(error: Exception) -> str:
@@ -532,12 +554,20 @@ def explain(error: Exception) -> str:
     text = " ".join(printable(text.replace("\n", " ")).split())
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
         return f"no AWS credentials: run `aws configure`, or see the top of config.py ({text})"
-    if code in EXPIRED_CODES or "SSO" in kind or "Token" in kind:
-        return f"your AWS session has expired; renew it, e.g. with `aws sso login` ({code or text})"
+    if kind == "MissingDependencyException":
+        add = f"{shlex.quote(sys.executable)} -m pip install 'botocore[crt]'"
+        return f"your AWS profile was made by `aws login`, for which boto3 needs one more package: {add}"
+    if code in EXPIRED_CODES or any(word in kind for word in ("SSO", "Login", "Token", "MFA")):
+        renew = (
+            "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
+        )
+        return f"your AWS session has expired; renew it, e.g. with {renew} ({code or text})"
     if code in CREDENTIAL_CODES:
-        return f"AWS refuses these credentials ({code}): check AWS_PROFILE, `aws configure`, or config.py"
+        region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
+        check = f"check AWS_PROFILE, `aws configure`, or config.py{region if code in REGION_CODES else ''}"
+        return f"AWS refuses these credentials ({code}): {check}"
     if code in DENIED_CODES:
-        return f"your AWS user may not do {denied_action(error)}: ask for that permission (README, 'Permissions')"
+        return explain_denial(text, action)
     if code in ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"):
         return (
             f"your account's quota is used up: {text} Raise 'Running On-Demand Standard instances' (or 'All Standard "
@@ -776,8 +806,9 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
         ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
 
 
-def fetch_regions(ec2: Client) -> list[str]:
-    """Return the names of the regions that the account can use."""
+def fetch_regions(settings: Settings) -> list[str]:
+    """Return the names of the regions that the account can use; the one of config.py need not be among them."""
+    ec2 = open_client(settings, "ec2", find_partition(settings.AWS_REGION)[1])
     return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
 
 
@@ -3332,10 +3363,8 @@ def read_s3cfg(settings: Settings) -> dict[str, str]:
     return {name: value.strip() for name, value in parser.items("default")} if "default" in parser else {}
 
 
-@no_collection()
 def open_s3(settings: Settings, region: str = "") -> Client:
     """Return an S3 client: credentials and endpoint of .s3cfg, else config.py's, else boto3's own."""
-    import boto3
     from botocore.config import Config
 
     s3cfg = read_s3cfg(settings)
@@ -3356,8 +3385,8 @@ def open_s3(settings: Settings, region: str = "") -> Client:
         response_checksum_validation="when_required",
         s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
     )
-    session = boto3.Session(key or None, secret or None, s3cfg.get("access_token") or None if key else None)
-    return session.client("s3", region or settings.AWS_REGION, endpoint_url=endpoint, config=config)
+    with open_session(settings, key, secret, s3cfg.get("access_token", "") if key else "") as session:
+        return session.client("s3", region or settings.AWS_REGION, endpoint_url=endpoint, config=config)
 
 
 def open_bucket(settings: Settings) -> tuple[Client, str, str]:
@@ -3677,7 +3706,7 @@ def terminate_in(ec2: Client, group: str) -> None:
 def terminate_all(app: App, group: str, all_regions: bool) -> None:
     """Shut all nodes of the group down, and prove it."""
     app.left = f"Some nodes of group {group!r} may still run; end them with {command('terminateAll', group)}."
-    regions = fetch_regions(app.ec2) if all_regions else [app.settings.AWS_REGION]
+    regions = fetch_regions(app.settings) if all_regions else [app.settings.AWS_REGION]
     if not all_regions:
         return terminate_in(app.ec2, group)
     troubles = []
@@ -3869,7 +3898,7 @@ def run_command(app: App, line: str, group: str, as_json: bool) -> None:
 @click.pass_obj
 def regions(app: App) -> None:
     """List the regions; the one of config.py is marked."""
-    for region in fetch_regions(app.ec2):
+    for region in fetch_regions(app.settings):
         result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
 
 
@@ -3914,9 +3943,9 @@ def extend(app: App, hours: float, group: str) -> None:
 
 
 LOOKS = (
-    "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs DescribeRegions "
-    "DescribeSecurityGroupRules DescribeSecurityGroups DescribeSpotInstanceRequests DescribeSpotPriceHistory "
-    "DescribeSubnets"
+    "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs "
+    "DescribeRegions DescribeSecurityGroupRules DescribeSecurityGroups DescribeSpotInstanceRequests "
+    "DescribeSpotPriceHistory DescribeSubnets"
 )
 CHANGES = (
     "RunInstances TerminateInstances GetConsoleOutput CancelSpotInstanceRequests CreateTags "
@@ -3966,7 +3995,7 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
 def policy(app: App) -> None:
     """Print the IAM policy that this tool needs, for your partition and bucket."""
     region = app.settings.AWS_REGION
-    result(json.dumps(make_policy(find_partition(region), app.settings.bucket[0] or "YOUR-BUCKET"), indent=2))
+    result(json.dumps(make_policy(find_partition(region)[0], app.settings.bucket[0] or "YOUR-BUCKET"), indent=2))
 
 
 # --- main --------------------------------------------------------------------
