@@ -34,6 +34,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import glob
 import importlib
 import inspect
 import json
@@ -1074,7 +1075,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+import concurrent.futures, contextlib, glob, json, os, re, socket, stat, subprocess, sys, threading, time
 from typing import Any, NamedTuple
 '''
 
@@ -1180,17 +1181,21 @@ class Facts(NamedTuple):
     version: str = ""  # of Mitsuba; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
+    idle: float | None = None  # seconds since its last use; None: no guard is there
+    idle_limit: float = 0  # seconds after which it ends; 0: never
+    clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
     load: tuple[float, ...] = ()
     memory_mb: tuple[int, ...] = ()  # used, total
 
 
-# Prints NAME=VALUE lines; what a node has not is left out or empty.
-FACTS = """
+# Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
+FACTS = r"""
 set -uo pipefail
 echo "cores=$(nproc)"
 echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
-echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
+echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
+echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
 """
@@ -1303,15 +1308,21 @@ def fetch_facts(remote: Remote) -> Facts:
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     try:
+        guard = json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
             version=pairs.get("version", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
+            idle=float(guard["idle"]) if guard else None,
+            idle_limit=float(guard.get("limit", 0)),
+            clients={str(peer): (float(since), float(silent)) for peer, (since, silent) in guard["clients"].items()}
+            if guard
+            else {},
             load=tuple(map(float, pairs.get("load", "").split())),
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
         )
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
@@ -2027,6 +2038,502 @@ def find_head(app: App, group: str) -> Node:
     if not heads:
         raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
     return heads[0]
+
+
+# --- Guard -------------------------------------------------------------------
+# mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
+# links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
+# each other, the constants that guard_program lists, and Python's own modules. All times are of the monotonic clock.
+
+HELLO = b"\x1b\xcd"
+QUIT = b"\x00\x0c"
+FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
+NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
+GUARD_TIMEOUT = 2.0  # seconds for one handshake
+WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
+WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
+WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
+JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
+JOIN_QUIET = 60  # seconds without any client before that restart of the head
+JOIN_DOUBLINGS = 7
+USE_LOOK = 60  # seconds over which it is judged whether a node is in use
+BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
+LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
+LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
+CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
+HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
+FILE_BYTES = 1 << 20  # of a file that the guard reads
+MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
+
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, version, own, head, workers with their cores
+IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
+LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
+MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
+STATE_PATH = "/run/mitsuba-cluster/state.json"
+MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
+
+
+class AnotherBuild(Exception):
+    """The server is a Mitsuba of another version or flavour."""
+
+
+def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
+    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
+    data = b""
+    while len(data) < size:
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
+        part = stream.recv(size - len(data))
+        if not part:
+            raise EOFError("the server closed the connection")
+        data += part
+    return data
+
+
+def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
+    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
+
+    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to the last byte (but of a
+    server that talks on and on): a reset that comes before the server has accepted ends it, and its head with it.
+    """
+    stream.settimeout(max(0.001, deadline - time.monotonic()))
+    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
+    answer = receive_exactly(stream, 2, deadline)
+    if answer == b"\x00\x0d":
+        raise AnotherBuild(version)
+    if answer != HELLO:
+        raise ValueError("what answers is not mtssrv")
+    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
+    name = b""
+    while not name.endswith(b"\0"):
+        if len(name) > NAME_BYTES:
+            raise ValueError("its node's name does not end")
+        name += receive_exactly(stream, 1, deadline)
+    try:
+        stream.sendall(QUIT)
+        stream.shutdown(socket.SHUT_WR)
+        receive_exactly(stream, NAME_BYTES, deadline)
+    except (OSError, EOFError):
+        pass
+    return cores, name[:-1].decode("utf-8", "replace")
+
+
+def handshake(
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+) -> tuple[int, str]:
+    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    deadline = time.monotonic() + limit
+    for samples, double in FLAVOURS:
+        try:
+            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
+                return shake_hands(stream, version, samples, double, deadline)
+        except AnotherBuild:
+            pass
+    raise AnotherBuild(version)
+
+
+class Answer(NamedTuple):
+    """What came of a handshake."""
+
+    alive: bool
+    problem: str = ""  # why the server can't be linked
+    connections: int = 1  # that it took
+
+
+def ask_address(address: str, version: str, most_cores: int) -> Answer:
+    """Shake hands with the server at ADDRESS, which may have so many cores."""
+    opened = []
+
+    def connect_to_it(limit: float) -> socket.socket:
+        connection = socket.create_connection((address, SERVER_PORT), limit)
+        opened.append(limit)
+        return connection
+
+    try:
+        cores, _ = handshake(connect_to_it, version, GUARD_TIMEOUT)
+    except AnotherBuild:
+        return Answer(True, f"is another build than Mitsuba {version}", len(opened))
+    except (OSError, EOFError, ValueError) as error:
+        return Answer(False, f"does not answer: {error}", len(opened))
+    wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
+    return Answer(True, wrong, len(opened))
+
+
+def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
+    """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
+    found: dict[str, Answer] = {}
+    threads = [
+        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
+        for pair in addresses.items()
+    ]
+    deadline = time.monotonic() + 2 * GUARD_TIMEOUT
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    return {one: found.get(one, Answer(False, "does not answer")) for one in addresses}
+
+
+def read_file(path: str) -> str:
+    """Return a plain file's text; "" where there is none, nor follow a link, wait for a FIFO, or read without end."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, errors="replace") as file:
+            return file.read(FILE_BYTES) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
+    except OSError:
+        return ""
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file that everybody may read, whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.new", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.new", path)
+
+
+def read_plan() -> dict[str, Any]:
+    """Return what start wants of this node; {} before the first start."""
+    try:
+        return dict(json.loads(read_file(PLAN_PATH)))
+    except ValueError:
+        return {}
+
+
+def say(text: str) -> None:
+    """Write a line to the journal."""
+    print(text, flush=True)
+
+
+def filter_workers() -> None:
+    """Before each start of the head: note those of its workers that answer, and name the others."""
+    plan = read_plan()
+    answers = ask_all(plan["workers"], plan["version"])
+    for one, answer in answers.items():
+        if answer.problem:
+            say(f"{one} is left out: it {answer.problem}")
+    write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
+
+
+class Links(NamedTuple):
+    """What the head's guard knows of the servers."""
+
+    linked: frozenset[str] = frozenset()
+    heard: dict[str, float] = {}  # noqa: RUF012 - nobody changes it; when each server that must answer last did
+    answering: dict[str, float] = {}  # noqa: RUF012 - since when each worker that is not linked does
+    losses: dict[str, int] = {}  # noqa: RUF012 - how often a worker was linked and fell out
+    named: frozenset[str] = frozenset()  # those that answer and can't be linked: named once
+
+
+def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answers: dict[str, Answer]) -> Links:
+    """Carry LINKS on with one more round of ANSWERS."""
+    return Links(
+        linked,
+        {one: now if answers[one].alive else links.heard.get(one, now) for one in (own, *linked)},
+        {one: links.answering.get(one, now) for one in answers.keys() - linked - {own} if not answers[one].problem},
+        links.losses | {one: links.losses.get(one, 0) + 1 for one in links.linked - linked},
+        frozenset(one for one, answer in answers.items() if answer.alive and answer.problem),
+    )
+
+
+def find_silent(links: Links, now: float) -> list[str]:
+    """Return the servers that have been silent for too long: nothing else ends a render that one of them stalls."""
+    return sorted(one for one, heard in links.heard.items() if now - heard > WATCH_SILENCE)
+
+
+def find_joining(links: Links, now: float, quiet: float) -> list[str]:
+    """Return the workers to link now; QUIET: since when nobody has connected to the head."""
+    if now - quiet < JOIN_QUIET:
+        return []
+    pause = {one: JOIN_ANSWERS * 2 ** min(links.losses.get(one, 0), JOIN_DOUBLINGS) for one in links.answering}
+    return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
+
+
+class Look(NamedTuple):
+    """What one look at a node shows."""
+
+    at: float
+    computed: float  # seconds of a core that mtssrv.service has used
+    opened: int  # connections that the node has accepted so far, on any port, but for the guard's own
+    servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
+    logins: dict[str, int]  # the same of those to sshd
+    touched: dict[str, int]  # terminals and the mark: when each was last used
+    working: bool = False  # a command of cluster.py is at work
+
+
+def read_connections(text: str, port: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
+    servers, logins = {}, {}
+    for line in text.splitlines():
+        _, _, own, peer, *rest = line.split()
+        # ss leaves out what is 0.
+        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
+        if own.endswith(f":{port}"):
+            servers[peer] = moved
+        elif '"sshd' in line:
+            logins[peer] = moved
+    return servers, logins
+
+
+def is_below_sshd(process: str) -> bool:
+    """Tell whether a process belongs to an SSH connection that still stands."""
+    while process not in ("0", "1"):
+        # "PID (NAME) STATE PARENT …", and NAME may hold anything
+        name, _, rest = read_file(f"/proc/{process}/stat").partition("(")[2].rpartition(")")
+        if name.startswith("sshd"):
+            return True
+        process = (rest.split() or ["", "0"])[1]
+    return False
+
+
+def is_held(path: str) -> bool:
+    """Tell whether a command that somebody waits for holds PATH open."""
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == path and is_below_sshd(link.split("/")[2]):
+                return True
+    return False
+
+
+def run_quietly(*words: str) -> str:
+    """Run a program of the system's; return its output, "" where it fails or hangs."""
+    try:
+        return subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=30, check=False).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def take_look(own_connections: int) -> Look:
+    """Look at this node."""
+    cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
+    names, values = (line.split() for line in read_file("/proc/net/snmp").splitlines() if line.startswith("Tcp:"))
+    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
+    touched = {}
+    for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
+        with contextlib.suppress(OSError):
+            about = os.stat(path)
+            touched[path] = about.st_mtime_ns if path == MARK_PATH else about.st_atime_ns
+    return Look(
+        time.monotonic(),
+        int(cpu) / 1e9 if cpu.isdigit() else 0.0,
+        int(values[names.index("PassiveOpens")]) - own_connections,
+        servers,
+        logins,
+        touched,
+        is_held(MARK_PATH),
+    )
+
+
+class Connection(NamedTuple):
+    """A connection to mtssrv."""
+
+    since: float
+    moved: float  # when it last moved bytes
+    count: int  # of those
+
+
+class Memory(NamedTuple):
+    """What the guard keeps from look to look, and in /run over its own restarts."""
+
+    at: float  # the last look
+    base: Look  # against which use is judged
+    used: float  # when the node was last used, and
+    how: str  # by what
+    quiet: float  # since when nobody has connected to mtssrv
+    left: float  # when a client was last there
+    opened: int
+    connections: dict[str, Connection]
+
+
+def find_clients(memory: Memory) -> dict[str, Connection]:
+    """Return the clients: connections to mtssrv that two looks have seen; a probe's is short."""
+    return {peer: one for peer, one in memory.connections.items() if memory.at - one.since >= CLIENT_LOOK}
+
+
+def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int) -> str:
+    """Say by what a node was used between two looks; "" if by nothing that counts."""
+    if look.computed - base.computed > BUSY_CORES * (look.at - base.at):
+        return "mtssrv computed"
+    if look.working:
+        return "a command of cluster.py is at work"
+    if any(base.touched.get(path) != when for path, when in look.touched.items()):
+        return "a terminal had input, or start or extend asked for it"
+    if any(one.moved > base.at for one in clients):
+        return "a client moved bytes"
+    most = LOGIN_BYTES + LINK_BYTES * workers
+    if any(count - base.logins.get(peer, 0) > most for peer, count in look.logins.items()):
+        return "an SSH connection moved data"
+    return ""
+
+
+def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
+    """Carry MEMORY on with one more LOOK."""
+    if not memory:
+        memory = Memory(look.at, look, look.at, "the node booted", look.at, look.at, look.opened, {})
+    seen = {}
+    for peer, count in look.servers.items():
+        old = memory.connections.get(peer)
+        if not old or count < old.count:
+            old = Connection(look.at, look.at, count)
+        seen[peer] = old if count == old.count else old._replace(moved=look.at, count=count)
+    quiet = look.at if seen or look.opened > memory.opened else memory.quiet
+    memory = memory._replace(at=look.at, quiet=quiet, opened=look.opened, connections=seen)
+    clients = find_clients(memory)
+    if clients:
+        memory = memory._replace(left=look.at)
+    if look.at - memory.base.at >= USE_LOOK:
+        how = find_use(memory.base, look, clients.values(), workers)
+        memory = memory._replace(base=look)
+        memory = memory._replace(used=look.at, how=how) if how else memory
+    return memory
+
+
+def judge_idleness(memory: Memory, role: str, limit: float) -> str:
+    """Return "end", "" to stay, or "ask" of a worker: whether its head still answers. LIMIT: seconds, 0 for none.
+
+    Use is known only up to the last look over which it was judged.
+    """
+    idle = memory.at - memory.used
+    if not limit or idle < limit or memory.at != memory.base.at:
+        return ""
+    if role == "worker":
+        return "ask"
+    if role == "head" and find_clients(memory):
+        return "end" if idle >= max(limit, CLIENT_SILENCE) else ""
+    return "end" if role != "head" or memory.at - memory.left >= limit else ""
+
+
+def restore_memory(text: str) -> Memory | None:
+    """Return what an earlier guard of this boot knew; None where there is nothing of use."""
+    try:
+        kept = json.loads(text)
+        kept["base"] = Look(*kept["base"])
+        kept["connections"] = {peer: Connection(*one) for peer, one in kept["connections"].items()}
+        return Memory(**kept)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def report(memory: Memory, limit: float) -> dict[str, Any]:
+    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
+    clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
+    return {"idle": memory.at - memory.used, "used": memory.how, "limit": limit, "clients": clients}
+
+
+def restart_head(why: str) -> None:
+    """Restart the head's server; its filter then links all workers that answer."""
+    say(f"restarts the head {why}")
+    run_quietly("systemctl", "restart", "mtssrv.service")
+
+
+def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, int]:
+    """Shake hands with all servers once, and restart the head where that helps; return the connections to itself, too."""
+    own, workers = plan["own"], plan["workers"]
+    answers = ask_all({own: MOST_CORES} | workers, plan["version"])
+    for one in workers:
+        if answers[one].alive and answers[one].problem and one not in links.named:
+            say(f"does not link {one}: it {answers[one].problem}")
+    linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
+    links = renew_links(links, time.monotonic(), own, linked, answers)
+    if silent := find_silent(links, time.monotonic()):
+        restart_head(f"since these are silent: {' '.join(silent)}")
+        links = links._replace(heard={})
+    elif joining := find_joining(links, time.monotonic(), quiet):
+        restart_head(f"to link {' '.join(joining)}")
+        links = links._replace(answering={})
+    return links, answers[own].connections
+
+
+def guard_node(arguments: list[str]) -> None:
+    """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
+    if arguments == ["filter"]:
+        return filter_workers()
+    plan = read_plan()
+    role, workers = plan.get("role", "none"), plan.get("workers", {})
+    limit = 60 * float(read_file(IDLE_PATH) or 0)
+    links, own_connections, refused = Links(), 0, 0
+    say(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    with open(MARK_PATH, "a"):
+        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
+    while True:
+        if role == "head":
+            links, more = keep_serving(plan, links, memory.quiet)
+            own_connections += more
+        if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
+            memory = remember(memory, take_look(own_connections), len(workers))
+            write_file(MEMORY_PATH, json.dumps(memory._asdict()))
+            write_file(STATE_PATH, json.dumps(report(memory, limit)))
+            verdict = judge_idleness(memory, role, limit)
+            if verdict == "ask":
+                refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
+                if refused:
+                    say(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+            else:
+                refused = 0
+            if verdict == "end" or refused >= HEAD_ASKED:
+                say(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
+                run_quietly("systemctl", "poweroff")
+        time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
+
+
+GUARD_UNIT = """\
+[Unit]
+Description=Mitsuba cluster: keeps the head serving, links nodes that come back, ends idle nodes
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart=/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py
+Restart=always
+RestartSec=1
+RuntimeDirectory=mitsuba-cluster
+RuntimeDirectoryPreserve=yes
+NoNewPrivileges=yes
+ProtectHome=yes
+ProtectSystem=strict
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# $1 the guard as base64 of gzip, $2 its unit, $3 minutes that a node may be idle. At every boot: later ones keep what
+# start has put in its place.
+GUARD_BOOT = r"""
+set -eu
+library=/usr/local/lib/mitsuba-cluster
+if [ ! -e $library/guard.py ]; then
+  mkdir -p $library /etc/mitsuba-cluster
+  printf %s "$1" | base64 -d | gzip -d > $library/guard.py
+  printf '%s\n' "$2" > /etc/systemd/system/mitsuba-guard.service
+  echo "$3" > /etc/mitsuba-cluster/idle-minutes
+  systemctl daemon-reload
+  systemctl enable --quiet mitsuba-guard.service
+fi
+systemctl start --no-block mitsuba-guard.service
+"""
+
+
+def guard_program() -> str:
+    """Return the guard as a program of its own."""
+    names = (
+        "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
+        "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
+        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
+    )
+    parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
+    parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
+    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, take_look, Connection, Memory]
+    parts += [find_clients, find_use, remember, judge_idleness, restore_memory, report, restart_head, keep_serving]
+    return node_program(names, *parts, guard_node)
+
+
+def guard_at_boot(minutes: float) -> list[str]:
+    """Return the command line that installs the guard at a node's first boot."""
+    import base64
+    import gzip
+
+    program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
+    return ["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]
 
 
 # --- createNodes -------------------------------------------------------------
@@ -2884,7 +3391,6 @@ def install(app: App, group: str) -> None:
 SERVER_LIMIT = 40  # seconds from starting a server to its handshake
 LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
 HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
-MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
 
 def plan_head(nodes: Sequence[Node]) -> Node:
@@ -2897,31 +3403,30 @@ def plan_head_cores(own: int) -> int:
     return max(1, own - 2)
 
 
-# $1 role, $2 the server's unit, $3 the watchdog's unit, $4 the guard program, $5 the workers'
-# addresses, one a line. On a worker, $3 to $5 are empty.
-START_SERVER = """
+# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 its plan.
+START_SERVER = r"""
 set -euo pipefail
-role=$1 server=$2 watchdog=$3 guard=$4 workers=$5
+role=$1 server=$2 guard=$3 program=$4 plan=$5
 command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
-units=/etc/systemd/system
-mkdir -p /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
-systemctl disable --quiet --now mtssrv-watchdog.service 2> /dev/null || true
-printf '%s\\n' "$server" > $units/mtssrv.service
-printf '%s\\n' "$workers" > /etc/mitsuba-cluster/workers
-printf '%s\\n' "$guard" > /usr/local/lib/mitsuba-cluster/guard.py
-if [ "$role" = head ]; then printf '%s\\n' "$watchdog" > $units/mtssrv-watchdog.service; fi
+units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster
+mkdir -p /etc/mitsuba-cluster $library /run/mitsuba-cluster
+printf '%s\n' "$plan" > /etc/mitsuba-cluster/plan.json
+printf '%s\n' "$program" > $library/guard.py
+printf '%s\n' "$guard" > $units/mitsuba-guard.service
+touch /run/mitsuba-cluster/in-use
+if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
 systemctl daemon-reload
-systemctl enable --quiet mtssrv.service
-systemctl restart mtssrv.service
-if [ "$role" = head ]; then systemctl enable --quiet --now mtssrv-watchdog.service; fi
+systemctl enable --quiet mtssrv.service mitsuba-guard.service
+if [ -n "$server" ]; then systemctl restart mtssrv.service; fi
+systemctl restart mitsuba-guard.service
 echo "$role" > /etc/mitsuba-cluster/role
 """
 
 # What the server said last, for an error message.
 SERVER_LOG = "journalctl --no-pager --quiet --output cat --lines 20 --unit mtssrv.service"
 
-# $1 role, $2 data directory, $3 mtssrv's arguments. No network guard of systemd's own is relied
-# on but for the metadata address; what may connect is the security group's business.
+# No network guard of systemd's own is relied on but for the metadata address; what may connect is the security
+# group's business.
 SERVER_UNIT = """\
 [Unit]
 Description=Mitsuba render server ({role})
@@ -2935,7 +3440,6 @@ User=mitsuba
 Group=mitsuba
 UMask=0002
 WorkingDirectory={data}
-RuntimeDirectory=mtssrv
 {before}ExecStart=/usr/bin/env mtssrv {arguments}
 Restart=always
 RestartSec=1
@@ -2957,179 +3461,14 @@ IPAddressDeny=169.254.169.254 fd00:ec2::254
 WantedBy=multi-user.target
 """
 
-WATCHDOG_UNIT = """\
-[Unit]
-Description=Restarts Mitsuba's head when it or one of its workers falls silent
-After=mtssrv.service
-
-[Service]
-ExecStart={watch}
-Restart=always
-RestartSec=1
-
-[Install]
-WantedBy=multi-user.target
-"""
-
-HELLO = b"\x1b\xcd"
-QUIT = b"\x00\x0c"
-FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
-NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
-WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many more as there are
-WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
-WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
-GUARD_TIMEOUT = 2.0  # seconds for one handshake
-
-
-class AnotherBuild(Exception):
-    """The server is a Mitsuba of another version or flavour."""
-
-
-def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
-    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
-    data = b""
-    while len(data) < size:
-        stream.settimeout(max(0.001, deadline - time.monotonic()))
-        part = stream.recv(size - len(data))
-        if not part:
-            raise EOFError("the server closed the connection")
-        data += part
-    return data
-
-
-def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
-    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
-
-    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to
-    the last byte: a connection that is reset before the server has accepted it can end the
-    server, and its head with it; so nothing is closed here with unread bytes but in a session
-    of a server that talks on and on.
-    """
-    stream.settimeout(max(0.001, deadline - time.monotonic()))
-    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive_exactly(stream, 2, deadline)
-    if answer == b"\x00\x0d":
-        raise AnotherBuild(version)
-    if answer != HELLO:
-        raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-    name = b""
-    while not name.endswith(b"\0"):
-        if len(name) > NAME_BYTES:
-            raise ValueError("its node's name does not end")
-        name += receive_exactly(stream, 1, deadline)
-    try:
-        stream.sendall(QUIT)
-        stream.shutdown(socket.SHUT_WR)
-        receive_exactly(stream, NAME_BYTES, deadline)
-    except (OSError, EOFError):
-        pass
-    return cores, name[:-1].decode("utf-8", "replace")
-
-
-def handshake(
-    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
-) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
-    deadline = time.monotonic() + limit
-    for samples, double in FLAVOURS:
-        try:
-            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
-                return shake_hands(stream, version, samples, double, deadline)
-        except AnotherBuild:
-            pass
-    raise AnotherBuild(version)
-
-
-def answers(address: str, version: str) -> bool | None:
-    """Tell whether the server at ADDRESS shakes hands; None: it is another build, but alive."""
-    try:
-        handshake(lambda limit: socket.create_connection((address, SERVER_PORT), limit), version, GUARD_TIMEOUT)
-    except AnotherBuild:
-        return None
-    except (OSError, EOFError, ValueError):
-        return False
-    return True
-
-
-def ask_all(addresses: Sequence[str], version: str) -> dict[str, bool | None]:
-    """Ask many servers at once."""
-    found: dict[str, bool | None] = {}
-    threads = [
-        threading.Thread(target=lambda one: found.update({one: answers(one, version)}), args=(one,), daemon=True)
-        for one in addresses
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def read_words(path: str) -> list[str]:
-    """Return the words of a file; none where it is missing."""
-    try:
-        with open(path) as file:
-            return file.read().split()
-    except OSError:
-        return []
-
-
-def filter_workers(version: str, wanted: str, linked: str) -> None:
-    """Before each start of the head: write to LINKED those workers of WANTED that answer."""
-    workers = read_words(wanted)
-    found = ask_all(workers, version)
-    with open(linked, "w") as file:
-        file.write("".join(f"{worker}\n" for worker in workers if found[worker]))
-
-
-def watch_servers(version: str, own: str, linked: str) -> None:
-    """Restart the head once it, or a worker that it is linked to, is silent for too long."""
-    import subprocess
-
-    heard: dict[str, float] = {}
-    while True:
-        addresses = [own, *read_words(linked)]
-        found = ask_all(addresses, version)
-        now = time.monotonic()
-        heard = {one: now if found[one] is not False else heard.get(one, now) for one in addresses}
-        silent = [one for one, last in heard.items() if now - last > WATCH_SILENCE]
-        if silent:
-            print("silent, so the head is restarted:", *silent, flush=True)
-            subprocess.run(["systemctl", "restart", "mtssrv.service"], check=False)
-            heard = {}
-        time.sleep(WATCH_PAUSE + len(addresses) / WATCH_RATE)
-
-
-def guard(arguments: list[str]) -> None:
-    """Run as a program on the head: filter VERSION WANTED LINKED, or watch VERSION OWN LINKED."""
-    what, version, first, second = arguments
-    (filter_workers if what == "filter" else watch_servers)(version, first, second)
-
-
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
-GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
-WORKERS_PATH = "/etc/mitsuba-cluster/workers"
-LINKED_PATH = "/run/mtssrv/linked"
-
-
-def guard_program() -> str:
-    """Return the guard as a program of its own."""
-    parts = (AnotherBuild, receive_exactly, shake_hands, handshake, answers, ask_all, read_words)
-    return node_program(GUARD_VALUES, *parts, filter_workers, watch_servers, guard)
-
-
-def server_units(node: Node, role: str, facts: Facts, data: str) -> tuple[str, str]:
-    """Return the texts of mtssrv.service and of its watchdog's unit (a worker has none)."""
-    arguments = f"-i {node.private_ip} -l {SERVER_PORT}"
-    if role == "worker":
-        return SERVER_UNIT.format(role=role, data=data, before="", arguments=arguments), ""
-    python = f"/usr/bin/python3 {GUARD_PATH}"
-    before = f"ExecStartPre={python} filter {facts.version} {WORKERS_PATH} {LINKED_PATH}\n"
-    arguments += f" -p {plan_head_cores(facts.cores)} -s {LINKED_PATH}"
-    watch = f"{python} watch {facts.version} {node.private_ip} {LINKED_PATH}"
-    unit = SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
-    return unit, WATCHDOG_UNIT.format(watch=watch)
+def server_unit(role: str, address: str, cores: int, data: str) -> str:
+    """Return the text of mtssrv.service; CORES are the node's own."""
+    arguments, before = f"-i {address} -l {SERVER_PORT}", ""
+    if role == "head":
+        # As root, so that nothing of the renderer's can stand in the place of what it writes.
+        before = "ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter\n"
+        arguments += f" -p {plan_head_cores(cores)} -s {LINKED_PATH}"
+    return SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
 
 
 def local_mitsuba() -> str:
