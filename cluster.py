@@ -83,6 +83,7 @@ Client = Any  # boto3 makes its clients' classes at run time
 TAG_GROUP = "mitsuba-group"
 TAG_ROLE = "mitsuba-role"
 TAG_HOST_KEY = "mitsuba-host-key"
+TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of the group and the host key
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 SERVER_PORT = 7554  # mtssrv's own default
@@ -438,6 +439,8 @@ def load_settings(path: Path) -> Settings:
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
+SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
+TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
@@ -590,6 +593,7 @@ class Node(NamedTuple):
     market: str = "on-demand"
     role: str | None = None
     host_key: str = ""
+    signature: str = ""  # see is_ours
     price: float | None = None  # $ an hour
     max_hours: float | None = None
     spot_request: str = ""
@@ -675,6 +679,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         market="spot" if raw.get("InstanceLifecycle") == "spot" else "on-demand",
         role=tags.get(TAG_ROLE) if tags.get(TAG_ROLE) in ("head", "worker") else None,
         host_key=tags.get(TAG_HOST_KEY, ""),
+        signature="".join(tags.get(name, "") for name in SIGNATURE_TAGS),
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
@@ -868,9 +873,6 @@ FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
-SERVER_LIMIT = 40  # from starting a server to its handshake
-LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
-HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 
 
@@ -890,33 +892,39 @@ class Identity(NamedTuple):
         return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
+def clean_environment() -> dict[str, str]:
+    """Return the environment for child processes: without AWS credentials."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+
+
+def to_identity(key: paramiko.PKey) -> Identity:
+    """Return a key with its public half."""
+    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+
+
 def agent_identity(path: Path, public: str) -> Identity:
     """Return the ssh-agent's key with this PUBLIC half."""
     import paramiko
 
     for key in paramiko.Agent().get_keys():
-        if f"{key.get_name()} {key.get_base64()}" == public:
-            return Identity(key, public)
+        if (identity := to_identity(key)).public == public:
+            return identity
     raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
 
 
-def unlock_identity(path: Path, text: str) -> Identity:
+def unlock_identity(path: Path, may_ask: bool) -> Identity:
     """Return an encrypted key: the agent's, if it has it, else by asking for the passphrase."""
-    import base64
+    import subprocess
 
     import paramiko
 
-    if "OPENSSH" in text:  # the public half stands in front, unencrypted (PROTOCOL.key of OpenSSH)
-        body = base64.b64decode("".join(line for line in text.splitlines() if not line.startswith("-")))
-        message = paramiko.Message(body[len(b"openssh-key-v1\0") :])
-        for _ in ("cipher", "kdf", "kdf options"):
-            message.get_binary()
-        message.get_int()
-        blob = message.get_binary()
-        with contextlib.suppress(ClusterError):
-            name = paramiko.Message(blob).get_text()
-            return agent_identity(path, f"{name} {base64.b64encode(blob).decode()}")
-    if not sys.stdin.isatty():
+    with contextlib.suppress(FileNotFoundError):  # ssh-keygen can tell an encrypted key's fingerprint
+        words = ["ssh-keygen", "-l", "-E", "sha256", "-f", str(path)]
+        shown = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False).stdout
+        for held in paramiko.Agent().get_keys():
+            if held.fingerprint in shown.split():
+                return to_identity(held)
+    if not (may_ask and sys.stdin.isatty()):
         raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
     passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
     try:
@@ -924,10 +932,10 @@ def unlock_identity(path: Path, text: str) -> Identity:
         key = paramiko.PKey.from_path(path, passphrase.encode())  # type: ignore[arg-type]
     except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+    return to_identity(key)
 
 
-def load_identity(path: Path) -> Identity:
+def load_identity(path: Path, may_ask: bool = True) -> Identity:
     """Load the user's SSH key; ClusterError says what is wrong with the file."""
     import paramiko
 
@@ -941,15 +949,62 @@ def load_identity(path: Path) -> Identity:
     try:
         key = paramiko.PKey.from_path(path)
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
-        return unlock_identity(path, text)
+        return unlock_identity(path, may_ask)
     except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+    return to_identity(key)
 
 
-def clean_environment() -> dict[str, str]:
-    """Return the environment for child processes: without AWS credentials."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+def signed_text(group: str, host_key: str) -> bytes:
+    """Return what the user's key signs for a launch; no SSH login has to sign such a text."""
+    return f"mitsuba-cluster\ngroup {group}\nhost key {host_key}\n".encode()
+
+
+def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]:
+    """Return the tags of nodes that the user's key (or ssh-agent) vouches for."""
+    import base64
+
+    import paramiko
+
+    algorithm = "rsa-sha2-512" if identity.public.startswith("ssh-rsa ") else None
+    try:
+        signed = identity.key.sign_ssh_data(signed_text(group, host_key), algorithm)
+    except paramiko.SSHException as error:
+        raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
+    text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
+    parts = (text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH))
+    return dict(zip(SIGNATURE_TAGS, parts))
+
+
+@functools.cache
+def is_signed(public: str, group: str, host_key: str, signature: str) -> bool:
+    """Tell whether the key with this PUBLIC half made SIGNATURE; checked once for all nodes of a launch."""
+    import base64
+
+    import paramiko
+
+    name, blob = public.split()[:2]
+    with contextlib.suppress(ValueError, paramiko.SSHException):
+        key = paramiko.PKey.from_type_string(name, base64.b64decode(blob))
+        message = paramiko.Message(base64.b64decode(signature, validate=True))
+        return bool(key.verify_ssh_sig(signed_text(group, host_key), message))
+    return False
+
+
+def is_ours(node: Node, identity: Identity) -> bool:
+    """Tell whether NODE was launched with the user's key: anybody in the account may write tags, but not sign them."""
+    return is_signed(identity.public, node.group, node.host_key, node.signature)
+
+
+def not_ours(node: Node) -> str:
+    """Say why nothing connects to a NODE that is not ours, and what to do."""
+    if node.signature:
+        return "not launched with this key (SSH_PRIVATE_KEY_FILE): use the key that launched it, or another group"
+    end = command("terminateAll", node.group)
+    return (
+        "not launched with this key: it has no signature, as nodes of older versions have none "
+        f"(if it is yours: {end}, and launch it anew)"
+    )
 
 
 def hide_from_git(path: Path) -> None:
@@ -1152,75 +1207,22 @@ class Remote:
             raise NodeError(f"{format_exit(code)}{format_tail(output)}")
         return output
 
-    def facts(self) -> Facts:
-        """Ask the node about itself."""
-        output = self.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
-        pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
-        try:
-            return Facts(
-                cores=int(pairs["cores"]),
-                version=pairs.get("version", ""),
-                role=pairs.get("role", ""),
-                linked=tuple(pairs.get("linked", "").split()),
-                load=tuple(map(float, pairs.get("load", "").split())),
-                memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
-            )
-        except (KeyError, ValueError):
-            raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
-    @contextlib.contextmanager
-    def server_stream(self) -> Iterator[paramiko.Channel]:
-        """Connect to this node's mtssrv, from the node itself."""
-        target = (self.node.private_ip, SERVER_PORT)
-        channel = self.transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=HANDSHAKE_LIMIT)
-        channel.settimeout(HANDSHAKE_LIMIT)
-        try:
-            yield channel
-        finally:
-            channel.close()
-
-    def ask_server(self, version: str) -> int:
-        """Return the cores that this node's server offers; NodeError where it does not answer."""
-        import paramiko
-
-        try:
-            return ask_server(self.server_stream, version)[0]
-        except AnotherBuild:
-            raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
-        except TimeoutError:
-            raise NodeError("its mtssrv accepts connections, but stays silent") from None
-        except ValueError as error:
-            raise NodeError(str(error)) from None
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            raise NodeError("its mtssrv does not answer") from error
-
-    def await_server(self, version: str, cores: int | None = None, workers: int = 0) -> int:
-        """Wait until the server answers, with CORES cores if they are given; return its cores."""
-        deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
-        while True:
-            try:
-                offered = self.ask_server(version)
-                if cores in (None, offered):
-                    return offered
-                problem = f"its mtssrv offers {offered} cores, not {cores}"
-            except NodeError as error:
-                problem = str(error)
-            if time.monotonic() > deadline:
-                log = self.run(root_command("server-log", SERVER_LOG))[1]
-                raise NodeError(f"{problem}{format_tail(log)}")
-            time.sleep(0.1)
-
-
-def fetch_host_key(node: Node, settings: Settings) -> paramiko.PKey:
-    """Return the host key that a node shows now."""
-    import paramiko
-
+def fetch_facts(remote: Remote) -> Facts:
+    """Ask a node about itself."""
+    output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
+    pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     try:
-        with dial(node.address, settings.SSH_PORT) as plain, paramiko.Transport(plain) as transport:
-            transport.start_client(timeout=EXCHANGE_LIMIT)
-            return transport.get_remote_server_key()
-    except (paramiko.SSHException, OSError, EOFError) as error:
-        raise ClusterError(unreachable(node, settings, error)) from error
+        return Facts(
+            cores=int(pairs["cores"]),
+            version=pairs.get("version", ""),
+            role=pairs.get("role", ""),
+            linked=tuple(pairs.get("linked", "").split()),
+            load=tuple(map(float, pairs.get("load", "").split())),
+            memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
+        )
+    except (KeyError, ValueError):
+        raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
 def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
@@ -1265,10 +1267,25 @@ def unreachable(node: Node, settings: Settings, error: Exception) -> str:
     )
 
 
-def no_host_key(node: Node) -> str:
-    """Say that a node's host key can't be checked."""
-    advice = f"if you made it yourself: {command('login', '--trust', node.id)}"
-    return f"has no {TAG_HOST_KEY} tag to check its host key by; {advice}"
+@contextlib.contextmanager
+def ssh_command(node: Node, settings: Settings, *options: str) -> Iterator[list[str]]:
+    """Make OpenSSH's command line for NODE, good inside the with block: it checks the host key, obeys no ssh_config."""
+    import tempfile
+
+    host = node.address if settings.SSH_PORT == 22 else f"[{node.address}]:{settings.SSH_PORT}"
+    with tempfile.NamedTemporaryFile("w", prefix="mitsuba-known-hosts-") as known:
+        known.write(f"{host} {node.host_key}\n")
+        known.flush()
+        given = {
+            "UserKnownHostsFile": known.name,
+            "GlobalKnownHostsFile": "/dev/null",
+            "StrictHostKeyChecking": "yes",
+            "IdentitiesOnly": "yes",
+            "ServerAliveInterval": "15",
+        }
+        words = ["ssh", "-F", "none", "-p", str(settings.SSH_PORT), "-i", str(settings.key_file)]
+        words += [word for key, value in given.items() for word in ("-o", f"{key}={value}")]
+        yield [*words, *options, f"{settings.SSH_USER}@{node.address}"]
 
 
 def open_remote(node: Node, settings: Settings, identity: Identity, limit: float, first_boot: bool = False) -> Remote:
@@ -1279,8 +1296,8 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
     """
     import paramiko
 
-    if not node.host_key:
-        raise NodeError(no_host_key(node))
+    if not is_ours(node, identity):
+        raise NodeError(not_ours(node))
     deadline = time.monotonic() + limit
     answered: float | None = None
     while True:
@@ -1426,6 +1443,14 @@ class App:
         return load_identity(self.settings.key_file)
 
     @functools.cached_property
+    def known_identity(self) -> Identity | None:
+        """The user's SSH key, or None where it can't be had without asking for a passphrase: enough for a look."""
+        try:
+            return vars(self).get("identity") or load_identity(self.settings.key_file, may_ask=False)
+        except ClusterError:
+            return None
+
+    @functools.cached_property
     def pool(self) -> NodePool:
         """The connections to the nodes."""
         return NodePool(self.settings, self.identity)
@@ -1434,10 +1459,9 @@ class App:
         """Return "group 'default' (us-east-1)"."""
         return f"group {group!r} ({self.settings.AWS_REGION})"
 
-    def find_running(self, group: str) -> list[Node]:
-        """Return GROUP's running nodes; ClusterError where there are none."""
-        nodes = fetch_nodes(self.ec2, group)
-        ready = [node for node in nodes if node.state == "running"]
+    def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
+        """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
+        ready = self.ours([node for node in nodes if node.state == "running"])
         waiting = [node for node in nodes if node.state == "pending"]
         if waiting:
             note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
@@ -1463,14 +1487,25 @@ class App:
             f"The nodes of {self.where(group)} keep running and cost money; {command('terminateAll', group)} ends them."
         )
         nodes, groups, cidr, _ = side_by_side(
-            lambda: self.find_running(group),
+            lambda: fetch_nodes(ec2, group),
             lambda: fetch_security_groups(ec2, group),
             lambda: try_client_cidr(self.settings),
             lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
         )
+        ready = self.choose_running(group, nodes)
         if cidr:
             self.allow_access(groups, cidr)
-        return list(nodes)
+        return ready
+
+    def ours(self, nodes: Sequence[Node]) -> list[Node]:
+        """Return those of NODES that were launched with the user's key; name the others."""
+        others: dict[str, list[str]] = {}
+        for node in nodes:
+            if not is_ours(node, self.identity):
+                others.setdefault(not_ours(node), []).append(node.id)
+        for reason, names in others.items():
+            note(f"Left out: {', '.join(names)}: {reason}")
+        return [node for node in nodes if is_ours(node, self.identity)]
 
     def report(self, outcomes: Sequence[Outcome[Any]], what: str) -> None:
         """End with a summary on stderr, and with exit code 1 if any node failed."""
@@ -1610,7 +1645,8 @@ def find_node(app: App, name: str) -> Node:
 
 def find_head(app: App, group: str) -> Node:
     """Return GROUP's head node."""
-    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
+    nodes = app.ours([node for node in fetch_nodes(app.ec2, group) if node.state == "running"])
+    heads = [node for node in nodes if node.role == "head"]
     if not heads:
         raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
     return heads[0]
@@ -2059,7 +2095,7 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     group = ensure_security_group(ec2, order.group, subnets[0][2])
     repair_rules(ec2, group, settings, cidr, rule_owner(identity))
     private, public = make_ed25519()
-    tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public}
+    tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
     tags |= {TAG_PRICE: f"{price:.6f}"} if price is not None else {}
     tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
     user_data = make_user_data(private, public, hours)
@@ -2467,6 +2503,9 @@ def install(app: App, group: str) -> None:
 # --- start -------------------------------------------------------------------
 # mtssrv's handshake, the guard and the units on the nodes, the links to the head; the tunnel. Touches the nodes.
 
+SERVER_LIMIT = 40  # seconds from starting a server to its handshake
+LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
+HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
 
@@ -2557,6 +2596,7 @@ WantedBy=multi-user.target
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
 FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
+NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
 WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
 WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
@@ -2567,10 +2607,11 @@ class AnotherBuild(Exception):
     """The server is a Mitsuba of another version or flavour."""
 
 
-def receive(stream: Stream, size: int) -> bytes:
-    """Receive exactly SIZE bytes; EOFError where the server closes first."""
+def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
+    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
     data = b""
     while len(data) < size:
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
         part = stream.recv(size - len(data))
         if not part:
             raise EOFError("the server closed the connection")
@@ -2578,38 +2619,45 @@ def receive(stream: Stream, size: int) -> bytes:
     return data
 
 
-def shake_hands(stream: Stream, version: str, samples: int, double: int) -> tuple[int, str]:
+def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
     """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
 
     AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to
-    the last byte: a reset connection can kill the server, and its head with it.
+    the last byte: a connection that is reset before the server has accepted it can end the
+    server, and its head with it; so nothing is closed here with unread bytes but in a session
+    of a server that talks on and on.
     """
+    stream.settimeout(max(0.001, deadline - time.monotonic()))
     stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive(stream, 2)
+    answer = receive_exactly(stream, 2, deadline)
     if answer == b"\x00\x0d":
         raise AnotherBuild(version)
     if answer != HELLO:
         raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive(stream, 2), "big")
+    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
     name = b""
     while not name.endswith(b"\0"):
-        name += receive(stream, 1)
+        if len(name) > NAME_BYTES:
+            raise ValueError("its node's name does not end")
+        name += receive_exactly(stream, 1, deadline)
     try:
         stream.sendall(QUIT)
         stream.shutdown(socket.SHUT_WR)
-        while stream.recv(256):
-            pass
-    except OSError:
+        receive_exactly(stream, NAME_BYTES, deadline)
+    except (OSError, EOFError):
         pass
     return cores, name[:-1].decode("utf-8", "replace")
 
 
-def ask_server(dial: Callable[[], contextlib.AbstractContextManager[Any]], version: str) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each; AnotherBuild where none is right."""
+def handshake(
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+) -> tuple[int, str]:
+    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    deadline = time.monotonic() + limit
     for samples, double in FLAVOURS:
         try:
-            with dial() as stream:
-                return shake_hands(stream, version, samples, double)
+            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
+                return shake_hands(stream, version, samples, double, deadline)
         except AnotherBuild:
             pass
     raise AnotherBuild(version)
@@ -2618,7 +2666,7 @@ def ask_server(dial: Callable[[], contextlib.AbstractContextManager[Any]], versi
 def answers(address: str, version: str) -> bool | None:
     """Tell whether the server at ADDRESS shakes hands; None: it is another build, but alive."""
     try:
-        ask_server(lambda: socket.create_connection((address, SERVER_PORT), GUARD_TIMEOUT), version)
+        handshake(lambda limit: socket.create_connection((address, SERVER_PORT), limit), version, GUARD_TIMEOUT)
     except AnotherBuild:
         return None
     except (OSError, EOFError, ValueError):
@@ -2695,7 +2743,7 @@ LINKED_PATH = "/run/mtssrv/linked"
 def guard_program() -> str:
     """Return the guard as a program of its own: the functions above, to the letter."""
     values = [f"{name} = {globals()[name]!r}" for name in GUARD_VALUES]
-    parts: list[Any] = [AnotherBuild, receive, shake_hands, ask_server, answers, ask_all, read_words]
+    parts: list[Any] = [AnotherBuild, receive_exactly, shake_hands, handshake, answers, ask_all, read_words]
     parts += [filter_workers, watch_servers, guard]
     return "\n".join([GUARD_HEADER, *values, *map(inspect.getsource, parts), "guard(sys.argv[1:])"])
 
@@ -2734,6 +2782,50 @@ class Served(NamedTuple):
     facts: Facts
     cores: int
     news: str  # what was done
+
+
+@contextlib.contextmanager
+def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
+    """Connect to a node's mtssrv, from the node itself."""
+    target = (remote.node.private_ip, SERVER_PORT)
+    channel = remote.transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=limit)
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def ask_server(remote: Remote, version: str) -> int:
+    """Return the cores that a node's server offers; NodeError where it does not answer."""
+    import paramiko
+
+    try:
+        return handshake(functools.partial(server_stream, remote), version, HANDSHAKE_LIMIT)[0]
+    except AnotherBuild:
+        raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
+    except TimeoutError:
+        raise NodeError("its mtssrv accepts connections, but stays silent") from None
+    except ValueError as error:
+        raise NodeError(str(error)) from None
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        raise NodeError("its mtssrv does not answer") from error
+
+
+def await_server(remote: Remote, version: str, cores: int | None = None, workers: int = 0) -> int:
+    """Wait until a node's server answers, with CORES cores if they are given; return its cores."""
+    deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
+    while True:
+        try:
+            offered = ask_server(remote, version)
+            if cores in (None, offered):
+                return offered
+            problem = f"its mtssrv offers {offered} cores, not {cores}"
+        except NodeError as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            log = remote.run(root_command("server-log", SERVER_LOG))[1]
+            raise NodeError(f"{problem}{format_tail(log)}")
+        time.sleep(0.1)
 
 
 def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
@@ -2780,25 +2872,25 @@ def head_step(data: str, facts: Facts, workers: Sequence[Outcome[Served]], remot
     serving = facts.role == "head"
     if serving and set(facts.linked) == set(wanted):
         with contextlib.suppress(NodeError):
-            if remote.ask_server(facts.version) == cores:
+            if ask_server(remote, facts.version) == cores:
                 return Served(facts, cores, "serves already")
     start_server(remote, "head", facts, data, wanted)
     news = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, remote.await_server(facts.version, cores, len(wanted)), news)
+    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), news)
 
 
 def worker_step(data: str, head: Node, remote: Remote) -> Served:
     """Make a worker serve, unless it does; of the head only learn what it is."""
-    facts = remote.facts()
+    facts = fetch_facts(remote)
     if not facts.version:
         raise NodeError("Mitsuba is not installed here; run install first")
     if remote.node.id == head.id:
         return Served(facts, 0, "")
     if facts.role == "worker":
         with contextlib.suppress(NodeError):
-            return Served(facts, remote.ask_server(facts.version), "serves already")
+            return Served(facts, ask_server(remote, facts.version), "serves already")
     start_server(remote, "worker", facts, data, [])
-    return Served(facts, remote.await_server(facts.version), "started")
+    return Served(facts, await_server(remote, facts.version), "started")
 
 
 def describe_server(outcome: Outcome[Served], head: Node) -> str:
@@ -2834,26 +2926,14 @@ def start(app: App, group: str) -> None:
         raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
 
 
-def pump(source: Any, target: Any) -> None:
-    """Copy SOURCE to TARGET up to its end, and pass the end on."""
-    with contextlib.suppress(OSError, EOFError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with contextlib.suppress(OSError, EOFError):
-        target.shutdown(socket.SHUT_WR)
-
-
-def forward(remote: Remote, connection: socket.socket) -> None:
-    """Carry one connection to the node's server and back, until both directions have ended."""
-    import paramiko
-
-    with connection, contextlib.suppress(OSError, EOFError, paramiko.SSHException), remote.server_stream() as channel:
-        connection.settimeout(None)
-        channel.settimeout(None)
-        back = threading.Thread(target=pump, args=(channel, connection), daemon=True)
-        back.start()
-        pump(connection, channel)
-        back.join()
+def check_local_port(port: int) -> None:
+    """Refuse a port of this machine that is taken."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise ClusterError(
+            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
+        ) from error
 
 
 @cli.command("tunnel")
@@ -2862,26 +2942,27 @@ def forward(remote: Remote, connection: socket.socket) -> None:
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
+    import subprocess
+
     app.open_group(group)
     head = find_head(app, group)
-    try:
-        listener = socket.create_server(("127.0.0.1", port), backlog=128)
-    except OSError as error:
-        raise ClusterError(
-            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
-        ) from error
-    outcome = app.pool.each([head], lambda remote: remote)[0]
-    if not outcome.ok:
-        raise ClusterError(f"{head.name}: {outcome.error}")
+    check_local_port(port)
     app.left = f"The tunnel is closed. {app.left}"
-    result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
-    note(f"Forwarding to {head.name} until Ctrl-C")
-    listener.settimeout(1)
-    while outcome.value.transport.is_active():
-        with contextlib.suppress(TimeoutError):
-            connection, _ = listener.accept()
-            threading.Thread(target=forward, args=(outcome.value, connection), daemon=True).start()
-    raise ClusterError(f"the connection to {head.name} broke; run {command('tunnel', group)} again")
+    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
+    # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
+    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
+    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    with ssh_command(head, app.settings, *forward) as words:
+        child = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
+        try:
+            if child.stdout and child.stdout.readline():
+                say = f"localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)"
+                result(f"In Mitsuba: direct connection to {say}")
+                note(f"Forwarding to {head.name} until Ctrl-C")
+            code = child.wait()
+        finally:
+            child.terminate()
+    raise ClusterError(f"{head.name}: ssh ended ({format_exit(code)}); run {command('tunnel', group)} again")
 
 
 # --- status ------------------------------------------------------------------
@@ -2907,7 +2988,9 @@ def format_cost(nodes: Sequence[Node]) -> str:
 def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
-    return node._asdict() | {
+    shown = node._asdict()
+    del shown["signature"]
+    return shown | {
         "name": node.name,
         "address": node.address,
         "launched": node.launched.isoformat().replace("+00:00", "Z"),
@@ -2933,9 +3016,9 @@ def server_detail(outcome: Outcome[Any], linked: set[str]) -> dict[str, Any]:
 
 def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
     """Return (facts, cores that the server offers, or None, and why not)."""
-    facts = remote.facts()
+    facts = fetch_facts(remote)
     try:
-        return facts, remote.ask_server(facts.version), ""
+        return facts, ask_server(remote, facts.version), ""
     except NodeError as error:
         return facts, None, str(error)
 
@@ -2960,6 +3043,8 @@ def show_group(
     for node in nodes:
         if node.reason:
             result(f"{node.name}: {node.state}: {node.reason}")
+        elif app.known_identity and not is_ours(node, app.known_identity):
+            result(f"{node.name}: {not_ours(node)}")
         if node.id in details:
             result(f"{node.name}: {details[node.id]['server']}")
     for request in requests:
@@ -2973,11 +3058,16 @@ def show_group(
 
 
 def group_json(
-    group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
+    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Return one group as `status --json` shows it."""
+    key = app.known_identity
     return {
-        "nodes": [node_json(node) | details.get(node.id, {}) for node in nodes if node.group == group],
+        "nodes": [
+            node_json(node) | {"launched_with_this_key": is_ours(node, key) if key else None} | details.get(node.id, {})
+            for node in nodes
+            if node.group == group
+        ],
         "spot_requests": [request._asdict() for request in requests if request.group == group],
     }
 
@@ -2989,14 +3079,16 @@ def group_json(
 @click.pass_obj
 def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     """Show what is running, since when, and what it costs."""
-    overview = fetch_overview(app.ec2, group)
+    overview, _ = side_by_side(
+        lambda: fetch_overview(app.ec2, group), lambda: importlib.import_module("paramiko")
+    )  # a sixth of a second that AWS's answers take anyway
     alive = [node for node in overview.nodes if node.state in ALIVE]
     ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
     groups = sorted({one.group for one in ours})
     nodes = [one for one in overview.nodes if one.state in ALIVE or (one.reason and one.group in groups)]
     details = ask_servers(app, nodes) if servers else {}
     if as_json:
-        shown = {name: group_json(name, nodes, overview.requests, details) for name in groups}
+        shown = {name: group_json(app, name, nodes, overview.requests, details) for name in groups}
         return result(json.dumps({"region": app.settings.AWS_REGION, "groups": shown}, indent=2))
     for name in groups:
         show_group(app, name, [node for node in nodes if node.group == name], live(overview.requests), details)
@@ -3015,7 +3107,7 @@ def system_load(app: App, group: str, watch: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = app.open_group(group)
     while True:
-        outcomes = app.pool.each(nodes, Remote.facts, limit=LOOK_LIMIT)
+        outcomes = app.pool.each(nodes, fetch_facts, limit=LOOK_LIMIT)
         rows = [["LOAD 1", "5", "15", "CORES", "MEMORY", "NAME"]]
         for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
             facts: Facts = outcome.value
@@ -3689,49 +3781,19 @@ def cancel_all_spot(app: App) -> None:
 # login, runCommand, regions, extend.
 
 
-def trust(app: App, node: Node) -> Node:
-    """Note, if the user agrees, the host key that NODE shows now; once, for a node that has none noted."""
-    if node.host_key:
-        raise ClusterError(f"{node.name} has a host key from its launch; --trust is for nodes made by hand")
-    key = fetch_host_key(node, app.settings)
-    click.confirm(
-        f"{node.name} shows the {key.get_name()} key {key.fingerprint}. Is it the node's?", abort=True, err=True
-    )
-    line = f"{key.get_name()} {key.get_base64()}"
-    tag_nodes(app.ec2, [node], TAG_HOST_KEY, line)
-    return node._replace(host_key=line)
-
-
 @cli.command("login")
 @click.argument("name", metavar="[NODE]", required=False)
-@click.option("--trust", "trusting", is_flag=True, help="Ask about, and note, the host key of a node made by hand.")
 @click.pass_obj
-def login(app: App, name: str | None, trusting: bool) -> None:
+def login(app: App, name: str | None) -> None:
     """Open a shell on a node (the head, if none is named)."""
     import subprocess
-    import tempfile
 
     node = find_node(app, name) if name else find_head(app, "default")
+    if not is_ours(node, app.identity):
+        raise ClusterError(f"{node.name}: {not_ours(node)}")
     app.open_group(node.group)
-    if trusting:
-        node = trust(app, node)
-    elif not node.host_key:
-        raise ClusterError(no_host_key(node))
-    settings = app.settings
-    host = node.address if settings.SSH_PORT == 22 else f"[{node.address}]:{settings.SSH_PORT}"
-    with tempfile.NamedTemporaryFile("w", prefix="mitsuba-known-hosts-") as known:
-        known.write(f"{host} {node.host_key}\n")
-        known.flush()
-        options = {
-            "UserKnownHostsFile": known.name,
-            "GlobalKnownHostsFile": "/dev/null",
-            "StrictHostKeyChecking": "yes",
-            "IdentitiesOnly": "yes",
-            "ServerAliveInterval": "15",
-        }
-        words = ["ssh", "-p", str(settings.SSH_PORT), "-i", str(settings.key_file)]
-        words += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-        code = subprocess.call([*words, f"{settings.SSH_USER}@{node.address}"], env=clean_environment())
+    with ssh_command(node, app.settings) as words:
+        code = subprocess.call(words, env=clean_environment())
     sys.exit(min(code, 255))
 
 
