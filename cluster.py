@@ -34,7 +34,6 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
-import glob
 import importlib
 import inspect
 import json
@@ -1080,7 +1079,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, glob, json, os, re, socket, stat, subprocess, sys, threading, time
+import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
 from typing import Any, NamedTuple
 '''
 
@@ -2279,6 +2278,8 @@ def is_below_sshd(process: str) -> bool:
 
 def is_held(path: str) -> bool:
     """Tell whether a command that somebody waits for holds PATH open."""
+    import glob
+
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(link) == path and is_below_sshd(link.split("/")[2]):
@@ -2288,14 +2289,18 @@ def is_held(path: str) -> bool:
 
 def run_quietly(*words: str) -> str:
     """Run a program of the system's; return its output, "" where it fails or hangs."""
+    import subprocess
+
     try:
-        return subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=30, check=False).stdout
+        return subprocess.run(words, stdout=subprocess.PIPE, timeout=30, check=False).stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def take_look(own_connections: int) -> Look:
     """Look at this node."""
+    import glob
+
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
     names, values = (line.split() for line in read_file("/proc/net/snmp").splitlines() if line.startswith("Tcp:"))
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
@@ -2320,7 +2325,7 @@ class Connection(NamedTuple):
 
     since: float
     moved: float  # when it last moved bytes
-    count: int  # of those
+    total: int  # of those
 
 
 class Memory(NamedTuple):
@@ -2364,9 +2369,9 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     seen = {}
     for peer, count in look.servers.items():
         old = memory.connections.get(peer)
-        if not old or count < old.count:
+        if not old or count < old.total:
             old = Connection(look.at, look.at, count)
-        seen[peer] = old if count == old.count else old._replace(moved=look.at, count=count)
+        seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
     quiet = look.at if seen or look.opened > memory.opened else memory.quiet
     memory = memory._replace(at=look.at, quiet=quiet, opened=look.opened, connections=seen)
     clients = find_clients(memory)
@@ -2418,7 +2423,7 @@ def restart_head(why: str) -> None:
 
 
 def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, int]:
-    """Shake hands with all servers once, and restart the head where that helps; return the connections to itself, too."""
+    """Shake hands with all servers once, and restart the head where that helps; return the connections to it, too."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["version"])
     for one in workers:
@@ -3379,7 +3384,10 @@ def install(app: App, group: str) -> None:
 
 SERVER_LIMIT = 40  # seconds from starting a server to its handshake
 LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
-HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
+HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
+
+
+NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 
 def plan_head(nodes: Sequence[Node]) -> Node:
@@ -3450,6 +3458,7 @@ IPAddressDeny=169.254.169.254 fd00:ec2::254
 WantedBy=multi-user.target
 """
 
+
 def server_unit(role: str, address: str, cores: int, data: str) -> str:
     """Return the text of mtssrv.service; CORES are the node's own."""
     arguments, before = f"-i {address} -l {SERVER_PORT}", ""
@@ -3475,12 +3484,28 @@ def local_mitsuba() -> str:
     return ""
 
 
+class StartPlan(NamedTuple):
+    """What start wants of every node."""
+
+    head: Node
+    data: str  # directory
+    cores: dict[str, int]  # of an instance type
+    guard: str  # the program
+    client: str = ""  # the head has one, whom no restart may end
+    linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
+
+    def most_cores(self, node: Node) -> int:
+        """Return how many cores a node's server may announce."""
+        return self.cores.get(node.type) or MOST_CORES
+
+
 class Served(NamedTuple):
     """What a node's server offers after start."""
 
     facts: Facts
     cores: int
-    news: str  # what was done
+    action: str
+    waiting: str = ""  # what start has left to the guard, and why
 
 
 @contextlib.contextmanager
@@ -3530,7 +3555,7 @@ def await_server(remote: Remote, version: str, cores: int | None = None, workers
 def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
     """Tell the user what to type into Mitsuba; the head's name comes last."""
     version, local = served.facts.version, local_mitsuba()
-    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.news}")
+    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
     if local and local != version:
         note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
     if app.settings.PUBLIC_SERVER_PORT:
@@ -3550,79 +3575,143 @@ def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
 
 
-def start_server(remote: Remote, role: str, facts: Facts, data: str, workers: Sequence[str]) -> None:
-    """Write a node's units and (re)start its server."""
-    server, watchdog = server_units(remote.node, role, facts, data)
-    program = guard_program() if role == "head" else ""
-    remote.check(root_command("start-server", START_SERVER, role, server, watchdog, program, "\n".join(workers)))
+def describe_client(facts: Facts) -> str:
+    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last; "" where there is none."""
+    silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
+    if not silences:
+        return ""
+    address = min(silences, key=lambda one: silences[one])
+    more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
+    return f"client {address}{more}, silent for {format_duration(silences[address])}"
 
 
-def head_step(data: str, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
-    """Make the head serve with WORKERS, unless it does."""
-    wanted = [outcome.node.private_ip for outcome in workers]
-    strangers = [o.node.name for o in workers if o.value.facts.version != facts.version]
+def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
+    """Return the cores of each of the NODES' instance types, as far as EC2 tells."""
+    with excused("the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
+        types = sorted({node.type for node in nodes})
+        found = side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))
+        return {one.type: one.cores for one in found}
+    return {}
+
+
+def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "") -> None:
+    """Give a node's guard its PLAN, with which its idle time begins anew; with a UNIT (re)start its server, too."""
+    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan)]
+    remote.check(root_command("start-server", START_SERVER, *arguments))
+
+
+def look_step(remote: Remote) -> Facts:
+    """Learn what a node is; NodeError where Mitsuba is missing."""
+    facts = fetch_facts(remote)
+    if not facts.version:
+        raise NodeError(NOT_INSTALLED)
+    return facts
+
+
+def worker_step(start: StartPlan, remote: Remote) -> Served:
+    """Make a worker serve, unless it does."""
+    facts, node, cores = look_step(remote), remote.node, None
+    plan = {"role": "worker", "version": facts.version, "own": node.private_ip, "head": start.head.private_ip}
+    if facts.role == "worker":
+        with contextlib.suppress(NodeError):
+            cores = ask_server(remote, facts.version)
+    action = "started" if cores is None else "serves already"
+    if cores is None:
+        if node.private_ip in start.linked:
+            raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
+        configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
+        cores = await_server(remote, facts.version)
+    else:
+        configure_node(remote, start.guard, plan)
+    if not 0 < cores <= start.most_cores(node):
+        raise NodeError(f"its mtssrv announces {cores} cores, and {node.type} has {start.most_cores(node)}")
+    return Served(facts, cores, action)
+
+
+def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
+    """Make the head serve with WORKERS, unless it does, or a client would lose it."""
+    wanted = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+    strangers = [one.node.name for one in workers if one.value.facts.version != facts.version]
     if strangers:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again"
         )
-    cores = sum(outcome.value.cores for outcome in workers) + plan_head_cores(facts.cores)
+    cores = sum(one.value.cores for one in workers) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
+    own, offered = remote.node.private_ip, None
+    plan = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
     serving = facts.role == "head"
-    if serving and set(facts.linked) == set(wanted):
+    if serving:
         with contextlib.suppress(NodeError):
-            if ask_server(remote, facts.version) == cores:
-                return Served(facts, cores, "serves already")
-    start_server(remote, "head", facts, data, wanted)
-    news = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), news)
+            offered = ask_server(remote, facts.version)
+    if offered == cores and set(facts.linked) == wanted.keys():
+        configure_node(remote, start.guard, plan)
+        return Served(facts, cores, "serves already")
+    if start.client:
+        configure_node(remote, start.guard, plan)
+        count = len(wanted.keys() - set(facts.linked))
+        what = f"{format_count(count, 'node')} wait to be linked" if count else "the head waits to be restarted"
+        return Served(facts, offered or 0, "serves already", f"{what}: {start.client}")
+    configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
+    action = "restarted: a render that was running is lost" if serving else "started"
+    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
 
 
-def worker_step(data: str, head: Node, remote: Remote) -> Served:
-    """Make a worker serve, unless it does; of the head only learn what it is."""
-    facts = fetch_facts(remote)
-    if not facts.version:
-        raise NodeError("Mitsuba is not installed here; run install first")
-    if remote.node.id == head.id:
-        return Served(facts, 0, "")
-    if facts.role == "worker":
-        with contextlib.suppress(NodeError):
-            return Served(facts, ask_server(remote, facts.version), "serves already")
-    start_server(remote, "worker", facts, data, [])
-    return Served(facts, await_server(remote, facts.version), "started")
+def describe_server(outcome: Outcome[Served]) -> str:
+    """Return the line of one worker in start's output."""
+    served = outcome.value
+    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.action}"
 
 
-def describe_server(outcome: Outcome[Served], head: Node) -> str:
-    """Return the line of one node in start's output."""
-    served: Served = outcome.value
-    if outcome.node.id == head.id:
-        return ""  # its own line comes when it serves
-    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.news}"
+def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -> str:
+    """Say what to do where the head does not serve."""
+    if head.error == NOT_INSTALLED:
+        return f"Mitsuba is not installed on {', '.join(failed)}: {command('install', group)} comes first"
+    ways = f"{command('terminate', head.node.id)}, then {command('start', group)}, makes another node the head"
+    return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
+
+
+def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
+    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
+    head = plan_head(nodes)
+    others = [node for node in nodes if node.id != head.id]
+    (looked,) = app.pool.each([head], look_step)
+    start = StartPlan(head, app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
+    if looked.ok and not force:
+        start = start._replace(client=describe_client(looked.value), linked=frozenset(looked.value.linked))
+        start = start if start.client else start._replace(linked=frozenset())
+    workers = app.pool.each(
+        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
+    )
+    linked = [outcome for outcome in workers if outcome.ok]
+    ready: Outcome[Any] = looked
+    if looked.ok:
+        step = functools.partial(head_step, start, looked.value, linked)
+        (ready,) = app.pool.each([head], step, Progress("Linking", 1))
+    else:
+        note(f"{head.name}: {looked.error}")
+    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
+    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
+    if not ready.ok:
+        raise ClusterError(explain_failed_head(group, ready, failed))
+    say_how_to_connect(app, group, head, ready.value)
+    if failed:
+        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+    if ready.value.waiting:
+        raise ClusterError(
+            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
+            "else they join when it leaves"
+        )
 
 
 @cli.command("start")
 @group_argument
+@click.option("--force", is_flag=True, help="Restart the head even if a client is connected, who loses it.")
 @click.pass_obj
-def start(app: App, group: str) -> None:
+def start(app: App, group: str, force: bool) -> None:
     """Start Mitsuba's servers; the last line names the head node."""
-    nodes = app.open_group(group)
-    head = plan_head(nodes)
-    progress = Progress("Starting", len(nodes), lambda outcome: describe_server(outcome, head))
-    outcomes = app.pool.each(nodes, functools.partial(worker_step, app.settings.DATA_DIR, head), progress)
-    workers = [outcome for outcome in outcomes if outcome.node.id != head.id]
-    ready = next(outcome for outcome in outcomes if outcome.node.id == head.id)
-    linked = [outcome for outcome in workers if outcome.ok]
-    if ready.ok:
-        step = functools.partial(head_step, app.settings.DATA_DIR, ready.value.facts, linked)
-        ready = app.pool.each([head], step, Progress("Linking", 1))[0]
-    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
-    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
-    if not ready.ok:
-        ways = f"{command('terminate', head.id)}, then {command('start', group)}, makes another node the head"
-        raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}")
-    say_how_to_connect(app, group, head, ready.value)
-    if failed:
-        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+    start_group(app, group, app.open_group(group), force)
 
 
 def check_local_port(port: int) -> None:

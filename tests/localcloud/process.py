@@ -93,6 +93,7 @@ class ProcessNode:
         self.role = ""
         self.workers: list[str] = []  # that a head should have
         self.linked: list[str] = []  # and has
+        self.guard: dict[str, Any] = {}  # what the guard of a real node would say of itself
         self.boot = secrets.token_hex(16)
         self.started = ""  # the present start of the server's unit
         self.clients: set[asyncio.StreamWriter] = set()
@@ -401,7 +402,7 @@ async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     return 0, (
         f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
         f"boot={node.boot}\nstarted={node.started}\n"
-        "load=0.42 0.31 0.12\nmemory_mb=612 7168\n"
+        f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nguard={json.dumps(node.guard) if node.guard else ''}\n"
     )
 
 
@@ -416,10 +417,12 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
     """Start the handshake server in the given role."""
     if not node.installed:
         return 1, "Mitsuba is not installed here; run install first\n"
-    node.role, node.workers = arguments[0], arguments[4].split()
-    if node not in NODES:
-        NODES.append(node)
-    await node.serve()
+    role, unit, plan = arguments[0], arguments[1], json.loads(arguments[4])
+    node.role, node.workers = role, list(plan.get("workers", {}))
+    if unit:
+        if node not in NODES:
+            NODES.append(node)
+        await node.serve()
     return 0, ""
 
 
@@ -445,6 +448,17 @@ async def mute(node: ProcessNode) -> None:
     """Read nothing more on any connection, and say nothing: a link that is gone, seen from here."""
     for connection in node.connections:
         connection._transport.pause_reading()  # type: ignore[union-attr]  # asyncssh has no public way
+
+
+async def seat_client(node: ProcessNode) -> None:
+    """Let the guard see a client, which has been silent for a while."""
+    clients = {"203.0.113.9:40000": [3000, 2465], "203.0.113.9:40001": [100, 70.5]}
+    node.guard = {"idle": 70, "used": "a client moved bytes", "limit": 3600, "clients": clients}
+
+
+async def dismiss_client(node: ProcessNode) -> None:
+    """Let the guard see it go."""
+    node.guard = node.guard | {"clients": {}}
 
 
 async def stop_server(node: ProcessNode) -> None:
@@ -479,6 +493,8 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "heal": ProcessNode.heal,
     "drop": ProcessNode.drop,
     "mute": mute,
+    "client-comes": seat_client,
+    "client-goes": dismiss_client,
     "server-gone": stop_server,
     "server-restarts": ProcessNode.serve,
     "clients-cut": cut_clients,
