@@ -15,7 +15,7 @@ import pytest
 
 import cluster
 from tests.ranges import range_server, run_sync
-from tests.support import LocalCloud, Result, interrupt, wait_until
+from tests.support import LocalCloud, Result, impatience, interrupt, wait_until
 
 pytestmark = pytest.mark.xdist_group("sync")  # two nodes serve them all
 
@@ -280,8 +280,8 @@ def answer(cloud: LocalCloud, text: str, *words: str) -> Result:
     """Run the tool at a terminal whose user types TEXT when he is asked."""
     here, there = pty.openpty()
     env = cloud.environment(MITSUBA_CLUSTER_CONFIG=str(cloud.config({"S3_PATH": "s3://scenes/data"})))
-    program = str(cloud.impatient({"ASK_ABOVE_FILES": 2}))
-    with cloud.start(sys.executable, program, *words, env=env, stdin=there, stderr=there) as child:
+    env |= impatience({"ASK_ABOVE_FILES": 2})
+    with cloud.start(sys.executable, "cluster.py", *words, env=env, stdin=there, stderr=there) as child:
         os.close(there)
         shown = ""
         with suppress(OSError):  # the end of a pseudo-terminal is an error
