@@ -3437,11 +3437,13 @@ def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | s
         return Verdict("scene", f"Mitsuba refuses it: {refusal}")
     if attempt.code > 0:
         return Verdict("cluster", "the connection to the head broke")
-    return Verdict("server", "Mitsuba wrote no whole picture" if not attempt.code else "the local mitsuba was killed")
+    return Verdict(
+        "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
+    )
 
 
 class RenderCluster:
-    """A group as its renders see it: a night's render must outlive the user's session with AWS."""
+    """A group as its renders see it: they must outlive the user's session with AWS."""
 
     def __init__(self, app: App, group: str) -> None:
         self.app, self.group = app, group
@@ -3450,10 +3452,10 @@ class RenderCluster:
 
     def refresh(self) -> None:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
-        ec2 = self.app.ec2
+        app, group = self.app, self.group
         with tolerate(), contextlib.suppress(ClusterError):
-            self.nodes = [node for node in fetch_nodes(ec2, self.group) if is_ours(node, self.app.identity)]
-            self.app.allow_access(fetch_security_groups(ec2, self.group), fetch_client_cidr(self.app.settings))
+            self.nodes = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
         """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if it does not."""
@@ -3468,7 +3470,6 @@ class RenderCluster:
                 return heads[0], *outcome.value
             if time.monotonic() > deadline:
                 raise NodeError(f"the head {heads[0].name} does not serve: {outcome.error}")
-            progress.done = HEAL_LIMIT - (deadline - time.monotonic())
             progress.show(outcome.error.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
@@ -3609,10 +3610,8 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
     request = RenderRequest(**given, program=shutil.which("mitsuba") or "")
-    if request.output and len(request.scenes) > 1:
-        raise click.UsageError("-o names one picture, and there are several scenes: Mitsuba would overwrite it")
-    if any(word.startswith("-o") for word in request.words):
-        raise click.UsageError("-o is an option of render's own: put it before --")
+    if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
+        raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
     if not request.program:
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
     for scene in request.scenes:
@@ -3634,8 +3633,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     if then_terminate:
         terminate_in(app.ec2, request.group)
     if missing:
-        pictures = f"{len(missing)} of {format_count(len(request.scenes), 'picture')}"
-        raise ClusterError(f"{pictures} missing: {', '.join(map(str, missing))}")
+        raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
 
 # --- status ------------------------------------------------------------------

@@ -20,7 +20,7 @@ import pytest
 import cluster
 from cluster import Attempt, Facts
 from tests.localcloud.places import HERE
-from tests.support import LIMIT, LocalCloud, Result, impatience, interrupt, ssh, wait_until
+from tests.support import LIMIT, LocalCloud, Result, impatience, interrupt, wait_until
 
 QUICK: dict[str, float] = {"RENDER_POLL": 0.5, "RENDER_SILENCE": 4, "HEAL_POLL": 0.5}
 WHOLE = "the whole picture of "
@@ -62,7 +62,7 @@ MISSING = 'WARN  con0 [StreamBackend] Uncaught exception "The file "a.vol" could
         (Attempt(255, "Caught a critical exception: Error in connect(): refused!"), {}, "", "cluster", "connection"),
         (Attempt(0, f'"a.xml" {cluster.UNFINISHED}!'), {}, "", "server", "no whole picture"),
         (Attempt(0, f'"a.xml" {cluster.UNFINISHED}, caught exception: bad film'), {}, "", "scene", "bad film"),
-        (Attempt(-11, ""), {}, "", "server", "the mitsuba on this machine was killed"),
+        (Attempt(-11, ""), {}, "", "server", "this machine's mitsuba was killed"),
     ],
 )
 def test_who_is_to_blame(attempt: Attempt, changes: dict[str, Any], server_error: str, blame: str, reason: str) -> None:
@@ -262,5 +262,5 @@ def test_tries_that_are_spent_and_the_end_of_the_group(cloud: LocalCloud, tmp_pa
         done = child.end()
         assert (done.code, "the connection to the head broke; given up" in done.err) == (1, True), done.err
         assert "security group removed: nothing of group 'spent' is left in us-east-1. They cost $" in done.err
-        assert done.last_line == f"Error: 1 of 1 picture missing: {scene}"
+        assert done.last_line == f"Error: 1 of 1 pictures missing: {scene}"
         assert cloud.status(group) == {}
