@@ -48,7 +48,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -67,6 +67,7 @@ except ImportError:
 
 # What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
+    import subprocess
     import tempfile
 
     import paramiko
@@ -1148,6 +1149,9 @@ class Facts(NamedTuple):
     idle: float | None = None  # seconds since its last use; None: no guard is there
     idle_limit: float = 0  # seconds after which it ends; 0: never
     clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
+    boot: str = ""  # changes with each boot of the node
+    started: str = ""  # changes with each start of its server
+    clock: str = ""  # seconds since 1970
     load: tuple[float, ...] = ()
     memory_mb: tuple[int, ...] = ()  # used, total
 
@@ -1160,6 +1164,9 @@ echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
 echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
 echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
+echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
+echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2> /dev/null)"
+echo "clock=$(date +%s.%N)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
 """
@@ -1267,22 +1274,28 @@ class Remote:
         return output
 
 
+def to_seconds(value: Any) -> float:
+    """Return a report's number as seconds that can be shown, whatever it is."""
+    return min(1e9, max(0.0, float(value)))
+
+
 def fetch_facts(remote: Remote) -> Facts:
     """Ask a node about itself."""
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     try:
-        guard = json.loads(pairs.get("guard") or "{}")
+        guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
             version=pairs.get("version", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
-            idle=float(guard["idle"]) if guard else None,
-            idle_limit=float(guard.get("limit", 0)),
-            clients={str(peer): (float(since), float(silent)) for peer, (since, silent) in guard["clients"].items()}
-            if guard
-            else {},
+            idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
+            idle_limit=to_seconds(guard["limit"]),
+            clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
+            boot=pairs.get("boot", ""),
+            started=pairs.get("started", ""),
+            clock=pairs.get("clock", ""),
             load=tuple(map(float, pairs.get("load", "").split())),
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
         )
@@ -1954,6 +1967,20 @@ def log_folder(group: str) -> Path:
     except OSError as error:
         raise ClusterError(f"the log folder {folder} can't be made: {error.strerror}") from error
     return folder
+
+
+class OwnWords(click.Command):
+    """A command whose words after the first -- are not its own: it gets them as WORDS."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Split before click parses, which swallows the --."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.params["words"] = tuple(args[end + 1 :])
+        return super().parse_args(ctx, args[:end])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Show them in the usage line."""
+        return [*super().collect_usage_pieces(ctx), "[-- WORDS…]"]
 
 
 class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
@@ -3724,33 +3751,320 @@ def check_local_port(port: int) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def open_tunnel(head: Node, settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Forward a PORT of this machine to HEAD's server inside the with block; ClusterError where ssh can't."""
+    import subprocess
+
+    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
+    # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
+    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
+    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    with ssh_command(head, settings, *forward) as words:
+        ssh = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
+        try:
+            if not (ssh.stdout and ssh.stdout.readline()):
+                raise ClusterError(f"{head.name}: ssh can't open the tunnel ({format_exit(ssh.wait())})")
+            yield ssh
+        finally:
+            ssh.terminate()
+
+
 @cli.command("tunnel")
 @group_argument
 @click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
-    import subprocess
-
     app.open_group(group)
     head = find_head(app, group)
     check_local_port(port)
     app.left = f"The tunnel is closed. {app.left}"
-    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
-    # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
-    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
-    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    with ssh_command(head, app.settings, *forward) as words:
-        child = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
-        try:
-            if child.stdout and child.stdout.readline():
-                say = f"localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)"
-                result(f"In Mitsuba: direct connection to {say}")
-                note(f"Forwarding to {head.name} until Ctrl-C")
-            code = child.wait()
-        finally:
-            child.terminate()
+    with open_tunnel(head, app.settings, port) as ssh:
+        result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
+        note(f"Forwarding to {head.name} until Ctrl-C")
+        code = ssh.wait()
     raise ClusterError(f"{head.name}: ssh ended ({format_exit(code)}); run {command('tunnel', group)} again")
+
+
+# --- render ------------------------------------------------------------------
+# This machine's own Mitsuba renders against the head, again and again until the picture is there. Runs
+# programs and writes pictures here, asks the nodes, and ends the group where it is told to.
+
+RENDER_POLL = 10  # seconds between two questions to the head beside a render
+RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
+HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
+HEAL_POLL = 2  # seconds between two looks at it
+MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
+RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
+
+# $1 since when
+RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 1000 --unit mtssrv.service --since "$1"'
+
+# Texts of Mitsuba 0.6 (mitsuba.cpp, thread.cpp, renderjob.cpp, sched_remote.cpp): an exception, and those that
+# only tell that the other side has gone (sstream.cpp).
+MITSUBA_ERROR = re.compile(
+    r'(?:critical|uncaught|caught) exception:? *"?(.+?)[".!]*(?: - cleaning up!.*)?$', re.I | re.M
+)
+CONNECTION_ERROR = re.compile(r"connection closed|connection error|error in \w+\(\)|invalid response", re.I)
+UNFINISHED = "did not complete successfully"
+
+
+class RenderRequest(NamedTuple):
+    """What the user wants rendered."""
+
+    program: str  # the local mitsuba
+    scenes: tuple[Path, ...]
+    output: Path | None
+    group: str
+    tunnel: bool
+    tries: int
+    words: tuple[str, ...]  # for Mitsuba itself
+
+    def target(self, scene: Path) -> Path:
+        """Return a picture's path, but for the extension: that is the film's."""
+        return (self.output or scene.with_suffix("")).absolute()
+
+
+class Attempt(NamedTuple):
+    """How one run of Mitsuba ended."""
+
+    code: int
+    output: str  # the end of it
+    ended: str = ""  # why the tool has ended it
+
+
+class Verdict(NamedTuple):
+    """Why a picture is not there: through the cluster (it is worth another try), its servers, or the scene."""
+
+    blame: str
+    reason: str
+
+
+def find_error(log: str) -> str:
+    """Return the last error in what a Mitsuba program has said that is not about a connection, or ""."""
+    found = [text for text in MITSUBA_ERROR.findall(log) if not CONNECTION_ERROR.search(text)]
+    return printable(found[-1]) if found else ""
+
+
+def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str) -> Verdict:
+    """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
+
+    A head restarts without a worker that it has lost and with one that has come back; it does so too after
+    its own death or a worker's, which a scene can cause.
+    """
+    lost = [f"{name} {facts}" for name, facts in after.items() if isinstance(facts, str)]
+    now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
+    lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
+    if lost or attempt.ended:
+        return Verdict("cluster", ", ".join(lost) or attempt.ended)
+    died = [name for name in now if now[name].started != before[name].started]
+    heads = [name for name in died if now[name].role == "head"]
+    if died == heads and any(now[name].linked != before[name].linked for name in heads):
+        return Verdict("cluster", f"{heads[0]} was restarted to link other workers")
+    if server_error or died:
+        return Verdict("server", server_error or f"mtssrv died on {', '.join(died)}")
+    if refusal := find_error(attempt.output):
+        return Verdict("scene", f"Mitsuba refuses it: {refusal}")
+    if attempt.code > 0:
+        return Verdict("cluster", "the connection to the head broke")
+    return Verdict(
+        "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
+    )
+
+
+class RenderCluster:
+    """A group as its renders see it: they must outlive the user's session with AWS."""
+
+    def __init__(self, app: App, group: str) -> None:
+        self.app, self.group = app, group
+        self.nodes = app.open_group(group)
+        self.names: dict[str, str] = {}  # a node that has ended has no name any more
+
+    def refresh(self) -> None:
+        """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
+        app, group = self.app, self.group
+        with tolerate(), contextlib.suppress(ClusterError):
+            self.nodes = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
+
+    def await_head(self) -> tuple[Node, Facts, int]:
+        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if it does not."""
+        deadline = time.monotonic() + HEAL_LIMIT
+        progress = Progress("Waiting for the head", HEAL_LIMIT)
+        while True:
+            heads = [node for node in self.nodes if node.role == "head" and node.state == "running"]
+            if not heads:
+                raise NodeError(f"the head node is gone; {command('start', self.group)} makes another node the head")
+            outcome = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)[0]
+            if outcome.ok:
+                return heads[0], *outcome.value
+            if time.monotonic() > deadline:
+                raise NodeError(f"the head {heads[0].name} does not serve: {outcome.error}")
+            progress.show(outcome.error.splitlines()[0])
+            time.sleep(HEAL_POLL)
+            self.refresh()
+
+    def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
+        """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
+        running = [node for node in self.nodes if node.state == "running"]
+        self.names = {node.id: node.name for node in running} | self.names
+        found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
+        for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
+            found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
+        known = {name: found.get(node_id, "is gone") for node_id, name in self.names.items()}
+        return {name: one for name, one in known.items() if names is None or name in names}
+
+    def server_errors(self, before: dict[str, Facts]) -> str:
+        """Return what the servers have complained about in their logs since they were asked BEFORE."""
+
+        def step(remote: Remote) -> str:
+            since = f"@{before[self.names[remote.node.id]].clock}"  # by the node's own clock
+            return find_error(remote.run(root_command("server-log", RENDER_LOG, since), keep=MIB)[1])
+
+        asked = [node for node in self.nodes if node.state == "running" and self.names.get(node.id) in before]
+        outcomes = self.app.pool.each(asked, step, limit=LOOK_LIMIT)
+        return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
+
+
+@contextlib.contextmanager
+def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
+    """Yield what Mitsuba is to connect to: the head, or this end of a tunnel to it."""
+    if not tunnel and app.settings.PUBLIC_SERVER_PORT:
+        yield head.address
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with open_tunnel(head, app.settings, port):
+        yield f"127.0.0.1:{port}"
+
+
+def serving_step(remote: Remote) -> tuple[Facts, int]:
+    """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
+    facts = fetch_facts(remote)
+    return facts, ask_server(remote, facts.version)
+
+
+def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
+    """Run Mitsuba and show what it says; end it when the head is silent or has started again since STARTED."""
+    import subprocess
+
+    tail = bytearray()
+
+    def show(output: Any) -> None:
+        while block := output.read(RENDER_TAIL):
+            with OUTPUT:
+                click.echo(block, nl=False, err=True)
+            tail[:] = (tail + block)[-RENDER_TAIL:]
+
+    with OUTPUT:
+        Progress.clear()
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    child = subprocess.Popen(
+        words, env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
+    )
+    reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
+    reader.start()
+    ended = ""
+    question: Future[Outcome[Facts]] | None = None
+    heard = asked = time.monotonic()
+    try:
+        while child.poll() is None and not ended:
+            pool.wait([question] if question else [], 0.1)
+            if question and question.done():
+                outcome, question = question.result(), None
+                heard = time.monotonic() if outcome.ok else heard
+                if outcome.ok and outcome.value.started != started:
+                    break
+            if not question and time.monotonic() - asked > RENDER_POLL:
+                asked = time.monotonic()
+                question = pool.submit(head, fetch_facts, limit=RENDER_POLL)
+            if time.monotonic() - heard > RENDER_SILENCE:
+                ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
+    finally:
+        child.kill()
+        code = child.wait()
+        reader.join(1)
+        if tail and not tail.endswith(b"\n"):
+            note("")  # a progress bar has no end of line
+    return Attempt(code, tail.decode("utf-8", "replace"), ended)
+
+
+def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) -> bool:
+    """Render one scene, as often as it is worth it; return whether its picture is there."""
+    import tempfile
+
+    target = request.target(scene)
+    deaths = 0
+    for attempt_number in range(1, request.tries + 1):
+        head, facts, cores = cluster.await_head()
+        before = {name: one for name, one in cluster.ask_nodes().items() if isinstance(one, Facts)}
+        note(f"{scene}: rendering on {format_count(cores, 'core')}")
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
+            try:
+                with mitsuba_address(cluster.app, head, request.tunnel) as address:
+                    words = [request.program, "-c", address, *words]
+                    attempt = run_mitsuba(cluster.app.pool, words, head, facts.started)
+            except ClusterError as error:
+                attempt = Attempt(-1, "", error.message)
+            took = time.monotonic() - began
+            pictures = list(Path(folder).iterdir())
+            if attempt.code == 0 and pictures and UNFINISHED not in attempt.output:
+                for picture in pictures:
+                    result(f"{picture.replace(target.parent / picture.name)}: rendered in {format_duration(took)}")
+                return True
+        cluster.refresh()
+        cluster.await_head()
+        after = cluster.ask_nodes(before)
+        verdict = judge(attempt, before, after, cluster.server_errors(before))
+        deaths += verdict.blame == "server"
+        final = verdict.blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
+        what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
+        note(f"{scene}: {format_duration(took)} lost: {verdict.reason}; {what}")
+        if final:
+            break
+    return False
+
+
+@cli.command("render", cls=OwnWords)
+@click.argument(
+    "scenes", metavar="SCENE…", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("-o", "output", type=click.Path(path_type=Path), help="The picture, as Mitsuba's -o; of one scene.")
+@click.option("--group", type=GroupName(), default="default", show_default=True)
+@click.option("--tunnel", is_flag=True, help="Through SSH, even where port 7554 is open.")
+@click.option("--tries", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each scene.")
+@click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
+@click.pass_obj
+def render(app: App, /, then_terminate: bool, **given: Any) -> None:
+    """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
+    request = RenderRequest(**given, program=shutil.which("mitsuba") or "")
+    if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
+        raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
+    if not request.program:
+        raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
+    for scene in request.scenes:
+        if not os.access(folder := request.target(scene).parent, os.W_OK):
+            raise ClusterError(f"no picture can be written to {folder}")
+    find_head(app, request.group)
+    cluster = RenderCluster(app, request.group)
+    app.left = f"Only the render has ended. {app.left}"
+    missing = list(request.scenes)
+    try:
+        nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
+        if local and local != nodes_version:
+            raise ClusterError(f"the mitsuba on this machine is {local}, and the nodes' {nodes_version} will refuse it")
+        for scene in request.scenes:
+            if render_scene(cluster, request, scene):
+                missing.remove(scene)
+    except NodeError as error:
+        note(f"Given up: {error}")
+    if then_terminate:
+        terminate_in(app.ec2, request.group)
+    if missing:
+        raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
 
 # --- status ------------------------------------------------------------------
@@ -3918,6 +4232,10 @@ def system_load(app: App, group: str, watch: bool) -> None:
 # S3, the user's files, and the step that brings them to the nodes. Touches S3 and the nodes' data folders.
 
 PART_SIZE = 64 * MIB  # of an upload; S3 takes 10,000 parts, and boto3 enlarges them beyond that
+ASK_ABOVE_FILES = 1000  # of a folder: it may not be the one that was meant
+ASK_ABOVE_BYTES = 10**9
+NEVER_SENT = {".aws", ".git", ".s3cfg", ".ssh"}
+PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File)")
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
@@ -4025,14 +4343,71 @@ def fetch_digest(s3: Client, bucket: str, key: str, etag: str) -> str:
     return etag if plain and re.fullmatch(r"[0-9a-f]{32}", etag) else ""
 
 
-def plan_upload(name: str, prefix: str) -> dict[str, Path]:
-    """Return key -> file for a local file or folder NAME; {} where there is none."""
-    source = Path(name)
-    base = "/".join(filter(None, [prefix, source.resolve().name]))
+def why_left_out(path: Path, top: Path, settings: Settings, config: Path) -> str:
+    """Say why a file (or link) below TOP is never sent, or return ""."""
+    real = Path(os.path.realpath(path))
+    if NEVER_SENT & {path.name, *real.parts} or real in (config.resolve(), settings.key_file.resolve()):
+        return "keys and settings are never sent"
+    if path.is_symlink() and (real.is_dir() or not real.is_relative_to(top)):
+        return "a link that leads out of the folder, or to a folder"
+    if not real.is_file():
+        return "not a file"
+    with path.open("rb") as file:
+        if PRIVATE_KEY.match(file.read(200)):
+            return "a private key is never sent"
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return ""
+
+
+def plan_files(name: str, settings: Settings, config: Path) -> dict[str, Path]:
+    """Return path below DATA_DIR -> file for a local file or folder NAME; {} where there is none.
+
+    ClusterError where that would send what nobody can have meant: an unset variable makes NAME empty.
+    """
+    source, base = Path(name), os.path.basename(os.path.abspath(name))
+    top = Path(os.path.realpath(source))
+    if not name.strip():
+        raise ClusterError("NAME is empty: is a variable unset?")
     if source.is_file():
+        if why := why_left_out(source, top.parent, settings, config):
+            raise ClusterError(f"{name}: {why}")
         return {base: source}
-    inside = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else []
-    return {f"{base}/{path.relative_to(source).as_posix()}": path for path in inside}
+    dear = {
+        "the tool's folder": HERE,
+        "your home folder": Path.home(),
+        "the SSH key's folder": settings.key_file.parent,
+    }
+    for what, home in dear.items():
+        if source.is_dir() and home.resolve().is_relative_to(top):
+            raise ClusterError(f"{name} is {what}, or contains it: nothing is sent; name a folder that holds data only")
+    files: dict[str, Path] = {}
+    for folder, folders, names in os.walk(source):
+        links = [one for one in folders if one in NEVER_SENT or Path(folder, one).is_symlink()]
+        folders[:] = sorted(set(folders) - set(links))
+        for one in sorted(links + names):
+            path = Path(folder, one)
+            if why := why_left_out(path, top, settings, config):
+                note(f"Left out: {path} ({why})")
+            else:
+                files[f"{base}/{path.relative_to(source).as_posix()}"] = path
+    if source.is_dir() and not files:
+        raise ClusterError(f"there is no file to send in {name}")
+    return files
+
+
+def confirm_size(name: str, files: dict[str, Path]) -> None:
+    """Ask about a large folder; where nobody can be asked, refuse it."""
+    size = sum(path.stat().st_size for path in files.values())
+    if len(files) <= ASK_ABOVE_FILES and (size <= ASK_ABOVE_BYTES or Path(name).is_file()):
+        return
+    what = f"{name} has {format_count(len(files), 'file')}, {format_size(size)}"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ClusterError(f"{what}; add --yes to send so much without being asked")
+    if not click.confirm(f"{what}. Send all of it?", err=True):
+        raise ClusterError("nothing was sent")
 
 
 def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
@@ -4163,18 +4538,22 @@ def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
 @cli.command("syncData")
 @click.argument("name")
 @group_argument
+@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
 @click.pass_obj
-def sync_data(app: App, name: str, group: str) -> None:
+def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     """Put data files on every node through S3.
 
     NAME is a file or folder here, which is uploaded first, or the beginning of names under
     S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
     """
+    files = plan_files(name, app.settings, app.config)
+    if not yes:
+        confirm_size(name, files)
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
-    if files := plan_upload(name, prefix):
-        send_files(s3, bucket, files)
-        name = Path(name).resolve().name
+    if files:
+        send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
+        name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
     for key in refused:
         note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
