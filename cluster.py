@@ -1080,6 +1080,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
 import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
@@ -1698,7 +1699,10 @@ def fetch_files(arguments: list[str]) -> None:
     os.umask(0o022)
     try:
         wanted = [Wanted(**one) for one in json.load(sys.stdin)]
-        fetcher = Fetcher(arguments[0])
+        try:
+            fetcher = Fetcher(arguments[0])
+        except OSError as error:
+            raise FetchFailed(f"{arguments[0]} can't be written to ({error.strerror}); install prepares it") from None
         threading.Thread(target=report, daemon=True).start()
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
