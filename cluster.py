@@ -1697,19 +1697,20 @@ def fetch_files(arguments: list[str]) -> None:
             say(moved=fetcher.moved)
 
     os.umask(0o022)
+    wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        wanted = [Wanted(**one) for one in json.load(sys.stdin)]
-        try:
-            fetcher = Fetcher(arguments[0])
-        except OSError as error:
-            raise FetchFailed(f"{arguments[0]} can't be written to ({error.strerror}); install prepares it") from None
-        threading.Thread(target=report, daemon=True).start()
+        fetcher = Fetcher(arguments[0])
+    except OSError as error:
+        say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
+        sys.exit(1)
+    threading.Thread(target=report, daemon=True).start()
+    try:
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
-        say(error=str(error), status=error.status)
+        say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=0)
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
         os._exit(1)
 
 
@@ -3100,7 +3101,7 @@ def guard(arguments: list[str]) -> None:
     (filter_workers if what == "filter" else watch_servers)(version, first, second)
 
 
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
+GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
 GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
 WORKERS_PATH = "/etc/mitsuba-cluster/workers"
 LINKED_PATH = "/run/mtssrv/linked"
@@ -3547,14 +3548,15 @@ def open_s3(settings: Settings, region: str = "") -> Client:
     if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
         endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
     elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    checksums = "when_required" if elsewhere else "when_supported"  # AWS's buckets with Object Lock demand them
     config = Config(
         signature_version="s3v4",
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard", "total_max_attempts": 6},
         max_pool_connections=64,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
+        request_checksum_calculation=checksums,
+        response_checksum_validation="when_required",  # else signed addresses would ask for one
         s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
     )
     with open_session(settings, key, secret, s3cfg.get("access_token", "") if key else "") as session:

@@ -22,7 +22,7 @@ class RangeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), RangeHandler)
         self.content, self.refuse_from, self.code = content, len(content) + 1, 404
         self.starts: list[int] = []
-        self.admit: Callable[[str], bool] = lambda path: True  # whether an address is still good
+        self.admit: Callable[[str, int], bool] = lambda path, start: True  # whether an address is still good
 
     def job(self, *names: str) -> list[dict[str, Any]]:
         """Return the nodes' job for objects with these NAMES, without a hash to check them by."""
@@ -45,7 +45,7 @@ class RangeHandler(BaseHTTPRequestHandler):
         if start >= self.server.refuse_from:
             self.send_error(self.server.code)
             return
-        if not self.server.admit(self.path):
+        if not self.server.admit(self.path, start):
             self.send_response(403)
             self.end_headers()
             self.wfile.write(b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code></Error>")
