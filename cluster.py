@@ -3389,7 +3389,7 @@ def guard(arguments: list[str]) -> None:
     (filter_workers if what == "filter" else watch_servers)(version, first, second)
 
 
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
+GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
 GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
 WORKERS_PATH = "/etc/mitsuba-cluster/workers"
 LINKED_PATH = "/run/mtssrv/linked"
