@@ -2819,17 +2819,18 @@ check_libraries() {
 
 # The new tree takes the old one's place as a whole, once it is known to be complete.
 install_tree() {
-  local fresh=/opt/mitsuba.new program
+  local fresh=$work/tree program
   step unpacking
-  rm -rf "$fresh"
   mkdir "$fresh"
-  trap 'rm -rf /opt/mitsuba.new' EXIT
   tar -xzf "$1" -C "$fresh" --no-same-owner --no-same-permissions
   program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
   [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
   check_libraries "$(dirname "$fresh/$program")"
+  exec 9> "$state/lock"
+  flock 9
   rm -rf /opt/mitsuba
   mv "$fresh" /opt/mitsuba
+  exec 9>&-
   folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
     printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
@@ -2841,9 +2842,9 @@ install_tree() {
 install_mitsuba() {
   rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
   case $package in
-    *.deb) fetch "$state/mitsuba.deb"; update; step unpacking; apt install --allow-downgrades "$state/mitsuba.deb" ;;
-    *.tar.gz | *.tgz) fetch "$state/mitsuba.tar.gz"; install_tree "$state/mitsuba.tar.gz" ;;
-    */*) fetch "$state/install.sh"; step unpacking; bash "$state/install.sh" < /dev/null ;;
+    *.deb) fetch "$work/mitsuba.deb"; update; step unpacking; apt install --allow-downgrades "$work/mitsuba.deb" ;;
+    *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
+    */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null ;;
     *)
       (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list)
       update
@@ -2886,8 +2887,9 @@ server_version() {
 
 quiet_timers
 mkdir -p "$state"
-exec 9> "$state/lock"
-flock 9 # an installation whose client has died may still run
+find "$state" -maxdepth 1 -name 'work.*' -mmin +60 -exec rm -rf {} +
+work=$(mktemp -d "$state/work.XXXXXX") # its own: an installation whose client has died may still run
+trap 'rm -rf "$work"' EXIT
 if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
   install_mitsuba
 fi

@@ -74,3 +74,16 @@ def test_a_processor_that_is_too_old(nodes: LocalCloud, node: dict[str, Any], tm
     assert done.code == 1
     assert "it was built for a newer processor than c1.xlarge has: build it with -march=x86-64" in done.err
     assert ssh(nodes, node, "cat /var/lib/mitsuba-cluster/installed").out == "", "a failed installation counts as one"
+
+
+def test_a_password_in_an_address_is_nowhere_to_be_read(nodes: LocalCloud, node: dict[str, Any]) -> None:
+    line = str(nodes.ask("config")["PKG_REPOSITORY"]).replace("http://", "http://user:hunter2@")
+    done = nodes.cluster("install", GROUP, settings={"PKG_REPOSITORY": line})
+    assert done.code == 0, done.err
+    assert "hunter2" not in done.out + done.err
+    log = nodes.where.root / f"state/mitsuba-cluster/{GROUP}/{node['id']}.install.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert "hunter2" not in log.read_text()
+    found = ssh(nodes, node, "sudo journalctl --no-pager | grep hunter2; grep -rl hunter2 /etc /var/lib 2> /dev/null")
+    assert found.out == "", "the node shows the password to everybody"
+    assert "hunter2" in ssh(nodes, node, "sudo cat /etc/apt/sources.list.d/mitsuba.list").out
