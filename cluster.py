@@ -2828,10 +2828,24 @@ install_tree() {
   done
 }
 
+# What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
+forget_tree() {
+  for name in mtssrv mitsuba; do
+    if grep -qs '"/opt/mitsuba/' "/usr/local/bin/$name"; then rm "/usr/local/bin/$name"; fi
+  done
+  rm -rf /opt/mitsuba
+}
+
 install_mitsuba() {
   rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
   case $package in
-    *.deb) fetch "$work/mitsuba.deb"; update; step unpacking; apt install --allow-downgrades "$work/mitsuba.deb" ;;
+    *.deb)
+      fetch "$work/mitsuba.deb"
+      update
+      step unpacking
+      apt install --allow-downgrades "$work/mitsuba.deb"
+      forget_tree
+      ;;
     *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
     */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null ;;
     *)
@@ -2839,6 +2853,7 @@ install_mitsuba() {
       update
       step unpacking
       apt install "$package"
+      forget_tree
       ;;
   esac
 }
