@@ -3982,7 +3982,8 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     if start.client:
         configure_node(remote, start.guard, plan)
         count = len(wanted.keys() - set(facts.linked))
-        what = f"{format_count(count, 'node')} wait to be linked" if count else "the head waits to be restarted"
+        waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
+        what = waiting if count else "the head waits to be restarted"
         return Served(facts, offered or 0, "serves already", f"{what}: {start.client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
@@ -4407,16 +4408,25 @@ def node_json(node: Node) -> dict[str, Any]:
 def server_detail(outcome: Outcome[Any], linked: set[str]) -> dict[str, Any]:
     """Say in words and numbers what one node's server does."""
     if not outcome.ok:
-        return {"server": outcome.error, "load": None, "server_cores": None}
+        return {"server": outcome.error, "load": None, "server_cores": None, "idle": None, "clients": []}
     facts, cores, why = outcome.value
     text = f"serves {format_count(cores, 'core')}" if cores is not None else why
     if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
         text = f"up but not linked: run {command('start', outcome.node.group)}"
     load = " ".join(f"{value:g}" for value in facts.load)
+    parts = [text, f"load {load} on {format_count(facts.cores, 'core')}"]
+    clients = facts.clients if facts.role == "head" else {}
+    for peer, (connected, silent) in clients.items():
+        address = peer.rpartition(":")[0]
+        parts.append(f"client {address} for {format_duration(connected)}, silent for {format_duration(silent)}")
+    if facts.idle is not None and facts.idle_limit:
+        parts.append(f"idle for {format_duration(facts.idle)} of {format_duration(facts.idle_limit)}")
     return {
-        "server": f"{text}; load {load} on {format_count(facts.cores, 'core')}",
+        "server": "; ".join(parts),
         "load": facts.load,
         "server_cores": cores,
+        "idle": facts.idle,
+        "clients": [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()],
     }
 
 

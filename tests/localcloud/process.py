@@ -315,6 +315,8 @@ class ProcessNode:
 
     def offered(self) -> int:
         """Return the cores that this node's server announces."""
+        if self.trouble.get("server") == "greedy":
+            return 9000
         if self.role != "head":
             return self.cores
         nodes = {node.instance.private_ip: node for node in ProcessNode.known(self.network)}
@@ -503,7 +505,7 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "sshd-silent": lambda node: node.replace_sshd(lambda _: None),
     "sshd-garbage": lambda node: node.replace_sshd(lambda writer: writer.write(bytes(range(256)) * 64)),
     **{f"{step}-{how}": trouble(step, how) for step in STEPS for how in ("fails", "drops", "dies")},
-    **{f"server-{how}": trouble("server", how) for how in ("silent", "another", "exits")},
+    **{f"server-{how}": trouble("server", how) for how in ("silent", "another", "exits", "greedy")},
 }
 
 # What is acted out instead of run, by the script's $0; all else of root's is refused.
