@@ -32,6 +32,7 @@ CORES = 4
 VERSION = "0.6.0"
 SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
+RESTART = 1.0  # seconds, as RestartSec= of the real unit
 STEPS = ("wait-for-boot", "install", "start-server", "sync")  # that a fault can spoil
 
 
@@ -46,9 +47,9 @@ class ProcessNetwork:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
 
-    def addresses(self) -> Iterator[str]:
-        """Yield the nodes' addresses: 127.N.0.1 and so on, N this cloud's own."""
-        network = ipaddress.ip_network(f"127.{self.second}.0.0/16")
+    def addresses(self, half: int) -> Iterator[str]:
+        """Yield the nodes' addresses, N this cloud's own: public ones from 127.N.0.1, private from 127.N.128.1."""
+        network = ipaddress.ip_network(f"127.{self.second}.{128 * half}.0/17")
         return (str(host) for host in network.hosts() if not str(host).endswith(".255.254"))
 
     def make_node(self, instance: Any) -> ProcessNode:
@@ -94,9 +95,14 @@ class ProcessNode:
         self.deadline: float | None = None
         self.listener: asyncssh.SSHAcceptor | None = None
         self.impostor: asyncio.Server | None = None  # what answers in sshd's place
-        self.server: asyncio.Server | None = None
+        self.servers: list[asyncio.Server] = []  # mtssrv's, one an address
         self.connections: set[asyncssh.SSHServerConnection] = set()
         self.trouble: dict[str, str] = {}  # a step's name, or "server" -> what goes wrong with it
+
+    @property
+    def address(self) -> str:
+        """Where sshd listens: as on AWS the private address can't be reached from outside, if there is a public one."""
+        return self.public_ip or str(self.instance.private_ip)
 
     # What the cloud asks of a node
 
@@ -138,7 +144,7 @@ class ProcessNode:
         self.listener.close()
         await self.listener.wait_closed()
         await self.drop()
-        self.impostor = await asyncio.start_server(greet, self.instance.private_ip, self.network.port)
+        self.impostor = await asyncio.start_server(greet, self.address, self.network.port)
 
     async def heal(self) -> None:
         """Undo all faults."""
@@ -169,7 +175,7 @@ class ProcessNode:
         public = pair.material_public
         line = public.decode() if isinstance(public, bytes) else public
         self.listener = await asyncssh.listen(
-            self.instance.private_ip,
+            self.address,
             self.network.port,
             server_factory=functools.partial(SshServer, self),
             server_host_keys=[key],
@@ -189,10 +195,11 @@ class ProcessNode:
         return config
 
     async def _close(self) -> None:
-        for one in (self.listener, self.server, self.impostor):
+        for one in (self.listener, *self.servers, self.impostor):
             if one:
                 one.close()
-        self.listener = self.server = self.impostor = None
+        self.listener = self.impostor = None
+        self.servers = []
         await self.drop()
 
     async def attend(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
@@ -243,7 +250,7 @@ class ProcessNode:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             cwd=home,
-            env={"PATH": os.environ["PATH"], "HOME": home, "NODE": self.instance.private_ip},
+            env={"PATH": os.environ["PATH"], "HOME": home, "NODE": self.address},
         )
         feeding = asyncio.ensure_future(feed(process, child))
         assert child.stdout
@@ -263,11 +270,10 @@ class ProcessNode:
 
     async def serve(self) -> None:
         """Start (or restart) a server of this node's role that knows the handshake."""
-        if self.server:
-            self.server.close()
-        if self.trouble.get("server") == "exits":
-            return
-        self.server = await asyncio.start_server(self.greet, self.instance.private_ip, SERVER_PORT)
+        await stop_server(self)
+        if self.trouble.get("server") != "exits":
+            addresses = {self.instance.private_ip, self.address}
+            self.servers = [await asyncio.start_server(self.greet, one, SERVER_PORT) for one in addresses]
 
     def offered(self) -> int:
         """Return the cores that this node's server announces."""
@@ -283,6 +289,12 @@ class ProcessNode:
 
     async def greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Do mtssrv's half of the handshake."""
+        try:
+            writer.get_extra_info("socket").getpeername()
+        except OSError:  # a reset before the server had accepted it: the real one ends by it, and is restarted
+            await stop_server(self)
+            asyncio.get_running_loop().call_later(RESTART, lambda: asyncio.ensure_future(self.serve()))
+            return
         try:
             if self.trouble.get("server") == "silent":
                 await reader.read()
@@ -399,9 +411,9 @@ async def mute(node: ProcessNode) -> None:
 
 async def stop_server(node: ProcessNode) -> None:
     """End the server, as if it had died for good."""
-    if node.server:
-        node.server.close()
-        node.server = None
+    for server in node.servers:
+        server.close()
+    node.servers = []
 
 
 async def refuse(node: ProcessNode) -> None:
