@@ -99,6 +99,9 @@ RETRY_CODES = (
     "RequestLimitExceeded Throttling ThrottlingException InternalError InternalFailure Unavailable ServiceUnavailable "
     "502 503 504"
 ).split()
+NEW_CODES = (  # of calls that name what was made a moment ago
+    "InvalidGroup.NotFound InvalidSecurityGroupID.NotFound InvalidKeyPair.NotFound InvalidInstanceID.NotFound"
+).split()
 
 
 # --- Errors and output -------------------------------------------------------
@@ -432,6 +435,7 @@ INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
+NEW_LIMIT = 60  # for all of AWS to know what was just made
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 CREDENTIAL_CODES = {"AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
@@ -502,6 +506,23 @@ def denied_action(error: Exception) -> str:
     return found[1] if found else S3_ACTIONS.get(call, call)
 
 
+def once_known(call: Callable[[], Any]) -> Any:
+    """Make a CALL that names what was just made: again, while the part of AWS that answers does not know it yet.
+
+    https://docs.aws.amazon.com/ec2/latest/devguide/eventual-consistency.html
+    """
+    from botocore.exceptions import ClientError
+
+    deadline = time.monotonic() + NEW_LIMIT
+    while True:
+        try:
+            return call()
+        except ClientError as error:
+            if error_code(error) not in NEW_CODES or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL / 2)
+
+
 def clock_trouble(error: Exception) -> str:
     """Say so where this machine's clock differs from AWS's so much that no signature is good; else ""."""
     from email.utils import parsedate_to_datetime
@@ -530,6 +551,9 @@ def explain(error: Exception) -> str:
         return f"no AWS credentials: run `aws configure`, or see the top of config.py ({text})"
     if code in EXPIRED_CODES or "SSO" in kind or "Token" in kind:
         return f"your AWS session has expired; renew it, e.g. with `aws sso login` ({code or text})"
+    if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
+        role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
+        return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
     if code in CREDENTIAL_CODES:
         return f"AWS refuses these credentials ({code}): check AWS_PROFILE, `aws configure`, or config.py"
     if code in DENIED_CODES:
@@ -822,7 +846,9 @@ def rule_owner(identity: Identity) -> str:
 def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
     """Add one ingress rule; one that is there already is as good."""
     with tolerate("InvalidPermission.Duplicate"):
-        ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission])
+        once_known(
+            lambda: ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission])
+        )
 
 
 def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> None:
@@ -2376,7 +2402,7 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
         with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
             return
-        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
+        pairs = once_known(lambda: ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"])
     if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
         raise ClusterError(
             f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "

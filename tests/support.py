@@ -219,6 +219,15 @@ def free_port() -> int:
             return port
 
 
+def killed(cloud: LocalCloud, rule: dict[str, Any], *words: str) -> Result:
+    """Run the tool, with a signal (SIGKILL, if none is named) from the endpoint at the call that RULE describes."""
+    pid_file = cloud.where.root / f"pid-{words[-1]}"
+    pid_file.unlink(missing_ok=True)
+    with cloud.faults(rule | {"pid_file": str(pid_file)}):
+        script = f'echo $$ > {pid_file}.part; mv {pid_file}.part {pid_file}; exec "$@"'
+        return cloud.run("sh", "-c", script, "sh", sys.executable, "cluster.py", *words)
+
+
 def interrupt(child: subprocess.Popen[str], number: int = signal.SIGINT) -> Result:
     """Send a signal to a running command and return what it did."""
     os.kill(child.pid, number)

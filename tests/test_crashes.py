@@ -16,23 +16,8 @@ LANES = 6  # the calls of a sweep are dealt out to so many tests, which run side
 
 
 def killed_at(cloud: LocalCloud, call: int, kind: str, number: int, *words: str) -> Result:
-    """Run the tool, with a signal from the endpoint at its k-th call, before or after it is carried out."""
-    pid_file = cloud.where.root / f"pid-{words[-1]}"
-    pid_file.unlink(missing_ok=True)
-    rule = {"kind": kind, "service": "*", "nth": call, "pid_file": str(pid_file), "signal": number}
-    with cloud.faults(rule):
-        script = f'echo $$ > {pid_file}.part; mv {pid_file}.part {pid_file}; exec "$@"'
-        return cloud.run("sh", "-c", script, "sh", sys.executable, "cluster.py", *words)
-
-
-def existing(cloud: LocalCloud, group: str) -> tuple[list[str], int]:
-    """Return what EC2 itself has of GROUP: instances that live, and the number of security groups."""
-    ec2 = cloud.client("ec2")
-    ours = [{"Name": "tag:mitsuba-group", "Values": [group]}]
-    reservations = ec2.describe_instances(Filters=ours)["Reservations"]
-    instances = [one for reservation in reservations for one in reservation["Instances"]]
-    living = [one["InstanceId"] for one in instances if one["State"]["Name"] != "terminated"]
-    return sorted(living), len(ec2.describe_security_groups(Filters=ours)["SecurityGroups"])
+    """Run the tool, with a signal at its k-th call, before or after it is carried out."""
+    return killed(cloud, {"kind": kind, "service": "*", "nth": call, "signal": number}, *words)
 
 
 def sweep(lane: int) -> Iterator[int]:
@@ -40,16 +25,15 @@ def sweep(lane: int) -> Iterator[int]:
     yield from range(lane + 1, 100, LANES)
 
 
-def see_and_end(cloud: LocalCloud, group: str) -> None:
-    """See all that exists in status, and nothing left after terminateAll."""
-    living, security_groups = existing(cloud, group)
-    shown = cloud.status(group)
-    assert bool(shown) == bool(living or security_groups)
-    alive = [node["id"] for node in shown.get("nodes", []) if node["state"] != "terminated"]
-    assert sorted(alive) == living
+def see_and_end(cloud: LocalCloud, group: str, look: bool) -> None:
+    """See all that exists in status, as soon as lists show it (if LOOK), and nothing left after terminateAll."""
+    living, security_groups = cloud.truth(group)
+    if look:
+        wait_until(lambda: [node["id"] for node in cloud.nodes(group) if node["state"] != "terminated"] == living)
+        assert bool(cloud.status(group)) == bool(living or security_groups)
     ended = cloud.cluster("terminateAll", group)
-    assert ended.code == 0, ended.err
-    assert existing(cloud, group) == ([], 0)
+    assert ended.code == (0 if living or security_groups else 1), ended.err
+    assert cloud.truth(group) == ([], 0)
 
 
 @pytest.mark.parametrize("lane", range(LANES))
