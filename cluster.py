@@ -438,7 +438,8 @@ TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 NEW_LIMIT = 60  # for all of AWS to know what was just made
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
-CREDENTIAL_CODES = {"AuthFailure", "InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
+REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
+CREDENTIAL_CODES = REGION_CODES | {"InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
 S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
@@ -454,37 +455,61 @@ def no_collection() -> Iterator[None]:
         gc.enable()
 
 
+SESSION_LOCK = threading.Lock()  # boto3's sessions are not safe for threads, their clients are
+
+
 @functools.cache
-def open_session(key: str, secret: str) -> Any:
-    """Return the boto3 session for these credentials (or boto3's own), which reads AWS's big models once."""
+def make_session(region: str, key: str, secret: str, token: str) -> Any:
+    """Return the one boto3 session for these credentials (or boto3's own), ready: a code for MFA is asked for here."""
     import boto3
+    from botocore.utils import JSONFileCache
 
-    return boto3.Session(key or None, secret or None)
+    session = boto3.Session(key or None, secret or None, token or None, region_name=region)
+    if not key:  # the credentials of a role, where the AWS CLI keeps and finds them, too
+        assume_role = session._session.get_component("credential_provider").get_provider("assume-role")
+        assume_role.cache = JSONFileCache(str(Path.home() / ".aws/cli/cache"))
+    if credentials := session.get_credentials():
+        credentials.get_frozen_credentials()
+    return session
 
 
-@no_collection()
+@contextlib.contextmanager
+def open_session(settings: Settings, key: str, secret: str, token: str = "") -> Iterator[Any]:
+    """Lend the session for these credentials to one thread, to make a client."""
+    with SESSION_LOCK, no_collection():
+        yield make_session(settings.AWS_REGION, key, secret, token)
+
+
 def open_client(settings: Settings, service: str, region: str = "", **options: Any) -> Client:
     """Return a boto3 client with bounded patience; OPTIONS are botocore's Config's."""
     from botocore.config import Config
 
-    session = open_session(settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY)
     region = region or settings.AWS_REGION
-    partitions = session.get_available_partitions()
-    if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
-        raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see https://docs.aws.amazon.com/ec2")
     defaults: dict[str, Any] = {
         "connect_timeout": 10,
         "read_timeout": 20,
         "retries": {"mode": "standard", "total_max_attempts": 5},
         "max_pool_connections": 64,
     }
-    return session.client(service, region_name=region, config=Config(**(defaults | options)))
+    with open_session(settings, settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY) as session:
+        partitions = session.get_available_partitions()
+        if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
+            url = "https://docs.aws.amazon.com/ec2"
+            raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see {url}")
+        return session.client(service, region_name=region, config=Config(**(defaults | options)))
 
 
 def error_code(error: Exception) -> str:
     """Return AWS's code of a botocore error, or ""."""
     response = getattr(error, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
+
+
+def find_partition(region: str) -> tuple[str, str]:
+    """Return the part of AWS in which REGION is (it has accounts of its own), and its region that is always enabled."""
+    if region.startswith("cn-"):
+        return "aws-cn", "cn-north-1"
+    return ("aws-us-gov", "us-gov-west-1") if region.startswith("us-gov-") else ("aws", "us-east-1")
 
 
 @contextlib.contextmanager
@@ -499,11 +524,13 @@ def tolerate(*codes: str) -> Iterator[None]:
             raise
 
 
-def denied_action(error: Exception) -> str:
-    """Return the IAM action that AWS says is missing; it need not be the call's own."""
-    found = re.search(r"not authorized to perform: ([\w-]+:\w+)", str(error))
-    call = getattr(error, "operation_name", "this")
-    return found[1] if found else S3_ACTIONS.get(call, call)
+def explain_denial(text: str, call: str) -> str:
+    """Say what AWS denies and why in AWS's words, without its encoded blob, and who can change that."""
+    found = re.search(r"not authorized to perform: (.+?)(\W+Encoded authorization failure message.*|\W*)$", text)
+    denied = f"AWS denies {found[1] if found else S3_ACTIONS.get(call, call)}"
+    if "explicit deny" in denied:
+        return f"{denied}: a rule forbids it, whatever permissions you have; ask whoever made that rule"
+    return f"{denied}: ask for that permission; {command('policy')} prints all that this tool needs"
 
 
 def once_known(call: Callable[[], Any]) -> Any:
@@ -549,15 +576,23 @@ def explain(error: Exception) -> str:
     text = " ".join(printable(text.replace("\n", " ")).split())
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
         return f"no AWS credentials: run `aws configure`, or see the top of config.py ({text})"
-    if code in EXPIRED_CODES or "SSO" in kind or "Token" in kind:
-        return f"your AWS session has expired; renew it, e.g. with `aws sso login` ({code or text})"
+    if kind == "MissingDependencyException":
+        add = f"{shlex.quote(sys.executable)} -m pip install 'botocore[crt]'"
+        return f"your AWS profile was made by `aws login`, for which boto3 needs one more package: {add}"
+    if code in EXPIRED_CODES or any(word in kind for word in ("SSO", "Login", "Token", "MFA")):
+        renew = (
+            "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
+        )
+        return f"your AWS session has expired; renew it, e.g. with {renew} ({code or text})"
     if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
         role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
         return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
     if code in CREDENTIAL_CODES:
-        return f"AWS refuses these credentials ({code}): check AWS_PROFILE, `aws configure`, or config.py"
+        region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
+        check = f"check AWS_PROFILE, `aws configure`, or config.py{region if code in REGION_CODES else ''}"
+        return f"AWS refuses these credentials ({code}): {check}"
     if code in DENIED_CODES:
-        return f"your AWS user may not do {denied_action(error)}: ask for that permission (README, 'Permissions')"
+        return explain_denial(text, action)
     if code in ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"):
         return (
             f"your account's quota is used up: {text} Raise 'Running On-Demand Standard instances' (or 'All Standard "
@@ -796,8 +831,9 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
         ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
 
 
-def fetch_regions(ec2: Client) -> list[str]:
-    """Return the names of the regions that the account can use."""
+def fetch_regions(settings: Settings) -> list[str]:
+    """Return the names of the regions that the account can use; the one of config.py need not be among them."""
+    ec2 = open_client(settings, "ec2", find_partition(settings.AWS_REGION)[1])
     return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
 
 
@@ -3528,10 +3564,8 @@ def read_s3cfg(settings: Settings) -> dict[str, str]:
     return {name: value.strip() for name, value in parser.items("default")} if "default" in parser else {}
 
 
-@no_collection()
 def open_s3(settings: Settings, region: str = "") -> Client:
     """Return an S3 client: credentials and endpoint of .s3cfg, else config.py's, else boto3's own."""
-    import boto3
     from botocore.config import Config
 
     s3cfg = read_s3cfg(settings)
@@ -3552,8 +3586,8 @@ def open_s3(settings: Settings, region: str = "") -> Client:
         response_checksum_validation="when_required",
         s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
     )
-    session = boto3.Session(key or None, secret or None, s3cfg.get("access_token") or None if key else None)
-    return session.client("s3", region or settings.AWS_REGION, endpoint_url=endpoint, config=config)
+    with open_session(settings, key, secret, s3cfg.get("access_token", "") if key else "") as session:
+        return session.client("s3", region or settings.AWS_REGION, endpoint_url=endpoint, config=config)
 
 
 def open_bucket(settings: Settings) -> tuple[Client, str, str]:
@@ -3877,7 +3911,7 @@ def terminate_in(ec2: Client, group: str) -> None:
 def terminate_all(app: App, group: str, all_regions: bool) -> None:
     """Shut all nodes of the group down, and prove it."""
     app.left = f"Some nodes of group {group!r} may still run; end them with {command('terminateAll', group)}."
-    regions = fetch_regions(app.ec2) if all_regions else [app.settings.AWS_REGION]
+    regions = fetch_regions(app.settings) if all_regions else [app.settings.AWS_REGION]
     if not all_regions:
         return terminate_in(app.ec2, group)
     troubles = []
@@ -3971,7 +4005,7 @@ def cancel_all_spot(app: App) -> None:
 
 
 # --- Small commands ----------------------------------------------------------
-# login, runCommand, regions, extend.
+# login, runCommand, regions, extend, policy.
 
 
 @cli.command("login")
@@ -4055,7 +4089,7 @@ def run_command(app: App, line: str, group: str, as_json: bool) -> None:
 @click.pass_obj
 def regions(app: App) -> None:
     """List the regions; the one of config.py is marked."""
-    for region in fetch_regions(app.ec2):
+    for region in fetch_regions(app.settings):
         result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
 
 
@@ -4097,6 +4131,62 @@ def extend(app: App, hours: float, group: str) -> None:
     for total_hours, same in by_hours.items():
         tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
     app.report(outcomes, f"Extended by {hours:g} hours")
+
+
+LOOKS = (
+    "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs "
+    "DescribeRegions DescribeSecurityGroupRules DescribeSecurityGroups DescribeSpotInstanceRequests "
+    "DescribeSpotPriceHistory DescribeSubnets"
+)
+CHANGES = (
+    "RunInstances TerminateInstances GetConsoleOutput CancelSpotInstanceRequests CreateTags "
+    "AuthorizeSecurityGroupIngress RevokeSecurityGroupIngress DeleteSecurityGroup"
+)
+
+
+def make_policy(partition: str, bucket: str) -> dict[str, Any]:
+    """Return the IAM policy for all that this tool does; what it makes or changes must have the tool's tag.
+
+    Resource types and keys: https://docs.aws.amazon.com/service-authorization/latest/reference/list_amazonec2.html
+    Spot launches: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ExamplePolicies_EC2.html
+    """
+
+    def allow(name: str, actions: str, resources: str, condition: dict[str, Any] | None = None) -> dict[str, Any]:
+        service = "ec2:" if ":" not in actions else ""
+        arns = [one if one == "*" else f"arn:{partition}:{one}" for one in resources.split()]
+        statement = {"Sid": name, "Effect": "Allow", "Action": [service + one for one in actions.split()]}
+        return statement | {"Resource": arns} | ({"Condition": condition} if condition else {})
+
+    def kinds(names: str) -> str:
+        return " ".join(f"ec2:*:{'' if name == 'image' else '*'}:{name}/*" for name in names.split())
+
+    made = "instance volume spot-instances-request security-group"
+    new, ours = ({"Null": {f"aws:{tag}/{TAG_GROUP}": "false"}} for tag in ("RequestTag", "ResourceTag"))
+    made_by = {"StringEquals": {"ec2:CreateAction": ["RunInstances", "CreateSecurityGroup", "ImportKeyPair"]}}
+    launch = "RunInstances CreateSecurityGroup"
+    return {
+        "Version": "2012-10-17",
+        "Statement": [
+            allow("Look", LOOKS, "*"),
+            allow("LookUpPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", "*"),
+            allow("FindUbuntu", "ssm:GetParameter", "ssm:*::parameter/aws/service/canonical/*"),
+            allow("LaunchFrom", f"{launch} ImportKeyPair", kinds("image subnet network-interface key-pair vpc")),
+            allow("LaunchWithTag", launch, kinds(made), new),
+            allow("TagWhatIsBeingMade", "CreateTags", kinds(f"{made} key-pair"), made_by),
+            allow("ChangeAndEndOnlyWhatIsOurs", CHANGES, kinds(made), ours),
+            allow("AddRules", "AuthorizeSecurityGroupIngress", kinds("security-group-rule")),
+            allow("FindData", "s3:ListBucket", f"s3:::{bucket}"),
+            allow("MoveData", "s3:GetObject s3:PutObject s3:AbortMultipartUpload", f"s3:::{bucket}/*"),
+        ],
+    }
+
+
+@cli.command("policy")
+@click.pass_obj
+def policy(app: App) -> None:
+    """Print the IAM policy that this tool needs, for your partition and bucket."""
+    region = app.settings.AWS_REGION
+    result(json.dumps(make_policy(find_partition(region)[0], app.settings.bucket[0] or "YOUR-BUCKET"), indent=2))
 
 
 # --- main --------------------------------------------------------------------
