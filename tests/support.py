@@ -146,6 +146,14 @@ class LocalCloud:
         """End a group past the tool and past AWS's delays, as far as there is something left of it."""
         self.ask("wipe", group)
 
+    def ask_state(self, name: str) -> str:
+        """Return an instance's state as EC2 shows it: "pending" until lists show it with its address."""
+        filters = [{"Name": "instance-id", "Values": [name]}]
+        found = self.client("ec2").describe_instances(Filters=filters)["Reservations"]
+        shown = found[0]["Instances"][0] if found else {"State": {"Name": "pending"}}
+        state = str(shown["State"]["Name"])
+        return state if state != "running" or shown.get("PublicIpAddress") else "pending"
+
     def truth(self, group: str) -> tuple[list[str], int]:
         """Return what there is of GROUP, listed yet or not: instances that are not terminated, security groups."""
         found = self.ask("truth", group)

@@ -44,7 +44,7 @@ def test_killed_right_after_the_launch(cloud: LocalCloud, group: str) -> None:
 
 
 def test_spot_in_the_one_zone_that_is_cheap_enough(cloud: LocalCloud, group: str) -> None:
-    with cloud.options(spot_prices={"us-east-1c": 0.031}):
+    with cloud.options(pace="none", spot_prices={"us-east-1c": 0.031}):
         made = cloud.cluster("addSpotNodes", "c1.xlarge", "2", "0.04", group)
     assert made.code == 0, made.err
     assert "2 × c1.xlarge: $0.0620 an hour" in made.err
@@ -53,7 +53,7 @@ def test_spot_in_the_one_zone_that_is_cheap_enough(cloud: LocalCloud, group: str
 
 def test_spot_goes_on_to_the_next_zone_and_each_node_has_the_price_of_its_own(cloud: LocalCloud, group: str) -> None:
     dear = {"spot_prices": {"us-east-1b": 0.02, "us-east-1d": 0.03}, "capacity": {"us-east-1b": 1}}
-    with cloud.options(**dear):
+    with cloud.options(pace="none", **dear):
         made = cloud.cluster("createNodes", "c1.xlarge", "2", group, "--spot")
     assert made.code == 0, made.err
     assert sorted((node["zone"], node["price"]) for node in cloud.nodes(group)) == [
@@ -64,7 +64,7 @@ def test_spot_goes_on_to_the_next_zone_and_each_node_has_the_price_of_its_own(cl
 
 def test_a_zone_whose_price_has_risen_since_the_look_up(cloud: LocalCloud, group: str) -> None:
     rule = {"kind": "code:SpotMaxPriceTooLow", "action": "RunInstances", "nth": 1}
-    with cloud.faults(rule):
+    with cloud.options(pace="none"), cloud.faults(rule):
         made = cloud.cluster("addSpotNodes", "c1.xlarge", "1", "0.2", group)
     assert made.code == 0, made.err
     assert "us-east-1a asks more than your maximum (SpotMaxPriceTooLow); trying the next zone" in made.err
@@ -72,14 +72,16 @@ def test_a_zone_whose_price_has_risen_since_the_look_up(cloud: LocalCloud, group
 
 
 def test_the_role_that_spot_nodes_need(cloud: LocalCloud, group: str) -> None:
-    with cloud.faults({"kind": "code:AuthFailure.ServiceLinkedRoleCreationNotPermitted", "action": "RunInstances"}):
+    rule = {"kind": "code:AuthFailure.ServiceLinkedRoleCreationNotPermitted", "action": "RunInstances"}
+    with cloud.options(pace="none"), cloud.faults(rule):
         made = cloud.cluster("createNodes", "c1.xlarge", "1", group, "--spot")
     assert made.code == 1
     assert "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com" in made.last_line
 
 
 def test_a_request_is_sent_again_until_its_answer_is_known(cloud: LocalCloud, group: str) -> None:
-    with cloud.faults({"kind": "lost", "action": "RunInstances", "times": 6}):  # botocore gives up after five
+    rule = {"kind": "lost", "action": "RunInstances", "times": 6}  # botocore gives up after five
+    with cloud.options(pace="none"), cloud.faults(rule):
         made = cloud.cluster("createNodes", "c1.xlarge", "2", group)
     assert made.code == 0, made.err
     assert "trying again, the same request" in made.err

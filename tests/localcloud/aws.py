@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from xml.sax.saxutils import escape
 
-from tests.localcloud.delays import PACES, Seconds, is_late, lag
+from tests.localcloud.delays import PACES, Seconds, is_late, lag, note_birth
 from tests.localcloud.places import ACCOUNT, REGION
 
 JAMMY, NOBLE, ARM = "ami-0a0e5d9c7acc336f1", "ami-0e2c8caa4b6378d8c", "ami-0123456789abcdef0"
@@ -190,7 +190,7 @@ def mend_instances(cloud: Cloud) -> None:
             self.holds_groups = True
             self.spot_instance_request_id = None
             self.instance_lifecycle = None
-            self.born = time.monotonic()
+            note_birth(cloud.options, self)
             self._become("pending")
             self.node = cloud.make_node(self)
             cloud.instances[self.id] = self
@@ -518,20 +518,20 @@ def mend_security_groups(cloud: Cloud) -> None:
         found = plain_list(self, *arguments, **keywords)
         return [group for group in found if not is_late(cloud.options, "created_lag", group)]
 
-    note_birth(SecurityGroupBackend, "create_security_group")
-    note_birth(KeyPairBackend, "import_key_pair")
+    makes_late(cloud, SecurityGroupBackend, "create_security_group")
+    makes_late(cloud, KeyPairBackend, "import_key_pair")
     SecurityGroupBackend.describe_security_groups = describe_security_groups
     SecurityGroupBackend.delete_security_group = delete_security_group
     SecurityGroup.add_ingress_rule = add_ingress_rule
 
 
-def note_birth(backend: Any, call: str) -> None:
+def makes_late(cloud: Cloud, backend: Any, call: str) -> None:
     """Let a backend's CALL note when it made what it returns."""
     plain = getattr(backend, call)
 
     def create(self: Any, *arguments: Any, **keywords: Any) -> Any:
         made = plain(self, *arguments, **keywords)
-        made.born = time.monotonic()
+        note_birth(cloud.options, made)
         return made
 
     setattr(backend, call, create)

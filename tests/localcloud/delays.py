@@ -48,10 +48,17 @@ def lag(options: Any, name: str, made: Any) -> float:
     return low + random.Random(f"{name} {made.id}").random() * (high - low)
 
 
+def note_birth(options: Any, made: Any) -> None:
+    """Note when a thing was made, and with which delays: an option changes nothing for what was there before."""
+    made.born = time.monotonic()
+    made.lags = {name: lag(options, name, made) for name in PACES["none"]}
+
+
 def is_late(options: Any, name: str, made: Any) -> bool:
-    """Tell whether the delay NAME of a thing is not over."""
-    born: float | None = getattr(made, "born", None)
-    return born is not None and time.monotonic() - born < lag(options, name, made)
+    """Tell whether the delay NAME of a thing is not over; a shorter one, set meanwhile, ends it."""
+    if not hasattr(made, "born"):
+        return False
+    return bool(time.monotonic() - made.born < min(made.lags[name], lag(options, name, made)))
 
 
 def named(parameters: dict[str, str], pattern: re.Pattern[str]) -> list[str]:
