@@ -15,6 +15,7 @@ import http.server
 import ipaddress
 import json
 import os
+import secrets
 import shlex
 import socket
 import struct
@@ -33,6 +34,7 @@ VERSION = "0.6.0"
 SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
 RESTART = 1.0  # seconds, as RestartSec= of the real unit
+RENDER, DONE = b"\x00\x01", b"\x00\x02"  # between the stand-ins, see mitsuba/mtssrv
 STEPS = ("wait-for-boot", "install", "start-server", "sync")  # that a fault can spoil
 
 
@@ -90,12 +92,17 @@ class ProcessNode:
         self.folder = network.folder / instance.id
         self.cores = CORES
         self.role = ""
-        self.workers: list[str] = []
+        self.workers: list[str] = []  # that a head should have
+        self.linked: list[str] = []  # and has
+        self.boot = secrets.token_hex(16)
+        self.started = ""  # the present start of the server's unit
+        self.clients: set[asyncio.StreamWriter] = set()
+        self.journal: list[tuple[float, str]] = []  # the server's complaints, each with its time
         self.installed = False
         self.deadline: float | None = None
         self.listener: asyncssh.SSHAcceptor | None = None
         self.impostor: asyncio.Server | None = None  # what answers in sshd's place
-        self.servers: list[asyncio.Server] = []  # mtssrv's, one an address
+        self.server: asyncio.Server | None = None
         self.connections: set[asyncssh.SSHServerConnection] = set()
         self.trouble: dict[str, str] = {}  # a step's name, or "server" -> what goes wrong with it
 
@@ -122,9 +129,12 @@ class ProcessNode:
         self.call(self._close())
 
     def reboot(self) -> None:
-        """Drop everything and come back, without the server."""
+        """Drop everything and come back."""
         self.call(self._close())
+        self.boot = secrets.token_hex(16)
         self.call(self._listen())
+        if self.role:
+            self.call(self.serve())
 
     async def drop(self) -> None:
         """Drop every connection without a word."""
@@ -195,11 +205,11 @@ class ProcessNode:
         return config
 
     async def _close(self) -> None:
-        for one in (self.listener, *self.servers, self.impostor):
+        for one in (self.listener, self.impostor):
             if one:
                 one.close()
         self.listener = self.impostor = None
-        self.servers = []
+        await self.lose_server()
         await self.drop()
 
     async def attend(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
@@ -269,18 +279,51 @@ class ProcessNode:
     # mtssrv
 
     async def serve(self) -> None:
-        """Start (or restart) a server of this node's role that knows the handshake."""
-        await stop_server(self)
-        if self.trouble.get("server") != "exits":
-            addresses = {self.instance.private_ip, self.address}
-            self.servers = [await asyncio.start_server(self.greet, one, SERVER_PORT) for one in addresses]
+        """Start (or restart) a server of this node's role; a head's links those workers that answer."""
+        self.end_server()
+        nodes = {node.instance.private_ip: node for node in self.known(self.network)}
+        self.linked = [one for one in self.workers if one in nodes and nodes[one].server]
+        self.started = secrets.token_hex(16)
+        if self.trouble.get("server") == "exits":
+            return
+        self.server = await asyncio.start_server(self.greet, {self.instance.private_ip, self.address}, SERVER_PORT)
+
+    def end_server(self) -> None:
+        """End the server, and with it what its clients render."""
+        if self.server:
+            self.server.close()
+        self.server = None
+        for writer in list(self.clients):
+            writer.transport.abort()
+
+    async def lose_server(self) -> None:
+        """End the server; a head that was linked to it dies of that, and starts again without it."""
+        self.end_server()
+        for node in self.known(self.network):
+            if node.server and self.instance.private_ip in node.linked:
+                await node.serve()
+
+    async def render(self, job: dict[str, str], client: asyncio.StreamReader) -> bool:
+        """Let a job's time pass, unless the server is frozen; return False where the picture is lost."""
+        data = job.get("data", "")
+        if data and not (self.data("/mnt") / data).exists():
+            text = f'WARN  [StreamBackend] Uncaught exception "The file "{data}" could not be found!" - cleaning up!'
+            self.journal.append((time.monotonic(), text))
+            return False
+        end, start = time.monotonic() + float(job.get("seconds", 0)), self.started
+        until = self.data("/mnt") / job.get("until", "")
+        while time.monotonic() < end or not until.exists() or self.trouble.get("server") == "silent":
+            await asyncio.sleep(0.05)
+            if client.at_eof() or self.started != start:
+                return False
+        return True
 
     def offered(self) -> int:
         """Return the cores that this node's server announces."""
         if self.role != "head":
             return self.cores
         nodes = {node.instance.private_ip: node for node in ProcessNode.known(self.network)}
-        return max(1, self.cores - 2) + sum(nodes[one].cores for one in self.workers if one in nodes)
+        return max(1, self.cores - 2) + sum(nodes[one].cores for one in self.linked if one in nodes)
 
     @staticmethod
     def known(network: ProcessNetwork) -> list[ProcessNode]:
@@ -288,13 +331,14 @@ class ProcessNode:
         return [node for node in NODES if node.network is network]
 
     async def greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Do mtssrv's half of the handshake."""
+        """Do mtssrv's half of the handshake, and render."""
         try:
             writer.get_extra_info("socket").getpeername()
         except OSError:  # a reset before the server had accepted it: the real one ends by it, and is restarted
-            await stop_server(self)
+            await self.lose_server()
             asyncio.get_running_loop().call_later(RESTART, lambda: asyncio.ensure_future(self.serve()))
             return
+        self.clients.add(writer)
         try:
             if self.trouble.get("server") == "silent":
                 await reader.read()
@@ -308,12 +352,16 @@ class ProcessNode:
                 name = f"ip-{self.instance.private_ip.replace('.', '-')}"
                 writer.write(HELLO + self.offered().to_bytes(2, "big") + name.encode() + b"\0")
                 await writer.drain()
-                while await reader.readexactly(2) != QUIT:
-                    pass
+                while await reader.readexactly(2) == RENDER:
+                    number, size = struct.unpack(">II", await reader.readexactly(8))
+                    if not await self.render(json.loads(await reader.readexactly(size)), reader):
+                        break
+                    writer.write(DONE + struct.pack(">I", number))
             await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
+            self.clients.discard(writer)
             writer.close()
 
 
@@ -361,9 +409,10 @@ async def wait_for_boot(node: ProcessNode, arguments: list[str]) -> tuple[int, s
 async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Tell what the node pretends to be."""
     version = VERSION if node.installed else ""
-    linked = " ".join(node.workers)
+    linked = " ".join(node.linked)
     return 0, (
         f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
+        f"boot={node.boot}\nstarted={node.started}\n"
         "load=0.42 0.31 0.12\nmemory_mb=612 7168\n"
     )
 
@@ -387,8 +436,9 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
 
 
 async def server_log(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
-    """There is no journal."""
-    return 0, "(a process node has no journal)\n"
+    """Tell what the server has to complain about; it logs nothing else."""
+    since = time.monotonic() - float(arguments[0]) if arguments else 0
+    return 0, "".join(f"{text}\n" for at, text in node.journal if at >= since) or "(a process node has no journal)\n"
 
 
 async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
@@ -411,9 +461,13 @@ async def mute(node: ProcessNode) -> None:
 
 async def stop_server(node: ProcessNode) -> None:
     """End the server, as if it had died for good."""
-    for server in node.servers:
-        server.close()
-    node.servers = []
+    await node.lose_server()
+
+
+async def cut_clients(node: ProcessNode) -> None:
+    """Cut the connections of the server's clients, and nothing else."""
+    for writer in list(node.clients):
+        writer.transport.abort()
 
 
 async def refuse(node: ProcessNode) -> None:
@@ -438,6 +492,8 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "drop": ProcessNode.drop,
     "mute": mute,
     "server-gone": stop_server,
+    "server-restarts": ProcessNode.serve,
+    "clients-cut": cut_clients,
     "sshd-refuses": refuse,
     "sshd-resets": lambda node: node.replace_sshd(reset),
     "sshd-silent": lambda node: node.replace_sshd(lambda _: None),
