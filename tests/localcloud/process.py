@@ -286,7 +286,8 @@ class ProcessNode:
         self.started = secrets.token_hex(16)
         if self.trouble.get("server") == "exits":
             return
-        self.server = await asyncio.start_server(self.greet, {self.instance.private_ip, self.address}, SERVER_PORT)
+        addresses = sorted({self.instance.private_ip, self.address})
+        self.server = await asyncio.start_server(self.greet, addresses, SERVER_PORT)
 
     def end_server(self) -> None:
         """End the server, and with it what its clients render."""
