@@ -48,7 +48,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -67,6 +67,7 @@ except ImportError:
 
 # What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
+    import subprocess
     import tempfile
 
     import paramiko
@@ -1167,6 +1168,9 @@ class Facts(NamedTuple):
     version: str = ""  # of Mitsuba; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
+    boot: str = ""  # changes with each boot of the node
+    started: str = ""  # changes with each start of its server
+    clock: str = ""  # seconds since 1970
     load: tuple[float, ...] = ()
     memory_mb: tuple[int, ...] = ()  # used, total
 
@@ -1177,6 +1181,9 @@ set -uo pipefail
 echo "cores=$(nproc)"
 echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
+echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
+echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2> /dev/null)"
+echo "clock=$(date +%s.%N)"
 echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
@@ -1295,6 +1302,9 @@ def fetch_facts(remote: Remote) -> Facts:
             version=pairs.get("version", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
+            boot=pairs.get("boot", ""),
+            started=pairs.get("started", ""),
+            clock=pairs.get("clock", ""),
             load=tuple(map(float, pairs.get("load", "").split())),
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
         )
@@ -1966,6 +1976,20 @@ def log_folder(group: str) -> Path:
     except OSError as error:
         raise ClusterError(f"the log folder {folder} can't be made: {error.strerror}") from error
     return folder
+
+
+class OwnWords(click.Command):
+    """A command whose words after the first -- are not its own: it gets them as WORDS."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Split before click parses, which swallows the --."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.params["words"] = tuple(args[end + 1 :])
+        return super().parse_args(ctx, args[:end])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Show them in the usage line."""
+        return [*super().collect_usage_pieces(ctx), "[-- WORDS…]"]
 
 
 class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
@@ -3343,33 +3367,320 @@ def check_local_port(port: int) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def open_tunnel(head: Node, settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Forward a PORT of this machine to HEAD's server inside the with block; ClusterError where ssh can't."""
+    import subprocess
+
+    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
+    # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
+    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
+    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    with ssh_command(head, settings, *forward) as words:
+        ssh = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
+        try:
+            if not (ssh.stdout and ssh.stdout.readline()):
+                raise ClusterError(f"{head.name}: ssh can't open the tunnel ({format_exit(ssh.wait())})")
+            yield ssh
+        finally:
+            ssh.terminate()
+
+
 @cli.command("tunnel")
 @group_argument
 @click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
-    import subprocess
-
     app.open_group(group)
     head = find_head(app, group)
     check_local_port(port)
     app.left = f"The tunnel is closed. {app.left}"
-    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
-    # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
-    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
-    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    with ssh_command(head, app.settings, *forward) as words:
-        child = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
-        try:
-            if child.stdout and child.stdout.readline():
-                say = f"localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)"
-                result(f"In Mitsuba: direct connection to {say}")
-                note(f"Forwarding to {head.name} until Ctrl-C")
-            code = child.wait()
-        finally:
-            child.terminate()
+    with open_tunnel(head, app.settings, port) as ssh:
+        result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
+        note(f"Forwarding to {head.name} until Ctrl-C")
+        code = ssh.wait()
     raise ClusterError(f"{head.name}: ssh ended ({format_exit(code)}); run {command('tunnel', group)} again")
+
+
+# --- render ------------------------------------------------------------------
+# This machine's own Mitsuba renders against the head, again and again until the picture is there. Runs
+# programs and writes pictures here, asks the nodes, and ends the group where it is told to.
+
+RENDER_POLL = 10  # seconds between two questions to the head beside a render
+RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
+HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
+HEAL_POLL = 2  # seconds between two looks at it
+MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
+RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
+
+# $1 since when
+RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 1000 --unit mtssrv.service --since "$1"'
+
+# Texts of Mitsuba 0.6 (mitsuba.cpp, thread.cpp, renderjob.cpp, sched_remote.cpp): an exception, and those that
+# only tell that the other side has gone (sstream.cpp).
+MITSUBA_ERROR = re.compile(
+    r'(?:critical|uncaught|caught) exception:? *"?(.+?)[".!]*(?: - cleaning up!.*)?$', re.I | re.M
+)
+CONNECTION_ERROR = re.compile(r"connection closed|connection error|error in \w+\(\)|invalid response", re.I)
+UNFINISHED = "did not complete successfully"
+
+
+class RenderRequest(NamedTuple):
+    """What the user wants rendered."""
+
+    program: str  # the local mitsuba
+    scenes: tuple[Path, ...]
+    output: Path | None
+    group: str
+    tunnel: bool
+    tries: int
+    words: tuple[str, ...]  # for Mitsuba itself
+
+    def target(self, scene: Path) -> Path:
+        """Return a picture's path, but for the extension: that is the film's."""
+        return (self.output or scene.with_suffix("")).absolute()
+
+
+class Attempt(NamedTuple):
+    """How one run of Mitsuba ended."""
+
+    code: int
+    output: str  # the end of it
+    ended: str = ""  # why the tool has ended it
+
+
+class Verdict(NamedTuple):
+    """Why a picture is not there: through the cluster (it is worth another try), its servers, or the scene."""
+
+    blame: str
+    reason: str
+
+
+def find_error(log: str) -> str:
+    """Return the last error in what a Mitsuba program has said that is not about a connection, or ""."""
+    found = [text for text in MITSUBA_ERROR.findall(log) if not CONNECTION_ERROR.search(text)]
+    return printable(found[-1]) if found else ""
+
+
+def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str) -> Verdict:
+    """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
+
+    A head restarts without a worker that it has lost and with one that has come back; it does so too after
+    its own death or a worker's, which a scene can cause.
+    """
+    lost = [f"{name} {facts}" for name, facts in after.items() if isinstance(facts, str)]
+    now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
+    lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
+    if lost or attempt.ended:
+        return Verdict("cluster", ", ".join(lost) or attempt.ended)
+    died = [name for name in now if now[name].started != before[name].started]
+    heads = [name for name in died if now[name].role == "head"]
+    if died == heads and any(now[name].linked != before[name].linked for name in heads):
+        return Verdict("cluster", f"{heads[0]} was restarted to link other workers")
+    if server_error or died:
+        return Verdict("server", server_error or f"mtssrv died on {', '.join(died)}")
+    if refusal := find_error(attempt.output):
+        return Verdict("scene", f"Mitsuba refuses it: {refusal}")
+    if attempt.code > 0:
+        return Verdict("cluster", "the connection to the head broke")
+    return Verdict(
+        "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
+    )
+
+
+class RenderCluster:
+    """A group as its renders see it: they must outlive the user's session with AWS."""
+
+    def __init__(self, app: App, group: str) -> None:
+        self.app, self.group = app, group
+        self.nodes = app.open_group(group)
+        self.names: dict[str, str] = {}  # a node that has ended has no name any more
+
+    def refresh(self) -> None:
+        """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
+        app, group = self.app, self.group
+        with tolerate(), contextlib.suppress(ClusterError):
+            self.nodes = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
+
+    def await_head(self) -> tuple[Node, Facts, int]:
+        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if it does not."""
+        deadline = time.monotonic() + HEAL_LIMIT
+        progress = Progress("Waiting for the head", HEAL_LIMIT)
+        while True:
+            heads = [node for node in self.nodes if node.role == "head" and node.state == "running"]
+            if not heads:
+                raise NodeError(f"the head node is gone; {command('start', self.group)} makes another node the head")
+            outcome = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)[0]
+            if outcome.ok:
+                return heads[0], *outcome.value
+            if time.monotonic() > deadline:
+                raise NodeError(f"the head {heads[0].name} does not serve: {outcome.error}")
+            progress.show(outcome.error.splitlines()[0])
+            time.sleep(HEAL_POLL)
+            self.refresh()
+
+    def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
+        """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
+        running = [node for node in self.nodes if node.state == "running"]
+        self.names = {node.id: node.name for node in running} | self.names
+        found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
+        for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
+            found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
+        known = {name: found.get(node_id, "is gone") for node_id, name in self.names.items()}
+        return {name: one for name, one in known.items() if names is None or name in names}
+
+    def server_errors(self, before: dict[str, Facts]) -> str:
+        """Return what the servers have complained about in their logs since they were asked BEFORE."""
+
+        def step(remote: Remote) -> str:
+            since = f"@{before[self.names[remote.node.id]].clock}"  # by the node's own clock
+            return find_error(remote.run(root_command("server-log", RENDER_LOG, since), keep=MIB)[1])
+
+        asked = [node for node in self.nodes if node.state == "running" and self.names.get(node.id) in before]
+        outcomes = self.app.pool.each(asked, step, limit=LOOK_LIMIT)
+        return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
+
+
+@contextlib.contextmanager
+def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
+    """Yield what Mitsuba is to connect to: the head, or this end of a tunnel to it."""
+    if not tunnel and app.settings.PUBLIC_SERVER_PORT:
+        yield head.address
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with open_tunnel(head, app.settings, port):
+        yield f"127.0.0.1:{port}"
+
+
+def serving_step(remote: Remote) -> tuple[Facts, int]:
+    """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
+    facts = fetch_facts(remote)
+    return facts, ask_server(remote, facts.version)
+
+
+def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
+    """Run Mitsuba and show what it says; end it when the head is silent or has started again since STARTED."""
+    import subprocess
+
+    tail = bytearray()
+
+    def show(output: Any) -> None:
+        while block := output.read(RENDER_TAIL):
+            with OUTPUT:
+                click.echo(block, nl=False, err=True)
+            tail[:] = (tail + block)[-RENDER_TAIL:]
+
+    with OUTPUT:
+        Progress.clear()
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    child = subprocess.Popen(
+        words, env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
+    )
+    reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
+    reader.start()
+    ended = ""
+    question: Future[Outcome[Facts]] | None = None
+    heard = asked = time.monotonic()
+    try:
+        while child.poll() is None and not ended:
+            pool.wait([question] if question else [], 0.1)
+            if question and question.done():
+                outcome, question = question.result(), None
+                heard = time.monotonic() if outcome.ok else heard
+                if outcome.ok and outcome.value.started != started:
+                    break
+            if not question and time.monotonic() - asked > RENDER_POLL:
+                asked = time.monotonic()
+                question = pool.submit(head, fetch_facts, limit=RENDER_POLL)
+            if time.monotonic() - heard > RENDER_SILENCE:
+                ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
+    finally:
+        child.kill()
+        code = child.wait()
+        reader.join(1)
+        if tail and not tail.endswith(b"\n"):
+            note("")  # a progress bar has no end of line
+    return Attempt(code, tail.decode("utf-8", "replace"), ended)
+
+
+def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) -> bool:
+    """Render one scene, as often as it is worth it; return whether its picture is there."""
+    import tempfile
+
+    target = request.target(scene)
+    deaths = 0
+    for attempt_number in range(1, request.tries + 1):
+        head, facts, cores = cluster.await_head()
+        before = {name: one for name, one in cluster.ask_nodes().items() if isinstance(one, Facts)}
+        note(f"{scene}: rendering on {format_count(cores, 'core')}")
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
+            try:
+                with mitsuba_address(cluster.app, head, request.tunnel) as address:
+                    words = [request.program, "-c", address, *words]
+                    attempt = run_mitsuba(cluster.app.pool, words, head, facts.started)
+            except ClusterError as error:
+                attempt = Attempt(-1, "", error.message)
+            took = time.monotonic() - began
+            pictures = list(Path(folder).iterdir())
+            if attempt.code == 0 and pictures and UNFINISHED not in attempt.output:
+                for picture in pictures:
+                    result(f"{picture.replace(target.parent / picture.name)}: rendered in {format_duration(took)}")
+                return True
+        cluster.refresh()
+        cluster.await_head()
+        after = cluster.ask_nodes(before)
+        verdict = judge(attempt, before, after, cluster.server_errors(before))
+        deaths += verdict.blame == "server"
+        final = verdict.blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
+        what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
+        note(f"{scene}: {format_duration(took)} lost: {verdict.reason}; {what}")
+        if final:
+            break
+    return False
+
+
+@cli.command("render", cls=OwnWords)
+@click.argument(
+    "scenes", metavar="SCENE…", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("-o", "output", type=click.Path(path_type=Path), help="The picture, as Mitsuba's -o; of one scene.")
+@click.option("--group", type=GroupName(), default="default", show_default=True)
+@click.option("--tunnel", is_flag=True, help="Through SSH, even where port 7554 is open.")
+@click.option("--tries", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each scene.")
+@click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
+@click.pass_obj
+def render(app: App, /, then_terminate: bool, **given: Any) -> None:
+    """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
+    request = RenderRequest(**given, program=shutil.which("mitsuba") or "")
+    if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
+        raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
+    if not request.program:
+        raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
+    for scene in request.scenes:
+        if not os.access(folder := request.target(scene).parent, os.W_OK):
+            raise ClusterError(f"no picture can be written to {folder}")
+    find_head(app, request.group)
+    cluster = RenderCluster(app, request.group)
+    app.left = f"Only the render has ended. {app.left}"
+    missing = list(request.scenes)
+    try:
+        nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
+        if local and local != nodes_version:
+            raise ClusterError(f"the mitsuba on this machine is {local}, and the nodes' {nodes_version} will refuse it")
+        for scene in request.scenes:
+            if render_scene(cluster, request, scene):
+                missing.remove(scene)
+    except NodeError as error:
+        note(f"Given up: {error}")
+    if then_terminate:
+        terminate_in(app.ec2, request.group)
+    if missing:
+        raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
 
 # --- status ------------------------------------------------------------------
