@@ -1106,6 +1106,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
 import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
@@ -1728,16 +1729,20 @@ def fetch_files(arguments: list[str]) -> None:
             say(moved=fetcher.moved)
 
     os.umask(0o022)
+    wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        wanted = [Wanted(**one) for one in json.load(sys.stdin)]
         fetcher = Fetcher(arguments[0])
-        threading.Thread(target=report, daemon=True).start()
+    except OSError as error:
+        say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
+        sys.exit(1)
+    threading.Thread(target=report, daemon=True).start()
+    try:
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
-        say(error=str(error), status=error.status)
+        say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=0)
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
         os._exit(1)
 
 
@@ -2384,28 +2389,22 @@ def index_has(apt_line: str, package: str) -> bool:
 
 
 def look_for_package(settings: Settings) -> None:
-    """Warn if `install` would not find Mitsuba: better known before the meter runs."""
+    """Say what `install` will install, and warn if it would not find it: better known before the meter runs."""
     import urllib.error
     import urllib.request
 
+    package = plan_package(settings)
+    note(f"To be installed: {package.title}")
     advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
-    source, _ = settings.package
     try:
-        if source.startswith("https://"):
-            request = urllib.request.Request(source, method="HEAD")  # noqa: S310 - https, as just seen
+        if "://" in package.source:
+            request = urllib.request.Request(package.source, method="HEAD")  # noqa: S310 - https, as just seen
             urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not settings.MITSUBA_PACKAGE and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
             warn(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
     except (urllib.error.URLError, OSError, ValueError) as error:
-        what = source if settings.MITSUBA_PACKAGE else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
+        what = package.source if "://" in package.source else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
         warn(f"{what} can't be read ({error}); {advice}")
-
-
-def check_package_file(settings: Settings) -> None:
-    """Refuse a MITSUBA_PACKAGE that is a path and leads nowhere."""
-    source, _ = settings.package
-    if settings.MITSUBA_PACKAGE and "://" not in source and not (settings.folder / source).is_file():
-        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {settings.folder / source}")
 
 
 def announce(app: App, order: LaunchRequest, before: Sequence[Node], price: float | None, hours: float) -> None:
@@ -2721,7 +2720,6 @@ def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
 def create(app: App, order: LaunchRequest) -> None:
     """Do what createNodes and addSpotNodes have in common."""
     settings = app.settings
-    check_package_file(settings)
     launch = prepare(app, order)
     where = app.where(order.group)
     ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
@@ -2766,18 +2764,49 @@ def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: 
 
 
 # --- install -----------------------------------------------------------------
-# Mitsuba's package, sent and installed. Touches the nodes, and the logs that are kept here.
+# Mitsuba's package: found, or packed from a build of this machine's, sent, installed. Touches the cache folder, the
+# nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+PACKED_KEPT = 3  # packed builds in the cache folder
+
+# Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
+PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
+PACKED_FOLDERS = ("plugins", "data", "lib")
+
+# The glibc of each Ubuntu release (https://packages.ubuntu.com/libc6), and what brought the names that are no versions.
+GLIBC = {"22.04": (2, 35), "24.04": (2, 39), "26.04": (2, 43)}
+GLIBC_ABI = {
+    "GLIBC_PRIVATE": (2, 0),
+    "GLIBC_ABI_DT_RELR": (2, 36),
+    "GLIBC_ABI_GNU2_TLS": (2, 42),
+    "GLIBC_ABI_DT_X86_64_PLT": (2, 42),
+}
+GLIBC_LIBRARIES = frozenset(
+    "ld-linux-x86-64.so.2 libc.so.6 libm.so.6 libmvec.so.1 libpthread.so.0 libdl.so.2 librt.so.1 libresolv.so.2 "
+    "libutil.so.1 libanl.so.1 libnsl.so.1 libBrokenLocale.so.1".split()
+)
+
+# What libgl1, libglu1-mesa, libx11-6 and libxxf86vm1 bring: here it may belong to this machine's graphics driver.
+GRAPHICS_LIBRARIES = frozenset(
+    "libGL.so.1 libGLX.so.0 libGLdispatch.so.0 libGLU.so.1 libX11.so.6 libXext.so.6 libXxf86vm.so.1 libxcb.so.1 "
+    "libXau.so.6 libXdmcp.so.6".split()
+)
 
 
-# $1 SSH user, $2 data directory, $3 apt line, $4 package: a name in that repository, or else a file or
-# https address of a .deb, .tar.gz or shell script, $5 its SHA-256 (or empty), $6 what all this amounts to.
-INSTALL = """
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
+# Standard input, since both lines may hold a password: the apt line; and the package: a name in that
+# repository, or else a file or https address of a .deb, .tar.gz or shell script.
+INSTALL = r"""
 set -euo pipefail
-user=$1 data=$2 repository=$3 package=$4 sha256=$5 recipe=$6
+umask 022
+user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+IFS= read -r repository
+IFS= read -r package
 state=/var/lib/mitsuba-cluster
 export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
+
+step() { echo "step: $1"; }
 
 apt() {
   apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
@@ -2785,6 +2814,7 @@ apt() {
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
 update() {
+  step 'package lists'
   for pause in 2 4 8 16 0; do
     if apt -o APT::Update::Error-Mode=any update; then return 0; fi
     if [ "$pause" = 0 ]; then break; fi
@@ -2795,45 +2825,112 @@ update() {
   return 1
 }
 
-wait_for_boot() {
-  command -v cloud-init > /dev/null || return 0
-  timeout 600 cloud-init status --wait > /dev/null || [ $? -eq 2 ] || echo 'cloud-init reports an error; going on'
-}
-
 quiet_timers() {
   systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
   systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
 }
 
+# A copy of root's own, so that nobody can change it between the check and the use.
 fetch() {
   case $package in
-    https://*) curl -fsSL --proto =https --retry 5 -o "$1" "$package" ;;
-    *) mv "$package" "$1" ;;
+    https://*)
+      step downloading
+      printf 'url = "%s"\n' "$package" | curl -fsSL --proto =https --retry 5 -o "$1" --config -
+      ;;
+    *) install -m 644 "$package" "$1" && rm -f "$package" ;;
   esac
   if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
 }
 
+# $1 folder: what the loader lacks for the programs and libraries there: libraries, and glibc's version names.
+missing_libraries() {
+  find "$1" -maxdepth 2 ! -path '*/python/*' -type f \( -name '*.so*' -o -name mtssrv -o -name mitsuba \) -print0 |
+    LC_ALL=C LD_LIBRARY_PATH="$1:$1/lib" xargs -0 ldd 2>&1 |
+    sed -nE "s/^\t(\S+) => not found.*/\1/p; s/.*: version .(\w+[0-9A-Z_.]*)' not found .*/\1/p" | sort -u || true
+}
+
+# $1 library: the package that has it, if apt knows one of the usual name (libpng16.so.16 is in libpng16-16,
+# libboost_system.so.1.74.0 in libboost-system1.74.0, libxerces-c-3.2.so in libxerces-c3.2).
+package_of() {
+  name=$(sed -E 's/-([0-9.]+)\.so$/\1/; s/([0-9])\.so\./\1-/; s/\.so\.?//; y/_/-/; s/.*/\L&/' <<< "$1")
+  for candidate in "$name" "${name}t64"; do
+    if apt-cache show "$candidate" > /dev/null 2>&1; then
+      echo " (Ubuntu package $candidate)"
+      return
+    fi
+  done
+}
+
+check_libraries() {
+  local missing name names=()
+  missing=$(missing_libraries "$1")
+  [ -n "$missing" ] || return 0
+  update || true
+  if grep -qE '^lib(GL|X)' <<< "$missing"; then
+    apt install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
+    missing=$(missing_libraries "$1")
+  fi
+  for name in $missing; do
+    case $name in
+      GLIBC_*) names+=("$name (of a newer glibc than this node's $(getconf GNU_LIBC_VERSION))") ;;
+      *) names+=("$name$(package_of "$name")") ;;
+    esac
+  done
+  [ ${#names[@]} != 0 ] || return 0
+  printf -v missing '%s, ' "${names[@]}"
+  echo "the package needs what this node lacks: ${missing%, }"
+  return 1
+}
+
+# The new tree takes the old one's place as a whole, once it is known to be complete.
 install_tree() {
+  local fresh=$work/tree program
+  step unpacking
+  mkdir "$fresh"
+  tar -xzf "$1" -C "$fresh" --no-same-owner --no-same-permissions
+  program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
+  [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
+  check_libraries "$(dirname "$fresh/$program")"
+  exec 9> "$state/lock"
+  flock 9
   rm -rf /opt/mitsuba
-  mkdir -p /opt/mitsuba
-  tar -xzf "$1" -C /opt/mitsuba
-  program=$(find /opt/mitsuba -type f -name mtssrv -perm -u+x | head -n 1)
-  [ -n "$program" ] || { echo "there is no mtssrv in $package"; return 1; }
-  folder=$(dirname "$program")
+  mv "$fresh" /opt/mitsuba
+  exec 9>&-
+  folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
-    printf '#!/bin/sh\\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\\n' "$folder" "$folder" "$folder/$name" \\
+    printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
       > "/usr/local/bin/$name"
     chmod 755 "/usr/local/bin/$name"
   done
 }
 
+# What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
+forget_tree() {
+  for name in mtssrv mitsuba; do
+    if grep -qs '"/opt/mitsuba/' "/usr/local/bin/$name"; then rm "/usr/local/bin/$name"; fi
+  done
+  rm -rf /opt/mitsuba
+}
+
 install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
   case $package in
-    *.deb) fetch "$state/mitsuba.deb"; update; apt install --allow-downgrades "$state/mitsuba.deb" ;;
-    *.tar.gz | *.tgz) fetch "$state/mitsuba.tar.gz"; install_tree "$state/mitsuba.tar.gz" ;;
-    */*) fetch "$state/install.sh"; bash "$state/install.sh" ;;
-    *) echo "$repository" > /etc/apt/sources.list.d/mitsuba.list; update; apt install "$package" ;;
+    *.deb)
+      fetch "$work/mitsuba.deb"
+      update
+      step unpacking
+      apt install --allow-downgrades "$work/mitsuba.deb"
+      forget_tree
+      ;;
+    *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
+    */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null ;;
+    *)
+      (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list)
+      update
+      step unpacking
+      apt install "$package"
+      forget_tree
+      ;;
   esac
 }
 
@@ -2845,7 +2942,7 @@ mount_instance_store() {
     [ -e "$link" ] || continue
     disk=$(readlink -f "$link")
     [ "$(lsblk --noheadings --raw --output NAME "$disk" | wc -l)" = 1 ] || continue
-    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \\n')" ] || continue
+    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \n')" ] || continue
     [ -z "$(wipefs --no-act --noheadings "$disk")" ] || continue
     mkfs.ext4 -q -E nodiscard "$disk"
     mkdir -p "$data"
@@ -2868,15 +2965,24 @@ server_version() {
   (mtssrv -h 2>&1 || true) < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2
 }
 
-wait_for_boot
 quiet_timers
 mkdir -p "$state"
+find "$state" -maxdepth 1 -name 'work.*' -mmin +60 -exec rm -rf {} +
+work=$(mktemp -d "$state/work.XXXXXX") # its own: an installation whose client has died may still run
+trap 'rm -rf "$work"' EXIT
 if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
   install_mitsuba
 fi
 make_data_directory
+step checking
 version=$(server_version) || true
-[ -n "$version" ] || { echo 'mtssrv does not run on this node:'; mtssrv -h; exit 1; }
+if [ -z "$version" ]; then
+  code=0
+  echo 'mtssrv does not run on this node:'
+  mtssrv -h < /dev/null || code=$?
+  [ "$code" != 132 ] || echo "it was built for a newer processor than $type has: build it with -march=x86-64"
+  exit 1
+fi
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
@@ -2893,28 +2999,225 @@ def digest_file(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def upload_package(path: Path, remote: Remote) -> tuple[str, str]:
-    """Send a package file to a node; return where it lies there, and what marks its content."""
-    digest = digest_file(path, "sha256")
-    target = f".mitsuba-{digest[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"  # in the user's home
-    with path.open("rb") as file:
-        remote.check(f"cat > {shlex.quote(target)}", limit=INSTALL_LIMIT, stdin=iter(lambda: file.read(MIB), b""))
-    return f"/home/{remote.user}/{target}", digest
+class Package(NamedTuple):
+    """What install puts on the nodes."""
+
+    title: str  # for the user
+    source: str  # a name in PKG_REPOSITORY, an https address, or a path here
+    sha256: str = ""
+    is_file: bool = False  # one that is sent from here
 
 
-def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
-    """Install Mitsuba on one node; return its version."""
-    source, digest = settings.package
-    package, content = source, ""
-    if settings.MITSUBA_PACKAGE and "://" not in source:
-        package, content = upload_package(settings.folder / source, remote)
-    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, content])
-    arguments = [settings.SSH_USER, settings.DATA_DIR, settings.PKG_REPOSITORY, package, digest, recipe]
-    path = logs / f"{remote.node.id}.install.log"
+def missing_parts(folder: Path) -> list[str]:
+    """Return what FOLDER lacks of a build's dist folder."""
+    parts = [name for name in ("mtssrv", "mitsuba", "plugins", "data") if not (folder / name).exists()]
+    return parts + ([] if any(folder.glob("libmitsuba-*.so")) else ["libmitsuba-*.so"])
+
+
+def find_build(settings: Settings) -> Path | None:
+    """Return the folder of the build that is to be packed; None where something else is to be installed."""
+    source = settings.package[0]
+    unset = not settings.MITSUBA_PACKAGE and settings.PKG_REPOSITORY in ("", Settings().PKG_REPOSITORY)
+    if unset or source == "local":
+        program = shutil.which("mtssrv")
+        folder = Path(program).resolve().parent if program else None
+        if unset:  # the user's own build is better than a repository that has nothing
+            return folder if folder and is_packable_here() and not missing_parts(folder) else None
+        if not folder:
+            raise ClusterError('MITSUBA_PACKAGE is "local", but no mtssrv is on PATH; name your build\'s dist folder')
+        return folder
+    folder = settings.folder / Path(source).expanduser()
+    return folder if settings.MITSUBA_PACKAGE and "://" not in source and folder.is_dir() else None
+
+
+def is_packable_here() -> bool:
+    """Tell whether programs of this machine can run on the nodes."""
+    return (os.uname().sysname, os.uname().machine) == ("Linux", "x86_64")
+
+
+def run_tool(program: str, *words: str | Path, **environment: str) -> str:
+    """Run a tool of the system on files here; return what it prints, in English, whatever its exit code."""
+    import subprocess
+
+    given = clean_environment() | {"LC_ALL": "C"} | environment
     try:
-        with path.open("wb") as log:
+        return subprocess.run([program, *words], env=given, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        raise ClusterError(f"packing a build needs {program}; on Ubuntu: sudo apt-get install -y binutils") from None
+
+
+class Binary(NamedTuple):
+    """A program or library."""
+
+    path: Path
+    needed: set[str]  # names of libraries
+    versions: set[str]  # of glibc's symbols
+
+
+def read_binaries(paths: Iterable[Path]) -> list[Binary]:
+    """Return what programs and libraries there are among the files PATHS."""
+    _, *parts = re.split(r"^(.+):\s+file format (elf\S+)$", run_tool("objdump", "-p", *paths), flags=re.M)
+    binaries = []
+    for path, kind, text in zip(parts[::3], parts[1::3], parts[2::3]):
+        if kind != "elf64-x86-64":
+            raise ClusterError(f"{path} is not for x86-64 Linux ({kind})")
+        needed = set(re.findall(r"^\s+NEEDED\s+(.+)$", text, re.M))
+        versions = set(re.findall(r"^\s+0x\w+ 0x\w+ \d+ (GLIBC_\w+(?:\.\d+)*)$", text, re.M))
+        binaries.append(Binary(Path(path), needed, versions))
+    return binaries
+
+
+def find_libraries(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Path], set[str]]:
+    """Return the libraries that the build's FILES need besides, by name, and all names of glibc's versions."""
+    binaries = read_binaries(files.values())
+    search = [str(folder), str(folder / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
+    paths = [binary.path for binary in binaries]
+    listed = run_tool("ldd", *paths, LD_LIBRARY_PATH=":".join(filter(None, search)))
+    found = {name: Path(path) for name, path in re.findall(r"^\t(\S+) => (/.+) \(0x\w+\)$", listed, re.M)}
+    known = {Path(name).name for name in files if Path(name).parent.name in ("", "lib")}
+    known |= GLIBC_LIBRARIES | GRAPHICS_LIBRARIES
+    libraries: dict[str, Path] = {}
+    versions: set[str] = set()
+    while binaries:
+        fresh: dict[str, Path] = {}
+        for binary in binaries:
+            versions |= binary.versions
+            for name in binary.needed - known - libraries.keys():
+                if name not in found:
+                    raise ClusterError(
+                        f"{binary.path} needs {name}, which this machine does not find (nor would a node)"
+                    )
+                fresh[name] = found[name]
+        libraries |= fresh
+        binaries = read_binaries(fresh.values()) if fresh else []  # objdump without a name reads a.out
+    return libraries, versions
+
+
+def check_glibc(folder: Path, versions: Iterable[str], release: str) -> None:
+    """Refuse a build that needs what the glibc of the nodes' Ubuntu RELEASE does not have."""
+
+    def since(name: str) -> tuple[int, ...]:
+        number = re.fullmatch(r"GLIBC_([\d.]+)", name)
+        return tuple(map(int, number[1].split("."))) if number else GLIBC_ABI.get(name, (99,))
+
+    lacking = {known: [name for name in versions if since(name) > glibc] for known, glibc in GLIBC.items()}
+    if names := lacking[release]:
+        fit = next((known for known, missing in lacking.items() if not missing), None)
+        advice = f'set UBUNTU_RELEASE = "{fit}"' if fit else f"no Ubuntu release has it; build it on Ubuntu {release}"
+        raise ClusterError(
+            f"the build in {folder} needs {', '.join(sorted(names, key=since))} of a newer glibc than "
+            f"Ubuntu {release} has: {advice}"
+        )
+
+
+def list_build(folder: Path) -> dict[str, Path]:
+    """Return what is packed of a build: name in the package -> file."""
+    tops = [folder / name for name in PACKED_PROGRAMS] + list(folder.glob("*.so*"))
+    inside = (Path(top) / name for part in PACKED_FOLDERS for top, _, names in os.walk(folder / part) for name in names)
+    return {path.relative_to(folder).as_posix(): path for path in sorted([*tops, *inside]) if path.is_file()}
+
+
+def write_package(target: Path, files: dict[str, Path]) -> None:
+    """Write FILES into a .tar.gz that depends on their names, modes and contents only; whole or not at all."""
+    import gzip
+    import tarfile
+
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with (
+            part.open("wb") as raw,
+            gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w") as archive,
+        ):
+            for name, path in files.items():
+                member = tarfile.TarInfo(f"mitsuba/{name}")
+                member.size = path.stat().st_size
+                member.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+                with path.open("rb") as file:
+                    archive.addfile(member, file)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def pack_build(folder: Path, settings: Settings) -> Package:
+    """Pack a build with all the libraries that it needs into the cache folder; ClusterError says why it can't be."""
+    import hashlib
+
+    if not is_packable_here():
+        raise ClusterError(
+            f"a build can be packed only on x86-64 Linux, as the nodes are; this is {os.uname().sysname} "
+            f"{os.uname().machine}: set MITSUBA_PACKAGE to a .deb or .tar.gz that was built on Ubuntu"
+        )
+    if missing := missing_parts(folder):
+        raise ClusterError(f"{folder} is not the dist folder of a Mitsuba build: it lacks {', '.join(missing)}")
+    files = list_build(folder)
+    libraries, versions = find_libraries(folder, files)
+    if settings.AWS_REGION not in settings.AMI_IDS:  # an image of the user's own is asked on the node
+        check_glibc(folder, versions, "22.04")
+    count = len(files)
+    files |= {f"lib/{name}": path for name, path in sorted(libraries.items())}
+    content = json.dumps(
+        [(name, os.access(path, os.X_OK), digest_file(path, "sha256")) for name, path in files.items()]
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mitsuba-cluster"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / f"mitsuba-{hashlib.sha256(content.encode()).hexdigest()[:16]}.tar.gz"
+    if target.exists():
+        os.utime(target)
+    else:
+        note(f"Packing {folder} …")
+        write_package(target, files)
+        for old in sorted(cache.glob("mitsuba-*.tar.gz"), key=lambda path: path.stat().st_mtime)[:-PACKED_KEPT]:
+            old.unlink(missing_ok=True)
+    title = f"the build in {folder} ({count} files, and {len(libraries)} libraries that they need; "
+    return Package(title + format_size(target.stat().st_size) + ")", str(target), digest_file(target, "sha256"), True)
+
+
+def plan_package(settings: Settings) -> Package:
+    """Return what is to be installed, packed where it is a build of this machine's; ClusterError where it can't be."""
+    source, sha256 = settings.package
+    if folder := find_build(settings):
+        return pack_build(folder, settings)
+    if not settings.MITSUBA_PACKAGE:
+        return Package(f"the package {source} of {settings.PKG_REPOSITORY}", source)
+    if "://" in source:
+        return Package(source, source, sha256)
+    path = settings.folder / Path(source).expanduser()
+    if not path.is_file():
+        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {path}")
+    found = digest_file(path, "sha256")
+    if sha256 not in ("", found):
+        raise ClusterError(f"MITSUBA_PACKAGE: the SHA-256 of {path} is {found}, not {sha256}")
+    return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
+
+
+def upload_package(package: Package, remote: Remote) -> str:
+    """Send a package file to a node; return where it lies there."""
+    name = re.sub(r"[^A-Za-z0-9._+~-]", "_", Path(package.source).name)
+    target = f".mitsuba-{package.sha256[:16]}-{name}"  # in the user's home
+    with Path(package.source).open("rb") as file:
+        blocks = iter(lambda: file.read(MIB), b"")
+        return remote.check(f"cat > {target} && readlink -f {target}", limit=INSTALL_LIMIT, stdin=blocks).strip()
+
+
+def install_step(settings: Settings, package: Package, logs: Path, remote: Remote) -> str:
+    """Install Mitsuba on one node; return its version."""
+    import hashlib
+
+    path = logs / f"{remote.node.id}.install.log"
+    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
+    digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
+    arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    try:
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
+            os.fchmod(log.fileno(), 0o600)  # one of an older version
+            wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
+            remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
+            source = upload_package(package, remote) if package.is_file else package.source
+            lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, sink=log.write)
+            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -2928,11 +3231,12 @@ def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
 @click.pass_obj
 def install(app: App, group: str) -> None:
     """Install Mitsuba and its dependencies on every node."""
-    check_package_file(app.settings)
+    package = plan_package(app.settings)
     nodes = app.open_group(group)
+    note(f"Installing {package.title}")
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, logs), progress)
+    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, package, logs), progress)
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -3167,7 +3471,7 @@ def guard(arguments: list[str]) -> None:
     (filter_workers if what == "filter" else watch_servers)(version, first, second)
 
 
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
+GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
 GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
 WORKERS_PATH = "/etc/mitsuba-cluster/workers"
 LINKED_PATH = "/run/mtssrv/linked"
@@ -3901,14 +4205,15 @@ def open_s3(settings: Settings, region: str = "") -> Client:
     if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
         endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
     elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    checksums = "when_required" if elsewhere else "when_supported"  # AWS's buckets with Object Lock demand them
     config = Config(
         signature_version="s3v4",
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard", "total_max_attempts": 6},
         max_pool_connections=64,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
+        request_checksum_calculation=checksums,
+        response_checksum_validation="when_required",  # else signed addresses would ask for one
         s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
     )
     with open_session(settings, key, secret, s3cfg.get("access_token", "") if key else "") as session:

@@ -193,6 +193,8 @@ class Daemon:
             return aws.wipe(self.cloud, body)
         if what == "truth":
             return aws.truth(self.cloud, body)
+        if what == "config":
+            return self.config
         if what == "port":
             return self.config.get("SSH_PORT", 22)
         if what == "encrypt":
