@@ -2719,7 +2719,6 @@ def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
 
 def create(app: App, order: LaunchRequest) -> None:
     """Do what createNodes and addSpotNodes have in common."""
-    settings = app.settings
     launch = prepare(app, order)
     where = app.where(order.group)
     ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
