@@ -1081,6 +1081,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
 import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
@@ -1706,16 +1707,20 @@ def fetch_files(arguments: list[str]) -> None:
             say(moved=fetcher.moved)
 
     os.umask(0o022)
+    wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        wanted = [Wanted(**one) for one in json.load(sys.stdin)]
         fetcher = Fetcher(arguments[0])
-        threading.Thread(target=report, daemon=True).start()
+    except OSError as error:
+        say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
+        sys.exit(1)
+    threading.Thread(target=report, daemon=True).start()
+    try:
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
-        say(error=str(error), status=error.status)
+        say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=0)
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
         os._exit(1)
 
 
@@ -4153,14 +4158,15 @@ def open_s3(settings: Settings, region: str = "") -> Client:
     if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
         endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
     elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    checksums = "when_required" if elsewhere else "when_supported"  # AWS's buckets with Object Lock demand them
     config = Config(
         signature_version="s3v4",
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard", "total_max_attempts": 6},
         max_pool_connections=64,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
+        request_checksum_calculation=checksums,
+        response_checksum_validation="when_required",  # else signed addresses would ask for one
         s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
     )
     with open_session(settings, key, secret, s3cfg.get("access_token", "") if key else "") as session:
