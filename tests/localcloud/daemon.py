@@ -226,7 +226,14 @@ class Daemon:
         """Return one node as `status` shows it; boot: seconds from launch to sshd's answer."""
         node = instance.node
         boot = round(node.answered - instance.born, 2) if node.answered else None
-        return {"state": instance.state, "private": instance.private_ip, "public": instance.public_ip, "boot": boot}
+        received = getattr(node, "received", 0)
+        return {
+            "received": received,
+            "state": instance.state,
+            "private": instance.private_ip,
+            "public": instance.public_ip,
+            "boot": boot,
+        }
 
     # Life
 
