@@ -69,6 +69,7 @@ except ImportError:
 if TYPE_CHECKING:
     import subprocess
     import tempfile
+    import urllib.request
 
     import paramiko
 
@@ -89,6 +90,8 @@ TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of t
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 SERVER_PORT = 7554  # mtssrv's own default
+PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
 PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
@@ -116,6 +119,9 @@ LOG_LINES = 8  # of them, in lines, that are shown
 class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(mask("\n".join(map(printable, message.split("\n")))))
+
 
 class NodeError(Exception):
     """One node's step failed; the other nodes go on."""
@@ -133,13 +139,19 @@ PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added wher
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line that the user can type; the default group need not be named."""
-    return " ".join([*PROGRAM, name, *(one for one in arguments if one != "default")])
+    """Return a command line that the user can paste, whatever a tag says; the default group need not be named."""
+    return " ".join([*PROGRAM, name, *(shlex.quote(one) for one in arguments if one != "default")])
 
 
 def printable(text: str) -> str:
     """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
     return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
+
+
+def mask(text: str) -> str:
+    """Replace what addresses in TEXT may hold of credentials: user:token@, and signed queries."""
+    text = re.sub(r"(\w://)[^\s/@]*@", r"\1…@", text)
+    return re.sub(r"(\w://[^\s?#'\"]*\?)[^\s#'\"]+", r"\1…", text)
 
 
 def format_duration(seconds: float) -> str:
@@ -206,6 +218,11 @@ def format_bar(done: float, total: float, width: int = 20) -> str:
     """Return a progress bar: [######··············]."""
     filled = int(width * min(done, total) / total) if total else width
     return f"[{'#' * filled}{'·' * (width - filled)}]"
+
+
+def first_line(text: str) -> str:
+    """Return the first line of TEXT that says something."""
+    return next((printable(line.strip()) for line in text.splitlines() if line.strip()), "")
 
 
 def format_tail(output: str) -> str:
@@ -275,7 +292,7 @@ def say_line(text: str, err: bool) -> None:
 
 def note(text: str) -> None:
     """Say something about the progress, on stderr; any thread may."""
-    say_line(text, True)
+    say_line(mask(text), True)
 
 
 def result(text: str) -> None:
@@ -390,7 +407,11 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
 }
 
+WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+UNQUOTED = ' (is there a value without quotes? name = "value")'
 
 
 def run_config(path: Path) -> dict[str, Any]:
@@ -400,9 +421,14 @@ def run_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ClusterError(f"there is no settings file {path}") from None
     except SyntaxError as error:
-        raise ClusterError(f"{path.name}, line {error.lineno}: {error.msg}") from None
+        raise ClusterError(f"{path.name}, line {error.lineno}: SyntaxError{UNQUOTED}") from None
     except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
-        raise ClusterError(f"{path.name} can't be read: {type(error).__name__}: {error}") from None
+        import traceback
+
+        # Not the error's text: a secret without quotes would be in it.
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = f", line {lines[-1]}" if lines else ""
+        raise ClusterError(f"{path.name}{line}: {type(error).__name__}{UNQUOTED}") from None
 
 
 def check_together(path: Path, settings: Settings) -> None:
@@ -411,11 +437,11 @@ def check_together(path: Path, settings: Settings) -> None:
 
     if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
         raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
-    everyone = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen == 0
-    if everyone and settings.PUBLIC_SERVER_PORT:
+    wide = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen < WIDEST_PREFIX
+    if wide and settings.PUBLIC_SERVER_PORT:
         raise ClusterError(
-            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to the world; "
-            "set PUBLIC_SERVER_PORT = False and use the tunnel command"
+            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
+            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
         )
 
 
@@ -427,7 +453,7 @@ def load_settings(path: Path) -> Settings:
         click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
-            shown = "(not shown)" if name in SECRETS else repr(values[name])
+            shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
             raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
     values = {name: value for name, value in values.items() if name in known}
     for name in SECRETS:
@@ -444,6 +470,13 @@ def load_settings(path: Path) -> Settings:
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
+# What a rule may let in, as EC2's calls name it.
+SOURCES = {
+    "IpRanges": "CidrIp",
+    "Ipv6Ranges": "CidrIpv6",
+    "PrefixListIds": "PrefixListId",
+    "UserIdGroupPairs": "GroupId",
+}
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
@@ -683,11 +716,36 @@ class SpotRequest(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One way into a security group: a port for a CIDR, and who added it."""
+    """One way into a security group, as EC2 has it, and the description that its owner gave it."""
 
-    port: int
-    cidr: str
-    owner: str
+    protocol: str
+    first: int | None  # port; None where the protocol has no ports
+    last: int | None
+    kind: str  # one of SOURCES
+    source: str
+    owner: str = ""
+
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """What EC2 tells rules apart by: all but the description."""
+        return self[:-1]
+
+    @property
+    def permission(self) -> dict[str, Any]:
+        """The rule without its description, as EC2's calls take it."""
+        ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
+        return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
+
+    @property
+    def is_one_port(self) -> bool:
+        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
+        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
+
+    def __str__(self) -> str:
+        """Say "tcp 22 from 192.0.2.7/32"."""
+        protocol = "every protocol" if self.protocol == "-1" else self.protocol
+        ports = "" if self.first is None else f" {self.first}" + (f"-{self.last}" if self.last != self.first else "")
+        return f"{protocol}{ports} from {self.source}"
 
 
 class SecurityGroup(NamedTuple):
@@ -695,8 +753,9 @@ class SecurityGroup(NamedTuple):
 
     id: str
     group: str
+    name: str
+    vpc: str
     rules: tuple[Rule, ...] = ()
-    open_inside: bool = False  # its own nodes may talk to each other
 
 
 class Overview(NamedTuple):
@@ -761,15 +820,16 @@ def to_spot_request(raw: dict[str, Any]) -> SpotRequest:
 
 
 def to_security_group(raw: dict[str, Any]) -> SecurityGroup:
-    """Return a raw security group as a SecurityGroup, with the rules for single TCP ports."""
-    rules, inside = [], False
-    for permission in raw.get("IpPermissions", []):
-        for source in permission.get("IpRanges", []):
-            if permission.get("IpProtocol") == "tcp" and permission.get("FromPort") == permission.get("ToPort"):
-                rules.append(Rule(permission["FromPort"], source["CidrIp"], source.get("Description", "")))
-        pairs = [pair.get("GroupId") for pair in permission.get("UserIdGroupPairs", [])]
-        inside = inside or (permission.get("IpProtocol") == "-1" and raw["GroupId"] in pairs)
-    return SecurityGroup(raw["GroupId"], read_tags(raw).get(TAG_GROUP, ""), tuple(rules), inside)
+    """Return a raw security group as a SecurityGroup, with all that it lets in."""
+    rules = [
+        Rule(raw_rule["IpProtocol"], raw_rule.get("FromPort"), raw_rule.get("ToPort"), kind, source[key], about)
+        for raw_rule in raw.get("IpPermissions", [])
+        for kind, key in SOURCES.items()
+        for source in raw_rule.get(kind, [])
+        for about in [printable(source.get("Description", ""))]
+    ]
+    group = read_tags(raw).get(TAG_GROUP, "")
+    return SecurityGroup(raw["GroupId"], group, raw.get("GroupName", ""), raw.get("VpcId", ""), tuple(rules))
 
 
 def our_filter(group: str | None) -> list[dict[str, Any]]:
@@ -785,23 +845,28 @@ def fetch_pages(ec2: Client, call: str, key: str, **arguments: Any) -> list[dict
     return [thing for page in pages for thing in page.get(key, [])]
 
 
+def has_group(one: Node | SpotRequest | SecurityGroup) -> bool:
+    """Tell whether the tag of ONE names a group as this tool does: what others have tagged is foreign."""
+    return GROUP_NAME.fullmatch(one.group) is not None
+
+
 def fetch_nodes(ec2: Client, group: str | None = None) -> list[Node]:
     """Return every node of GROUP (None: of all groups), the lately terminated too, oldest first."""
     reservations = fetch_pages(ec2, "describe_instances", "Reservations", Filters=our_filter(group))
     nodes = [to_node(raw) for reservation in reservations for raw in reservation.get("Instances", [])]
-    return sorted(nodes, key=lambda node: (node.launched, node.id))
+    return sorted(filter(has_group, nodes), key=lambda node: (node.launched, node.id))
 
 
 def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotRequest]:
     """Return the spot requests of GROUP (None: of all groups)."""
     found = fetch_pages(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=our_filter(group))
-    return [to_spot_request(raw) for raw in found]
+    return list(filter(has_group, map(to_spot_request, found)))
 
 
 def fetch_security_groups(ec2: Client, group: str | None = None) -> list[SecurityGroup]:
     """Return the security groups of GROUP (None: of all groups)."""
     found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups", Filters=our_filter(group))
-    return [to_security_group(raw) for raw in found]
+    return list(filter(has_group, map(to_security_group, found)))
 
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
@@ -881,47 +946,79 @@ def try_client_cidr(settings: Settings) -> str:
         return ""
 
 
+RULE_MARK = "mitsuba-cluster"
+
+
 def rule_owner(identity: Identity) -> str:
     """Return what marks a rule as this machine's: EC2 allows a few characters only."""
     import getpass
 
     who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
-    return f"mitsuba-cluster {identity.fingerprint} {who}"[:255]
+    return f"{RULE_MARK} {identity.fingerprint} {who}"[:255]
 
 
-def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
-    """Add one ingress rule; one that is there already is as good."""
-    with tolerate("InvalidPermission.Duplicate"):
-        once_known(lambda: ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission]))
-
-
-def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> None:
-    """Remove the rules with these (port, CIDR), whichever of them are still there."""
-    filters = [{"Name": "group-id", "Values": [security_group]}]
-    rules = fetch_pages(ec2, "describe_security_group_rules", "SecurityGroupRules", Filters=filters)
-    ours = [
-        rule for rule in rules if not rule.get("IsEgress") and (rule.get("FromPort"), rule.get("CidrIpv4")) in doomed
+def wanted_rules(group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> list[Rule]:
+    """Return what GROUP has to let in: CIDR, and its own nodes."""
+    ports = [settings.SSH_PORT, SERVER_PORT] if settings.PUBLIC_SERVER_PORT else [settings.SSH_PORT]
+    inside = [SERVER_PORT, PASS_ON_PORT]
+    return [Rule("tcp", port, port, "IpRanges", cidr, owner) for port in ports] + [
+        Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in inside
     ]
-    if ours:
-        with tolerate("InvalidSecurityGroupRuleId.NotFound", "InvalidPermission.NotFound"):
-            ids = [rule["SecurityGroupRuleId"] for rule in ours]
-            ec2.revoke_security_group_ingress(GroupId=security_group, SecurityGroupRuleIds=ids)
+
+
+def is_stale(rule: Rule, group: SecurityGroup, wanted: Sequence[Rule], owner: str) -> bool:
+    """Tell whether a RULE is this machine's (or what older versions made for the nodes), and not WANTED any more."""
+    mine = rule.owner == owner or rule.way == ("-1", None, None, "UserIdGroupPairs", group.id)
+    return mine and rule.way not in {one.way for one in wanted}
 
 
 def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
-    """Open the ports to CIDR and to the group itself; return whether that replaced an old address of ours."""
-    wanted = {settings.SSH_PORT, SERVER_PORT} if settings.PUBLIC_SERVER_PORT else {settings.SSH_PORT}
-    present = {(rule.port, rule.cidr) for rule in group.rules}
-    source = [{"CidrIp": cidr, "Description": owner}]
-    for port in sorted(wanted):
-        if (port, cidr) not in present:
-            authorize(ec2, group.id, {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": source})
-    if not group.open_inside:
-        authorize(ec2, group.id, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group.id}]})
-    stale = [r for r in group.rules if r.owner == owner and (r.port not in wanted or r.cidr != cidr)]
-    if stale:
-        revoke(ec2, group.id, {(rule.port, rule.cidr) for rule in stale})
-    return any(rule.cidr != cidr for rule in stale)
+    """Add what GROUP has to let in, then remove the owner's old rules; return whether those had another address."""
+    wanted = wanted_rules(group, settings, cidr, owner)
+    present = {rule.way for rule in group.rules}
+    for rule in wanted:
+        if rule.way not in present:
+            permission = rule.permission
+            if rule.owner:
+                permission[rule.kind][0]["Description"] = rule.owner
+            with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
+                send = functools.partial(
+                    ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission]
+                )
+                once_known(send)
+    stale = [rule for rule in group.rules if is_stale(rule, group, wanted, owner)]
+    for rule in stale:
+        with tolerate("InvalidPermission.NotFound"):
+            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
+    return any(rule.owner and rule.source != cidr for rule in stale)
+
+
+def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: Identity) -> tuple[list[Rule], bool]:
+    """Return what GROUP lets in beside this machine and its own nodes, and whether another than this key added any."""
+    owner = rule_owner(identity)
+    wanted = wanted_rules(group, settings, cidr, owner)
+    known = {rule.way for rule in wanted}
+    others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
+    mark = f"{RULE_MARK} {identity.fingerprint} "
+    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+
+
+def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
+    """Say what else RULES let into GROUP, and how to close it."""
+    ways = ", ".join(f"{rule} ({rule.owner or 'no description'})" for rule in rules)
+    permissions = shlex.quote(json.dumps([rule.permission for rule in rules]))
+    close = f"aws ec2 revoke-security-group-ingress --region {ec2.meta.region_name} --group-id {group.id}"
+    return f"security group {group.name} also lets in {ways}; to close that: {close} --ip-permissions {permissions}"
+
+
+def warn_of_rules(
+    ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, identity: Identity
+) -> None:
+    """Name what security GROUPS let in beside this machine and their own nodes."""
+    for group in groups:
+        others, _ = other_rules(group, settings, cidr, identity)
+        if others:
+            warn(describe_rules(ec2, group, others))
 
 
 # --- SSH ---------------------------------------------------------------------
@@ -1069,13 +1166,28 @@ def not_ours(node: Node) -> str:
     )
 
 
-def hide_from_git(path: Path) -> None:
-    """Keep git from picking up what is about to replace a tracked placeholder."""
+def hide_from_git(path: Path) -> str:
+    """Keep git from picking up what replaces a tracked placeholder; return why it still would, or ""."""
     import subprocess
 
-    if (path.parent / ".git").exists() and shutil.which("git"):
-        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
-        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
+    env = {name: value for name, value in clean_environment().items() if not name.startswith("GIT_")} | {"LC_ALL": "C"}
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        line = ["git", "-C", str(path.parent), *words, "--", path.name]
+        return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+
+    if not (shutil.which("git") and path.parent.is_dir()):
+        return ""
+    listed = git("ls-files", "-v")
+    if listed.returncode:
+        return "" if "not a git repository" in listed.stderr else first_line(listed.stderr)
+    if not listed.stdout:
+        return "" if git("check-ignore", "--quiet").returncode == 0 else "it is not in .gitignore"
+    if not listed.stdout.startswith("S"):
+        why = first_line(git("update-index", "--skip-worktree").stderr)
+        if not git("ls-files", "-v").stdout.startswith("S"):  # S: skip-worktree holds
+            return why or "git update-index --skip-worktree had no effect"
+    return ""
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -1302,10 +1414,24 @@ def to_seconds(value: Any) -> float:
     return min(1e9, max(0.0, float(value)))
 
 
+# What a node may say of itself: units and tables are made of it, and renderers can write to some of its sources.
+FACT_PATTERNS = {
+    "cores": r"[1-9][0-9]{0,4}",
+    "version": r"([0-9][0-9.]{0,30}[0-9])?",
+    "role": r"(head|worker)?",
+    "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
+    "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
+    "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
+}
+
+
 def fetch_facts(remote: Remote) -> Facts:
     """Ask a node about itself."""
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+    for name, pattern in FACT_PATTERNS.items():
+        if not re.fullmatch(pattern, pairs.get(name, "")):
+            raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
     try:
         guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
@@ -1378,7 +1504,7 @@ def ssh_command(node: Node, settings: Settings, *options: str) -> Iterator[list[
         known.write(f"{host} {node.host_key}\n")
         known.flush()
         given = {
-            "UserKnownHostsFile": known.name,
+            "UserKnownHostsFile": f'"{known.name}"',  # may have spaces
             "GlobalKnownHostsFile": "/dev/null",
             "StrictHostKeyChecking": "yes",
             "IdentitiesOnly": "yes",
@@ -1500,8 +1626,8 @@ class NodePool:
 
 
 # --- Passing on --------------------------------------------------------------
-# How files come to a folder of a node, from S3 or from another node: the program that fetches them
-# there, and what is heard of it here. Touches one folder of each node.
+# How files come to a folder of a node, from S3, from another node or from here: the programs that fetch and serve
+# them there, and who fetches from whom. Touches one folder of each node.
 
 RANGE_SIZE = 16 * MIB  # bytes that one request asks for
 RANGE_STREAMS = 8  # requests, and files, at once
@@ -1509,6 +1635,12 @@ RANGE_TRIES = 6
 RANGE_TIMEOUT = 30
 FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
 REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
+RECEIVERS = 2  # that a node serves at once
+SERVE_SECONDS = 600  # then a node serves no more, whatever happens here
+SERVE_RATE = 1_000_000  # bytes a second: large files are served for longer
+PEERS_TRIED = 2  # that failed a node; then it fetches from here
+PEER_TRIES, PEER_TIMEOUT = 2, 10  # of a range from another node, which may have died
+SPREAD_PATIENCE = 2  # seconds in which nodes say what they have, before anything is sent from here
 
 
 class Wanted(NamedTuple):
@@ -1558,7 +1690,8 @@ def open_below(folder: int, path: str) -> int:
 class Fetcher:
     """Runs on a node: fetches files into one folder, and records what is complete there."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, tries: int = RANGE_TRIES, timeout: int = RANGE_TIMEOUT) -> None:
+        self.tries, self.timeout = tries, timeout
         self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
@@ -1622,11 +1755,11 @@ class Fetcher:
         import urllib.error
         import urllib.request
 
-        for attempt in range(RANGE_TRIES):
+        for attempt in range(self.tries):
             try:
                 headers = one.headers | {"Range": f"bytes={start}-{end - 1}"}
                 request = urllib.request.Request(one.url, headers=headers)  # noqa: S310 - the tool wrote the address
-                with urllib.request.urlopen(request, timeout=RANGE_TIMEOUT) as answer:  # noqa: S310
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
                     if answer.status != 206 and (start, end) != (0, one.size):
                         raise FetchFailed("its source sends no ranges")
                     while start < end:
@@ -1640,7 +1773,7 @@ class Fetcher:
                                 self.moved += written
                 return
             except urllib.error.HTTPError as error:
-                if error.code in (400, 401, 403, 404, 412) or attempt == RANGE_TRIES - 1:
+                if error.code in (400, 401, 403, 404, 412) or attempt == self.tries - 1:
                     cause = re.search(rb"<Code>(\w+)</Code>", error.read(4096))  # S3's own word for it
                     why = f"{error.code} {cause[1].decode()}" if cause else f"{error.code}"
                     text = "it has changed at its source meanwhile; run this again" if error.code == 412 else ""
@@ -1648,7 +1781,7 @@ class Fetcher:
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
                     raise
-                if attempt == RANGE_TRIES - 1:
+                if attempt == self.tries - 1:
                     raise FetchFailed(f"it can't be fetched: {getattr(error, 'reason', error)}") from None
             time.sleep(0.5 * 2**attempt)
 
@@ -1744,7 +1877,7 @@ def fetch_files(arguments: list[str]) -> None:
     os.umask(0o022)
     wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        fetcher = Fetcher(arguments[0])
+        fetcher = Fetcher(arguments[0], *map(int, arguments[1:]))
     except OSError as error:
         say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
         sys.exit(1)
@@ -1792,8 +1925,10 @@ def read_report(line: bytes) -> dict[str, Any]:
     raise NodeError(f"sends a malformed report: {line[:80].decode('utf-8', 'replace')}")
 
 
-def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote) -> Fetched:
-    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come."""
+def fetch_step(
+    folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote, *patience: int
+) -> Fetched:
+    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come. PATIENCE: other tries, and timeout."""
     last: dict[str, Any] = {}
     rest = b""
 
@@ -1806,7 +1941,7 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None
         rest = rest[-MIB:]  # no report is so long
 
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
-    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder])
+    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
         raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
@@ -1815,12 +1950,259 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None
     return Fetched(**{name: last[name] for name in Fetched._fields})
 
 
+class FileServer:
+    """Answers whoever knows a token HTTP requests for ranges of files, by their numbers; runs on a node, and here."""
+
+    def __init__(self, token: str, sizes: Sequence[int], open_file: Callable[[int], int]) -> None:
+        self.token, self.sizes, self.open_file = token, sizes, open_file
+        self.counting = threading.Lock()
+        self.receivers: list[str] = []  # one for each request that is being answered
+
+    def answer(self, stream: Stream, peer: str) -> None:
+        """Answer one request, and close the STREAM."""
+        try:
+            stream.settimeout(RANGE_TIMEOUT)
+            request = b""
+            while b"\r\n\r\n" not in request and len(request) < 1 << 14:
+                if not (block := stream.recv(4096)):
+                    return
+                request += block
+            status, number, start, end = self.judge(request)
+            with self.counting:
+                if status == 206 and peer not in self.receivers and len(set(self.receivers)) >= RECEIVERS:
+                    status = 503
+                self.receivers.append(peer)
+            try:
+                self.send(stream, status, number, start, end)
+            finally:
+                with self.counting:
+                    self.receivers.remove(peer)
+        except (OSError, EOFError):  # the receiver has gone; it asks again if it can
+            pass
+        finally:
+            stream.close()
+
+    def judge(self, request: bytes) -> tuple[int, int, int, int]:
+        """Return (HTTP status, number of the file, first byte, end) for a REQUEST."""
+        import hmac
+
+        token = re.search(rb"\r\nauthorization: bearer (\w+)\r\n", request, re.I)
+        if not (token and hmac.compare_digest(token[1], self.token.encode())):
+            return 403, 0, 0, 0
+        number = re.match(rb"GET /(\d{1,9}) ", request)
+        span = re.search(rb"\r\nrange: bytes=(\d{1,18})-(\d{1,18})\r\n", request, re.I)
+        if not number or int(number[1]) >= len(self.sizes):
+            return 404, 0, 0, 0
+        if not span or not int(span[1]) <= int(span[2]) < self.sizes[int(number[1])]:
+            return 416, 0, 0, 0
+        return 206, int(number[1]), int(span[1]), int(span[2]) + 1
+
+    def send(self, stream: Stream, status: int, number: int, start: int, end: int) -> None:
+        """Send the answer."""
+        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - start}\r\nConnection: close\r\n\r\n"
+        stream.sendall(head.encode())
+        if status == 206:
+            handle = self.open_file(number)
+            try:
+                while start < end and (block := os.pread(handle, min(MIB, end - start), start)):
+                    stream.sendall(block)
+                    start += len(block)
+            finally:
+                os.close(handle)
+
+
+def serve_files(arguments: list[str]) -> None:
+    """Run on a node: serve complete files of a folder at its private address, until stdin ends or time is up.
+
+    The first line of stdin is a JSON object: token, seconds, and the files as Wanted.
+    """
+    import resource
+
+    folder, address, port = arguments
+    job = json.loads(sys.stdin.readline())
+    wanted = [Wanted(**one) for one in job["wanted"]]
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    fetcher, handles = Fetcher(folder), []
+    record = fetcher.load("record.json") or {}
+    for one in wanted:
+        if not fetcher.is_here(one, record):
+            sys.exit(f"{one.path} is not complete here")
+        below, name = fetcher.open_target(one)
+        handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
+        os.close(below)
+    server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
+    listener = socket.create_server((address, int(port)), backlog=64)
+
+    def accept() -> None:
+        while True:
+            stream, (peer, _) = listener.accept()
+            threading.Thread(target=server.answer, args=(stream, peer), daemon=True).start()
+
+    threading.Timer(job["seconds"], os._exit, [0]).start()
+    threading.Thread(target=accept, daemon=True).start()
+    print("ready", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+
+def serve_program() -> str:
+    """Return serve_files as a program of its own."""
+    names = "FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
+    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, FileServer, serve_files)
+
+
+@dataclass(eq=False)
+class Source:
+    """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
+
+    remote: Remote | None = None
+    serving: bool = False
+    failures: int = 0
+
+
+class Spread:
+    """Brings the same files to many nodes: once from here, and on from node to node.
+
+    A source serves one node at a time, so that the nodes that have the files double from round to round.
+    Nothing runs beside the nodes' own steps: a step waits for its source, fetches, and is a source itself.
+    """
+
+    def __init__(self, folder: str, wanted: Sequence[Wanted], paths: Sequence[Path], nodes: int) -> None:
+        import secrets
+
+        self.folder, self.wanted, self.paths = folder, wanted, paths
+        self.token = secrets.token_hex(16)
+        self.changed = threading.Condition()
+        self.here: Source | None = Source()  # while nobody fetches from it
+        self.idle: list[Source] = []  # nodes that serve nobody
+        self.fetching = 0  # nodes
+        self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
+        self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
+
+    def hear(self) -> None:
+        """Note that one more node has said what it has."""
+        with self.changed:
+            self.until = self.until or time.monotonic() + SPREAD_PATIENCE
+            self.unheard -= 1
+            self.changed.notify_all()
+
+    def choose(self, tried: Sequence[Source]) -> Source | None:
+        """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
+        fresh = [source for source in self.idle if source not in tried]
+        if len(tried) < PEERS_TRIED and fresh:
+            source = fresh[0]
+            self.idle.remove(source)
+        else:
+            alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
+            if not self.here or not (alone or len(tried) >= PEERS_TRIED):
+                return None
+            source, self.here = self.here, None
+        self.fetching += 1
+        return source
+
+    def take(self, tried: Sequence[Source]) -> Source:
+        """Wait for a source."""
+        with self.changed:
+            while not (source := self.choose(tried)):
+                self.changed.wait(0.2)
+        return source
+
+    def give_back(self, source: Source, done: bool) -> None:
+        """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
+        with self.changed:
+            self.fetching -= 1
+            source.failures += not done
+            if not source.remote:
+                self.here = source
+            elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
+                self.idle.append(source)
+            self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def address(self, source: Source, remote: Remote) -> Iterator[str]:
+        """Yield the address at which REMOTE reaches a SOURCE: a node's private one, or a port that leads here."""
+        import paramiko
+
+        if source.remote:
+            if not source.serving:
+                self.start(source, source.remote)
+            yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
+            return
+        sizes = [one.size for one in self.wanted]
+        server = FileServer(self.token, sizes, lambda number: os.open(self.paths[number], os.O_RDONLY))
+
+        def accept(channel: paramiko.Channel, *_: object) -> None:
+            threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
+
+        try:
+            port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+                remote.transport.cancel_port_forward("127.0.0.1", port)
+
+    def start(self, source: Source, remote: Remote) -> None:
+        """Start a node's program that serves the files."""
+        seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
+        job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
+        arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        with contextlib.ExitStack() as stack:
+            channel = stack.enter_context(remote.session())
+            channel.settimeout(LIVENESS_LIMIT)
+            channel.set_combine_stderr(True)
+            remote.execute(channel, shlex.join(["python3", "-I", "-c", serve_program(), *arguments]))
+            channel.sendall(json.dumps(job).encode() + b"\n")
+            if (answer := channel.recv(4096)) != b"ready\n":
+                raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
+            self.sessions.push(stack.pop_all())
+        source.serving = True
+
+    def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
+        """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
+        try:
+            done = fetch_step(self.folder, self.wanted, show, remote)
+        finally:
+            self.hear()
+        tried: list[Source] = []
+        while done.missing:
+            source, complete = self.take(tried), False
+            try:
+                with self.address(source, remote) as url:
+                    headers = {"Authorization": f"Bearer {self.token}"}
+                    wanted = [
+                        one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
+                    ]
+                    done = fetch_step(self.folder, wanted, show, remote, PEER_TRIES, PEER_TIMEOUT)
+                complete = True
+            except SilentNode:
+                raise
+            except NodeError:
+                if not source.remote:
+                    raise
+                tried.append(source)
+            finally:
+                self.give_back(source, complete)
+        with self.changed:
+            self.idle.append(Source(remote))
+            self.changed.notify_all()
+        return done
+
+
 # --- Command line ------------------------------------------------------------
 # The one error boundary, what a run holds, and what the commands share.
 
-GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
 LIMITS_VARIABLE = "MITSUBA_CLUSTER_LIMITS"
+
+
+def warn_of_git(path: Path) -> None:
+    """Keep git's hands off a file with secrets, or say that this failed."""
+    if why := hide_from_git(path):
+        warn(f"git may pick up the secrets in {path} ({why})")
 
 
 def warn_of_secrets(path: Path, settings: Settings) -> None:
@@ -1829,10 +2211,10 @@ def warn_of_secrets(path: Path, settings: Settings) -> None:
         note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             note(f"Warning: other users of this machine can read it: chmod 600 {path}")
-        hide_from_git(path)
+        warn_of_git(path)
     s3cfg = settings.folder / ".s3cfg"
     if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
-        hide_from_git(s3cfg)
+        warn_of_git(s3cfg)
 
 
 class App:
@@ -1912,6 +2294,7 @@ class App:
         ready = self.choose_running(group, nodes)
         if cidr:
             self.allow_access(groups, cidr)
+        warn_of_rules(ec2, groups, self.settings, cidr, self.identity)
         return ready
 
     def ours(self, nodes: Sequence[Node]) -> list[Node]:
@@ -2663,11 +3046,15 @@ class Launch(NamedTuple):
     disk_gb: int
 
 
-# $1…: every boot, as root, before anything else. Whoever runs on the node could read its
-# user data, in which the host key is, or act with the node's role; so root alone may ask.
-METADATA_GUARD = """
-set -eu
-nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
+# $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
+# Whoever runs on the node could read its user data, in which the host key is, or act with the node's
+# role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
+# reboot changes nothing.
+BOOT = r"""
+set -u
+
+guard_metadata() {
+  nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
 table inet mitsuba_metadata
 delete table inet mitsuba_metadata
 table inet mitsuba_metadata {
@@ -2678,21 +3065,27 @@ table inet mitsuba_metadata {
   }
 }
 RULES
-"""
+}
 
-# $1: seconds from the first boot. The node's own clock decides, and a reboot changes nothing.
-DEADLINE = """
-set -eu
-unit=/etc/systemd/system/mitsuba-deadline
-if [ ! -e $unit.timer ]; then
-  at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
-  printf '%s\\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
-  printf '%s\\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \\
-    '[Install]' 'WantedBy=timers.target' > $unit.timer
-  systemctl daemon-reload
-  systemctl enable --quiet mitsuba-deadline.timer
-fi
-systemctl start --no-block mitsuba-deadline.timer
+set_deadline() (
+  set -e
+  [ "$1" != 0 ] || exit 0
+  unit=/etc/systemd/system/mitsuba-deadline
+  if [ ! -e $unit.timer ]; then
+    at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
+    printf '%s\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
+    printf '%s\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \
+      '[Install]' 'WantedBy=timers.target' > $unit.timer
+    systemctl daemon-reload
+    systemctl enable --quiet mitsuba-deadline.timer
+  fi
+  systemctl start --no-block mitsuba-deadline.timer
+)
+
+guard_metadata
+guarded=$?
+set_deadline "$1"
+exit $((guarded | $?))
 """
 
 # $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
@@ -2706,6 +3099,13 @@ case $code in
   124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
   *) cloud-init status --long; exit 1 ;;
 esac
+"""
+
+
+# As root: fails where the guard of BOOT is not there.
+CHECK_GUARD = """
+nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
+  iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
 
 
@@ -2873,6 +3273,34 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
 
 
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
+
+
 def index_has(apt_line: str, package: str) -> bool:
     """Tell whether an apt repository offers PACKAGE for amd64; OSError where it has no index."""
     import gzip
@@ -2891,7 +3319,7 @@ def index_has(apt_line: str, package: str) -> bool:
     for folder in folders:
         for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
             try:
-                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
                     if wanted.search(unpack(answer.read())):
                         return True
                 trouble = None
@@ -2910,11 +3338,12 @@ def look_for_package(settings: Settings) -> None:
 
     package = plan_package(settings)
     note(f"To be installed: {package.title}")
+    for risk in package_risks(settings, package):
+        warn(risk)
     advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
     try:
         if "://" in package.source:
-            request = urllib.request.Request(package.source, method="HEAD")  # noqa: S310 - https, as just seen
-            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
         elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
             warn(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
     except (urllib.error.URLError, OSError, ValueError) as error:
@@ -2959,8 +3388,12 @@ def ensure_key_file(path: Path) -> None:
         return
     if text and "placeholder" not in text:
         raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
     private, _ = make_ed25519()
-    hide_from_git(path)
     write_secret(path, private)
     click.echo(f"Made a new SSH key: {path}", err=True)
 
@@ -2985,16 +3418,22 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     """Return GROUP's security group; make it, tagged, where it is missing."""
-    if existing := fetch_security_groups(ec2, group):
-        return existing[0]
     name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
+
+    def find() -> SecurityGroup | None:
+        found = fetch_security_groups(ec2, group)
+        return next((one for one in found if (one.name, one.vpc) == (name, vpc)), None)
+
+    if existing := find():
+        return existing
     specification = [{"ResourceType": "security-group", "Tags": tags}]
     about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
     with tolerate("InvalidGroup.Duplicate"):
-        return SecurityGroup(ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"], group)
+        made = ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"]
+        return SecurityGroup(made, group, name, vpc)
     for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
-        if existing := fetch_security_groups(ec2, group):
-            return existing[0]
+        if existing := find():
+            return existing
         time.sleep(POLL)
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
@@ -3004,14 +3443,11 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
-    commands = [["bash", "-c", METADATA_GUARD]]
-    if max_hours:
-        commands.append(["bash", "-c", DEADLINE, "deadline", str(round(max_hours * 3600))])
     config = {
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": commands,
+        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))]],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -3037,6 +3473,10 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
     group = ensure_security_group(ec2, order.group, subnets[0].vpc)
+    others, foreign = other_rules(group, settings, cidr, identity)
+    if foreign:
+        raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
+    warn_of_rules(ec2, [group], settings, cidr, identity)
     repair_rules(ec2, group, settings, cidr, rule_owner(identity))
     private, public = make_ed25519()
     tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
@@ -3146,9 +3586,19 @@ def fetch_console(ec2: Client, node: Node) -> str:
         return f"its console can't be read: {explain(error)}"
 
 
+def check_guard(remote: Remote) -> None:
+    """Refuse a node whose boot script could not keep its programs from the metadata service."""
+    if remote.run(root_command("check-guard", CHECK_GUARD))[0]:
+        raise NodeError(
+            "its metadata guard is missing, so any program on it could read its host key: "
+            f"{command('terminate', remote.node.id)} ends it"
+        )
+
+
 def boot_step(remote: Remote) -> None:
     """Wait for the end of cloud-init."""
     remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
+    check_guard(remote)
 
 
 def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
@@ -3283,6 +3733,7 @@ def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: 
 
 INSTALL_LIMIT = 1800
 PACKED_KEPT = 3  # packed builds in the cache folder
+PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
 # Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
 PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
@@ -3310,7 +3761,7 @@ GRAPHICS_LIBRARIES = frozenset(
 
 # $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
-# repository, or else a file or https address of a .deb, .tar.gz or shell script.
+# repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
@@ -3351,7 +3802,10 @@ fetch() {
       step downloading
       printf 'url = "%s"\n' "$package" | curl -fsSL --proto =https --retry 5 -o "$1" --config -
       ;;
-    *) install -m 644 "$package" "$1" && rm -f "$package" ;;
+    *)
+      install -m 644 "$package" "$1"
+      find "${package%/*}" -maxdepth 1 -type f ! -name "${package##*/}" -delete # older ones; this one is passed on
+      ;;
   esac
   if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
 }
@@ -3706,16 +4160,16 @@ def plan_package(settings: Settings) -> Package:
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
 
 
-def upload_package(package: Package, remote: Remote) -> str:
-    """Send a package file to a node; return where it lies there."""
-    name = re.sub(r"[^A-Za-z0-9._+~-]", "_", Path(package.source).name)
-    target = f".mitsuba-{package.sha256[:16]}-{name}"  # in the user's home
-    with Path(package.source).open("rb") as file:
-        blocks = iter(lambda: file.read(MIB), b"")
-        return remote.check(f"cat > {target} && readlink -f {target}", limit=INSTALL_LIMIT, stdin=blocks).strip()
+def make_spread(package: Package, nodes: int) -> Spread | None:
+    """Return what brings a package file to the nodes, into a folder in the user's home; None where it is elsewhere."""
+    if not package.is_file:
+        return None
+    path = Path(package.source)
+    name = f"{PACKAGE_FOLDER}/{package.sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
+    return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def install_step(settings: Settings, package: Package, logs: Path, remote: Remote) -> str:
+def install_step(settings: Settings, package: Package, spread: Spread | None, logs: Path, remote: Remote) -> str:
     """Install Mitsuba on one node; return its version."""
     import hashlib
 
@@ -3728,7 +4182,10 @@ def install_step(settings: Settings, package: Package, logs: Path, remote: Remot
             os.fchmod(log.fileno(), 0o600)  # one of an older version
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
-            source = upload_package(package, remote) if package.is_file else package.source
+            check_guard(remote)
+            if spread:
+                spread.bring(lambda moved: None, remote)
+            source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
             code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
@@ -3750,7 +4207,11 @@ def install(app: App, group: str) -> None:
     note(f"Installing {package.title}")
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, package, logs), progress)
+    spread = make_spread(package, len(nodes))
+    step = functools.partial(install_step, app.settings, package, spread, logs)
+    outcomes = app.pool.each(nodes, step, progress)
+    if spread:
+        spread.sessions.close()
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -4541,9 +5002,11 @@ def group_json(
 @click.pass_obj
 def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     """Show what is running, since when, and what it costs."""
-    overview, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group), lambda: importlib.import_module("paramiko")
-    )  # a sixth of a second that AWS's answers take anyway
+    overview, cidr, _ = side_by_side(
+        lambda: fetch_overview(app.ec2, group),
+        lambda: try_client_cidr(app.settings),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
+    )
     alive = [node for node in overview.nodes if node.state in ALIVE]
     ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
     groups = sorted({one.group for one in ours})
@@ -4558,6 +5021,8 @@ def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
         note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
     elif len(groups) > 1 and (cost := format_cost(nodes)):
         result(f"All groups: {cost}")
+    if app.known_identity:
+        warn_of_rules(app.ec2, overview.security_groups, app.settings, cidr, app.known_identity)
     return None
 
 
@@ -5266,7 +5731,7 @@ def extend(app: App, hours: float, group: str) -> None:
 
 LOOKS = (
     "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs "
-    "DescribeRegions DescribeSecurityGroupRules DescribeSecurityGroups DescribeSpotInstanceRequests "
+    "DescribeRegions DescribeSecurityGroups DescribeSpotInstanceRequests "
     "DescribeSpotPriceHistory DescribeSubnets"
 )
 CHANGES = (
