@@ -1158,12 +1158,12 @@ def is_ours(node: Node, identity: Identity) -> bool:
 def not_ours(node: Node) -> str:
     """Say why nothing connects to a NODE that is not ours, and what to do."""
     if node.signature:
-        return "not launched with this key (SSH_PRIVATE_KEY_FILE): use the key that launched it, or another group"
-    end = command("terminateAll", node.group)
-    return (
-        "not launched with this key: it has no signature, as nodes of older versions have none "
-        f"(if it is yours: {end}, and launch it anew)"
-    )
+        what = "or its tags were changed: use the SSH_PRIVATE_KEY_FILE that launched it, or another group"
+    else:
+        what = (
+            f"as nodes of older versions (no signature): if it is yours, {command('terminateAll', node.group)} ends it"
+        )
+    return f"not launched with this key, {what}"
 
 
 def hide_from_git(path: Path) -> str:
