@@ -2183,9 +2183,11 @@ hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help=
 
 
 def find_node(app: App, name: str) -> Node:
-    """Return our node that NAME means; ClusterError where there is none."""
-    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
+    """Return our node that NAME means; ClusterError where there is none, or more than one."""
+    nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
     found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if len(found) > 1:
+        raise ClusterError(f"{printable(name)!r} may be {' or '.join(node.id for node in found)}: name one by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
