@@ -1158,12 +1158,12 @@ def is_ours(node: Node, identity: Identity) -> bool:
 def not_ours(node: Node) -> str:
     """Say why nothing connects to a NODE that is not ours, and what to do."""
     if node.signature:
-        return "not launched with this key (SSH_PRIVATE_KEY_FILE): use the key that launched it, or another group"
-    end = command("terminateAll", node.group)
-    return (
-        "not launched with this key: it has no signature, as nodes of older versions have none "
-        f"(if it is yours: {end}, and launch it anew)"
-    )
+        what = "or its tags were changed: use the SSH_PRIVATE_KEY_FILE that launched it, or another group"
+    else:
+        what = (
+            f"as nodes of older versions (no signature): if it is yours, {command('terminateAll', node.group)} ends it"
+        )
+    return f"not launched with this key, {what}"
 
 
 def hide_from_git(path: Path) -> str:
@@ -2447,9 +2447,11 @@ hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help=
 
 
 def find_node(app: App, name: str) -> Node:
-    """Return our node that NAME means; ClusterError where there is none."""
-    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
+    """Return our node that NAME means; ClusterError where there is none, or more than one."""
+    nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
     found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if len(found) > 1:
+        raise ClusterError(f"{printable(name)!r} may be {' or '.join(node.id for node in found)}: name one by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
