@@ -89,6 +89,7 @@ TAG_HOST_KEY = "mitsuba-host-key"
 TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of the group and the host key
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
+TAG_IDLE = "mitsuba-idle-minutes"
 SERVER_PORT = 7554  # mtssrv's own default
 PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
@@ -325,6 +326,7 @@ class Settings(NamedTuple):
     PUBLIC_SERVER_PORT: bool = True
     ROOT_VOLUME_GB: int = 16
     MAX_HOURS: float = 0
+    IDLE_MINUTES: float = 60
     PKG_REPOSITORY: str = "deb https://www.mitsuba-renderer.org binary/"
     MITSUBA_PACKAGE: str = ""
     DATA_DIR: str = "/mnt"
@@ -398,6 +400,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "PUBLIC_SERVER_PORT": (lambda value: isinstance(value, bool), "True or False"),
     "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
     "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
+    "IDLE_MINUTES": (lambda value: is_number(value, 0, 525600), "minutes, from 0 (no limit) to 525600"),
     "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
     "MITSUBA_PACKAGE": (
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
@@ -690,6 +693,7 @@ class Node(NamedTuple):
     signature: str = ""  # see is_ours
     price: float | None = None  # $ an hour
     max_hours: float | None = None
+    idle_minutes: float | None = None
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
 
@@ -802,6 +806,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         signature="".join(tags.get(name, "") for name in SIGNATURE_TAGS),
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
+        idle_minutes=to_number(tags.get(TAG_IDLE)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
     )
@@ -2444,6 +2449,9 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 count_argument = click.argument("count", type=click.IntRange(1, 5000))
 type_argument = click.argument("machine", metavar="TYPE")
 hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
+idle_option = click.option(
+    "--idle-minutes", type=click.FloatRange(0, 525600), help="Nodes end themselves after so long without use; 0: never."
+)
 
 
 def find_node(app: App, name: str) -> Node:
@@ -2961,13 +2969,15 @@ def guard_program() -> str:
     return node_program(names, *parts, guard_node)
 
 
-def guard_at_boot(minutes: float) -> list[str]:
-    """Return the command line that installs the guard at a node's first boot."""
+def guard_at_boot(minutes: float) -> list[list[str]]:
+    """Return the command that installs the guard at a node's first boot; none where no MINUTES of idleness end it."""
     import base64
     import gzip
 
+    if not minutes:
+        return []
     program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
-    return ["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]
+    return [["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]]
 
 
 # --- createNodes -------------------------------------------------------------
@@ -3022,6 +3032,7 @@ class LaunchRequest(NamedTuple):
     spot: bool = False
     max_price: float | None = None
     max_hours: float | None = None
+    idle_minutes: float | None = None
 
 
 class Subnet(NamedTuple):
@@ -3353,7 +3364,16 @@ def look_for_package(settings: Settings) -> None:
         warn(f"{what} can't be read ({error}); {advice}")
 
 
-def announce(app: App, order: LaunchRequest, before: Sequence[Node], price: float | None, hours: float) -> None:
+def format_limits(hours: float, idle: float) -> str:
+    """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
+    limits = [f"{hours:g} hours"] if hours else []
+    limits += [f"{idle:g} minutes without use"] if idle else []
+    return f"Each ends itself after {', or '.join(limits)}." if limits else ""
+
+
+def announce(
+    app: App, order: LaunchRequest, before: Sequence[Node], price: float | None, hours: float, idle: float
+) -> None:
     """Say what will be launched, what it costs, and what stands in the way of the next step."""
     if order.max_price is not None and price is not None and order.max_price < price:
         raise ClusterError(
@@ -3364,10 +3384,7 @@ def announce(app: App, order: LaunchRequest, before: Sequence[Node], price: floa
     if present:
         note(f"{app.where(order.group)} has {format_count(present, 'node')} already; {order.number} more are added")
     note(format_price(order.type, order.number, price))
-    if hours:
-        note(f"Each ends itself after {hours:g} hours.")
-    else:
-        note(f"They run until {command('terminateAll', order.group)}; --max-hours would end them by themselves.")
+    note(format_limits(hours, idle) or f"They run until {command('terminateAll', order.group)} ends them.")
 
 
 def make_ed25519() -> tuple[str, str]:
@@ -3440,8 +3457,8 @@ def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
-def make_user_data(private: str, public: str, max_hours: float) -> str:
-    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline.
+def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
+    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
@@ -3449,7 +3466,7 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))]],
+        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -3470,7 +3487,8 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
     hours = settings.MAX_HOURS if order.max_hours is None else order.max_hours
     subnets = by_price(subnets, prices)
-    announce(app, order, before, subnets[0].price, hours)
+    idle = settings.IDLE_MINUTES if order.idle_minutes is None else order.idle_minutes
+    announce(app, order, before, subnets[0].price, hours, idle)
     ensure_key_file(settings.key_file)
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
@@ -3483,7 +3501,8 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     private, public = make_ed25519()
     tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
     tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
-    user_data = make_user_data(private, public, hours)
+    tags |= {TAG_IDLE: f"{idle:g}"} if idle else {}
+    user_data = make_user_data(private, public, hours, idle)
     return Launch(
         order, machine, image, subnets, settings.KEYPAIR_NAME, group.id, user_data, tags, settings.ROOT_VOLUME_GB
     )
@@ -3711,10 +3730,11 @@ def create(app: App, order: LaunchRequest) -> None:
 @group_argument
 @click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 @hours_option
+@idle_option
 @click.pass_obj
-def create_nodes(app: App, machine: str, count: int, group: str, spot: bool, max_hours: float | None) -> None:
+def create_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
-    create(app, LaunchRequest(machine, count, group, spot, None, max_hours))
+    create(app, LaunchRequest(machine, count, group, **options))
 
 
 @cli.command("addSpotNodes")
@@ -3723,10 +3743,11 @@ def create_nodes(app: App, machine: str, count: int, group: str, spot: bool, max
 @click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
 @group_argument
 @hours_option
+@idle_option
 @click.pass_obj
-def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: str, max_hours: float | None) -> None:
+def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(machine, count, group, True, max_price, max_hours))
+    create(app, LaunchRequest(machine, count, group, spot=True, **options))
 
 
 # --- install -----------------------------------------------------------------
@@ -5691,24 +5712,28 @@ def regions(app: App) -> None:
         result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
 
 
-# $1: seconds to add to the deadline.
-EXTEND = """
+# $1: seconds to add to the deadline, if there is one. The idle time begins anew.
+EXTEND = r"""
 set -euo pipefail
 unit=/etc/systemd/system/mitsuba-deadline
-[ -e $unit.timer ] || { echo 'this node has no deadline'; exit 1; }
+if [ -e /run/mitsuba-cluster/in-use ]; then touch /run/mitsuba-cluster/in-use; fi
+if [ ! -e $unit.timer ]; then exit 0; fi
 old=$(sed -n 's/^OnCalendar=//p' $unit.timer)
 at=$(date -u -d "@$(($(date -u -d "$old" +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
 sed -i "s/^OnCalendar=.*/OnCalendar=$at/" $unit.timer
 systemctl daemon-reload
 systemctl restart mitsuba-deadline.timer
-echo "$at"
+echo "ends at $at"
 """
 
 
 def extend_step(hours: float, remote: Remote) -> str:
-    """Move one node's own timer; return when it ends now."""
-    output = remote.check(root_command("extend", EXTEND, str(round(hours * 3600))))
-    return output.strip().splitlines()[-1]
+    """Move one node's own timer, and begin its idle time anew; return what that means."""
+    lines = remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))).strip().splitlines()
+    if remote.node.max_hours and not lines:
+        raise NodeError("has lost its time limit")
+    idle = f"may be idle for {remote.node.idle_minutes:g} minutes from now on" if remote.node.idle_minutes else ""
+    return ", ".join(filter(None, [*lines[-1:], idle]))
 
 
 @cli.command("extend")
@@ -5716,16 +5741,16 @@ def extend_step(hours: float, remote: Remote) -> str:
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
-    """Move the moment at which the nodes end themselves by HOURS."""
-    nodes = [node for node in app.open_group(group) if node.max_hours]
+    """Move the moment at which the nodes end themselves by HOURS, and begin their idle time anew."""
+    nodes = [node for node in app.open_group(group) if node.max_hours or node.idle_minutes]
     if not nodes:
         raise ClusterError(f"no running node of {app.where(group)} has a time limit")
-    progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: ends at {outcome.value}")
+    progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
     outcomes = app.pool.each(nodes, functools.partial(extend_step, hours), progress)
     by_hours: dict[float, list[Node]] = {}
     for outcome in outcomes:
-        if outcome.ok:
-            by_hours.setdefault((outcome.node.max_hours or 0) + hours, []).append(outcome.node)
+        if outcome.ok and outcome.node.max_hours:
+            by_hours.setdefault(outcome.node.max_hours + hours, []).append(outcome.node)
     for total_hours, same in by_hours.items():
         tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
     app.report(outcomes, f"Extended by {hours:g} hours")
