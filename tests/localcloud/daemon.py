@@ -158,7 +158,12 @@ class Daemon:
 
         inside = self.kind == "nspawn"
         moto = DomainDispatcherApplication(create_backend_app)
-        front = endpoint.Front(endpoint.with_prices(moto), self.where.calls, self.control, aws.tags_of)
+        front = endpoint.Front(
+            endpoint.with_prices(moto, functools.partial(aws.quota, self.cloud)),
+            self.where.calls,
+            self.control,
+            aws.tags_of,
+        )
         address = "0.0.0.0" if inside else "127.0.0.1"
         server = make_server(address, places.EC2_PORT if inside else 0, front, threaded=True, request_handler=Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
