@@ -3633,6 +3633,10 @@ def system_load(app: App, group: str, watch: bool) -> None:
 # S3, the user's files, and the step that brings them to the nodes. Touches S3 and the nodes' data folders.
 
 PART_SIZE = 64 * MIB  # of an upload; S3 takes 10,000 parts, and boto3 enlarges them beyond that
+ASK_ABOVE_FILES = 1000  # of a folder: it may not be the one that was meant
+ASK_ABOVE_BYTES = 10**9
+NEVER_SENT = {".aws", ".git", ".s3cfg", ".ssh"}
+PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File)")
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
@@ -3740,14 +3744,71 @@ def fetch_digest(s3: Client, bucket: str, key: str, etag: str) -> str:
     return etag if plain and re.fullmatch(r"[0-9a-f]{32}", etag) else ""
 
 
-def plan_upload(name: str, prefix: str) -> dict[str, Path]:
-    """Return key -> file for a local file or folder NAME; {} where there is none."""
-    source = Path(name)
-    base = "/".join(filter(None, [prefix, source.resolve().name]))
+def why_left_out(path: Path, top: Path, settings: Settings, config: Path) -> str:
+    """Say why a file (or link) below TOP is never sent, or return ""."""
+    real = Path(os.path.realpath(path))
+    if NEVER_SENT & {path.name, *real.parts} or real in (config.resolve(), settings.key_file.resolve()):
+        return "keys and settings are never sent"
+    if path.is_symlink() and (real.is_dir() or not real.is_relative_to(top)):
+        return "a link that leads out of the folder, or to a folder"
+    if not real.is_file():
+        return "not a file"
+    with path.open("rb") as file:
+        if PRIVATE_KEY.match(file.read(200)):
+            return "a private key is never sent"
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return ""
+
+
+def plan_files(name: str, settings: Settings, config: Path) -> dict[str, Path]:
+    """Return path below DATA_DIR -> file for a local file or folder NAME; {} where there is none.
+
+    ClusterError where that would send what nobody can have meant: an unset variable makes NAME empty.
+    """
+    source, base = Path(name), os.path.basename(os.path.abspath(name))
+    top = Path(os.path.realpath(source))
+    if not name.strip():
+        raise ClusterError("NAME is empty: is a variable unset?")
     if source.is_file():
+        if why := why_left_out(source, top.parent, settings, config):
+            raise ClusterError(f"{name}: {why}")
         return {base: source}
-    inside = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else []
-    return {f"{base}/{path.relative_to(source).as_posix()}": path for path in inside}
+    dear = {
+        "the tool's folder": HERE,
+        "your home folder": Path.home(),
+        "the SSH key's folder": settings.key_file.parent,
+    }
+    for what, home in dear.items():
+        if source.is_dir() and home.resolve().is_relative_to(top):
+            raise ClusterError(f"{name} is {what}, or contains it: nothing is sent; name a folder that holds data only")
+    files: dict[str, Path] = {}
+    for folder, folders, names in os.walk(source):
+        links = [one for one in folders if one in NEVER_SENT or Path(folder, one).is_symlink()]
+        folders[:] = sorted(set(folders) - set(links))
+        for one in sorted(links + names):
+            path = Path(folder, one)
+            if why := why_left_out(path, top, settings, config):
+                note(f"Left out: {path} ({why})")
+            else:
+                files[f"{base}/{path.relative_to(source).as_posix()}"] = path
+    if source.is_dir() and not files:
+        raise ClusterError(f"there is no file to send in {name}")
+    return files
+
+
+def confirm_size(name: str, files: dict[str, Path]) -> None:
+    """Ask about a large folder; where nobody can be asked, refuse it."""
+    size = sum(path.stat().st_size for path in files.values())
+    if len(files) <= ASK_ABOVE_FILES and (size <= ASK_ABOVE_BYTES or Path(name).is_file()):
+        return
+    what = f"{name} has {format_count(len(files), 'file')}, {format_size(size)}"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ClusterError(f"{what}; add --yes to send so much without being asked")
+    if not click.confirm(f"{what}. Send all of it?", err=True):
+        raise ClusterError("nothing was sent")
 
 
 def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
@@ -3878,18 +3939,22 @@ def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
 @cli.command("syncData")
 @click.argument("name")
 @group_argument
+@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
 @click.pass_obj
-def sync_data(app: App, name: str, group: str) -> None:
+def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     """Put data files on every node through S3.
 
     NAME is a file or folder here, which is uploaded first, or the beginning of names under
     S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
     """
+    files = plan_files(name, app.settings, app.config)
+    if not yes:
+        confirm_size(name, files)
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
-    if files := plan_upload(name, prefix):
-        send_files(s3, bucket, files)
-        name = Path(name).resolve().name
+    if files:
+        send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
+        name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
     for key in refused:
         note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
