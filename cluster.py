@@ -911,6 +911,7 @@ TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
 IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
 LOGIN_LIMIT = 60  # a node that should be up
+REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
@@ -1361,17 +1362,19 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
         raise NodeError(not_ours(node))
     deadline = time.monotonic() + limit
     answered: float | None = None
+    pause = 0.2
     while True:
         try:
             return connect(node, settings, identity)
         except (WrongHostKey, paramiko.AuthenticationException) as error:
             answered = answered or time.monotonic()
+            pause = min(2 * pause, REFUSED_PAUSE)
             if not first_boot or time.monotonic() - answered > FIRST_KEY_LIMIT:
                 raise NodeError(refusal(error, settings)) from error
         except (paramiko.SSHException, OSError, EOFError) as error:
             if time.monotonic() > deadline:
                 raise SilentNode(unreachable(node, settings, error)) from error
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 def raise_limits() -> None:
@@ -2339,14 +2342,18 @@ def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
     return {}
 
 
+def quota_code(machine: str, spot: bool) -> str:
+    """Return Service Quotas' code for the vCPUs of an instance type; "" where there is none."""
+    letters = re.sub("[^a-z].*", "", machine)
+    return next(codes for prefix, codes in QUOTAS.items() if letters.startswith(prefix))[spot]
+
+
 def fetch_quota(settings: Settings, machine: str, spot: bool) -> str:
     """Return the account's quota of vCPUs in words; "" where it can't be had in a moment."""
-    letters = re.match("[a-z]*", machine)[0]  # type: ignore[index]  # it matches anything
-    code = next(codes for prefix, codes in QUOTAS.items() if letters.startswith(prefix))[spot]
     quick: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 3, "retries": {"total_max_attempts": 1}}
     with tolerate():
         quotas = open_client(settings, "service-quotas", **quick)
-        quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]
+        quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(machine, spot))["Quota"]
         return f"{quota['Value']:g} ({printable(quota['QuotaName'])})"
     return ""
 

@@ -20,7 +20,7 @@ from tests.support import LocalCloud, free_port, interrupt, wait_until
 
 COMMANDS = (
     "createNodes install start status syncData terminateAll addSpotNodes tunnel systemLoad terminate spotPrices "
-    "cancelSpot cancelAllSpot login runCommand regions extend"
+    "cancelSpot cancelAllSpot login runCommand regions extend policy"
 ).split()
 
 
