@@ -302,7 +302,7 @@ class ProcessNode:
         data = job.get("data", "")
         if data and not (self.data("/mnt") / data).exists():
             text = f'WARN  [StreamBackend] Uncaught exception "The file "{data}" could not be found!" - cleaning up!'
-            self.journal.append((time.monotonic(), text))
+            self.journal.append((time.time(), text))
             return False
         end, start = time.monotonic() + float(job.get("seconds", 0)), self.started
         until = self.data("/mnt") / job.get("until", "")
@@ -400,7 +400,7 @@ async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     linked = " ".join(node.linked)
     return 0, (
         f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
-        f"boot={node.boot}\nstarted={node.started}\n"
+        f"boot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
         "load=0.42 0.31 0.12\nmemory_mb=612 7168\n"
     )
 
@@ -425,7 +425,7 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
 
 async def server_log(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Tell what the server has to complain about; it logs nothing else."""
-    since = time.monotonic() - float(arguments[0]) if arguments else 0
+    since = float(arguments[0].removeprefix("@")) if arguments else 0
     return 0, "".join(f"{text}\n" for at, text in node.journal if at >= since) or "(a process node has no journal)\n"
 
 
