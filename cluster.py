@@ -1702,7 +1702,7 @@ class Fetcher:
             except FetchFailed as error:
                 raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
             except OSError as error:
-                where = f"{error.filename}: " if error.filename else ""
+                where = f"{error.filename}: " if error.filename in jobs[job].split("/") else ""
                 raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
             finally:
                 files.shutdown(wait=False, cancel_futures=True)

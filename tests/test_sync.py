@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pty
 import re
@@ -312,7 +313,7 @@ def test_without_a_bucket_it_goes_from_node_to_node(two_nodes: LocalCloud, tmp_p
     folder.mkdir()
     (folder / "big.vol").write_bytes(os.urandom(PART + 1))
     (folder / "empty.vol").write_bytes(b"")
-    sync = lambda: bucket.sync(str(folder), S3_PATH="")  # noqa: E731
+    sync = functools.partial(bucket.sync, str(folder), S3_PATH="")
     first = sync()
     assert first.code == 0, first.err
     assert first.out.count("fetched 2 files, 16.8 MB") == 2
