@@ -1487,8 +1487,8 @@ class NodePool:
 
 
 # --- Passing on --------------------------------------------------------------
-# How files come to a folder of a node, from S3 or from another node: the program that fetches them
-# there, and what is heard of it here. Touches one folder of each node.
+# How files come to a folder of a node, from S3, from another node or from here: the programs that fetch and serve
+# them there, and who fetches from whom. Touches one folder of each node.
 
 RANGE_SIZE = 16 * MIB  # bytes that one request asks for
 RANGE_STREAMS = 8  # requests, and files, at once
@@ -1496,6 +1496,13 @@ RANGE_TRIES = 6
 RANGE_TIMEOUT = 30
 FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
 REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
+PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
+RECEIVERS = 2  # that a node serves at once
+SERVE_SECONDS = 600  # then a node serves no more, whatever happens here
+SERVE_RATE = 1_000_000  # bytes a second: large files are served for longer
+PEERS_TRIED = 2  # that failed a node; then it fetches from here
+PEER_TRIES, PEER_TIMEOUT = 2, 10  # of a range from another node, which may have died
+SPREAD_PATIENCE = 2  # seconds in which nodes say what they have, before anything is sent from here
 
 
 class Wanted(NamedTuple):
@@ -1545,7 +1552,8 @@ def open_below(folder: int, path: str) -> int:
 class Fetcher:
     """Runs on a node: fetches files into one folder, and records what is complete there."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, tries: int = RANGE_TRIES, timeout: int = RANGE_TIMEOUT) -> None:
+        self.tries, self.timeout = tries, timeout
         self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
@@ -1609,11 +1617,11 @@ class Fetcher:
         import urllib.error
         import urllib.request
 
-        for attempt in range(RANGE_TRIES):
+        for attempt in range(self.tries):
             try:
                 headers = one.headers | {"Range": f"bytes={start}-{end - 1}"}
                 request = urllib.request.Request(one.url, headers=headers)  # noqa: S310 - the tool wrote the address
-                with urllib.request.urlopen(request, timeout=RANGE_TIMEOUT) as answer:  # noqa: S310
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
                     if answer.status != 206 and (start, end) != (0, one.size):
                         raise FetchFailed("its source sends no ranges")
                     while start < end:
@@ -1627,7 +1635,7 @@ class Fetcher:
                                 self.moved += written
                 return
             except urllib.error.HTTPError as error:
-                if error.code in (400, 401, 403, 404, 412) or attempt == RANGE_TRIES - 1:
+                if error.code in (400, 401, 403, 404, 412) or attempt == self.tries - 1:
                     cause = re.search(rb"<Code>(\w+)</Code>", error.read(4096))  # S3's own word for it
                     why = f"{error.code} {cause[1].decode()}" if cause else f"{error.code}"
                     text = "it has changed at its source meanwhile; run this again" if error.code == 412 else ""
@@ -1635,7 +1643,7 @@ class Fetcher:
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
                     raise
-                if attempt == RANGE_TRIES - 1:
+                if attempt == self.tries - 1:
                     raise FetchFailed(f"it can't be fetched: {getattr(error, 'reason', error)}") from None
             time.sleep(0.5 * 2**attempt)
 
@@ -1731,7 +1739,7 @@ def fetch_files(arguments: list[str]) -> None:
     os.umask(0o022)
     wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        fetcher = Fetcher(arguments[0])
+        fetcher = Fetcher(arguments[0], *map(int, arguments[1:]))
     except OSError as error:
         say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
         sys.exit(1)
@@ -1779,8 +1787,10 @@ def read_report(line: bytes) -> dict[str, Any]:
     raise NodeError(f"sends a malformed report: {line[:80].decode('utf-8', 'replace')}")
 
 
-def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote) -> Fetched:
-    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come."""
+def fetch_step(
+    folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote, *patience: int
+) -> Fetched:
+    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come. PATIENCE: other tries, and timeout."""
     last: dict[str, Any] = {}
     rest = b""
 
@@ -1793,13 +1803,255 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None
         rest = rest[-MIB:]  # no report is so long
 
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
-    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder])
+    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
         raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
     return Fetched(**{name: last[name] for name in Fetched._fields})
+
+
+class FileServer:
+    """Answers whoever knows a token HTTP requests for ranges of files, by their numbers; runs on a node, and here."""
+
+    def __init__(self, token: str, sizes: Sequence[int], open_file: Callable[[int], int]) -> None:
+        self.token, self.sizes, self.open_file = token, sizes, open_file
+        self.counting = threading.Lock()
+        self.receivers: list[str] = []  # one for each request that is being answered
+
+    def answer(self, stream: Stream, peer: str) -> None:
+        """Answer one request, and close the STREAM."""
+        try:
+            stream.settimeout(RANGE_TIMEOUT)
+            request = b""
+            while b"\r\n\r\n" not in request and len(request) < 1 << 14:
+                if not (block := stream.recv(4096)):
+                    return
+                request += block
+            status, number, start, end = self.judge(request)
+            with self.counting:
+                if status == 206 and peer not in self.receivers and len(set(self.receivers)) >= RECEIVERS:
+                    status = 503
+                self.receivers.append(peer)
+            try:
+                self.send(stream, status, number, start, end)
+            finally:
+                with self.counting:
+                    self.receivers.remove(peer)
+        except (OSError, EOFError):  # the receiver has gone; it asks again if it can
+            pass
+        finally:
+            stream.close()
+
+    def judge(self, request: bytes) -> tuple[int, int, int, int]:
+        """Return (HTTP status, number of the file, first byte, end) for a REQUEST."""
+        import hmac
+
+        token = re.search(rb"\r\nauthorization: bearer (\w+)\r\n", request, re.I)
+        if not (token and hmac.compare_digest(token[1], self.token.encode())):
+            return 403, 0, 0, 0
+        number = re.match(rb"GET /(\d{1,9}) ", request)
+        span = re.search(rb"\r\nrange: bytes=(\d{1,18})-(\d{1,18})\r\n", request, re.I)
+        if not number or int(number[1]) >= len(self.sizes):
+            return 404, 0, 0, 0
+        if not span or not int(span[1]) <= int(span[2]) < self.sizes[int(number[1])]:
+            return 416, 0, 0, 0
+        return 206, int(number[1]), int(span[1]), int(span[2]) + 1
+
+    def send(self, stream: Stream, status: int, number: int, start: int, end: int) -> None:
+        """Send the answer."""
+        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - start}\r\nConnection: close\r\n\r\n"
+        stream.sendall(head.encode())
+        if status == 206:
+            handle = self.open_file(number)
+            try:
+                while start < end and (block := os.pread(handle, min(MIB, end - start), start)):
+                    stream.sendall(block)
+                    start += len(block)
+            finally:
+                os.close(handle)
+
+
+def serve_files(arguments: list[str]) -> None:
+    """Run on a node: serve complete files of a folder at its private address, until stdin ends or time is up.
+
+    The first line of stdin is a JSON object: token, seconds, and the files as Wanted.
+    """
+    import resource
+
+    folder, address, port = arguments
+    job = json.loads(sys.stdin.readline())
+    wanted = [Wanted(**one) for one in job["wanted"]]
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    fetcher, handles = Fetcher(folder), []
+    record = fetcher.load("record.json") or {}
+    for one in wanted:
+        if not fetcher.is_here(one, record):
+            sys.exit(f"{one.path} is not complete here")
+        below, name = fetcher.open_target(one)
+        handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
+        os.close(below)
+    server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
+    listener = socket.create_server((address, int(port)), backlog=64)
+
+    def accept() -> None:
+        while True:
+            stream, (peer, _) = listener.accept()
+            threading.Thread(target=server.answer, args=(stream, peer), daemon=True).start()
+
+    threading.Timer(job["seconds"], os._exit, [0]).start()
+    threading.Thread(target=accept, daemon=True).start()
+    print("ready", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+
+def serve_program() -> str:
+    """Return serve_files as a program of its own."""
+    names = "FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
+    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, FileServer, serve_files)
+
+
+@dataclass(eq=False)
+class Source:
+    """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
+
+    remote: Remote | None = None
+    serving: bool = False
+    failures: int = 0
+
+
+class Spread:
+    """Brings the same files to many nodes: once from here, and on from node to node.
+
+    A source serves one node at a time, so that the nodes that have the files double from round to round.
+    Nothing runs beside the nodes' own steps: a step waits for its source, fetches, and is a source itself.
+    """
+
+    def __init__(self, folder: str, wanted: Sequence[Wanted], paths: Sequence[Path], nodes: int) -> None:
+        import secrets
+
+        self.folder, self.wanted, self.paths = folder, wanted, paths
+        self.token = secrets.token_hex(16)
+        self.changed = threading.Condition()
+        self.here: Source | None = Source()  # while nobody fetches from it
+        self.idle: list[Source] = []  # nodes that serve nobody
+        self.fetching = 0  # nodes
+        self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
+        self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
+
+    def hear(self) -> None:
+        """Note that one more node has said what it has."""
+        with self.changed:
+            self.until = self.until or time.monotonic() + SPREAD_PATIENCE
+            self.unheard -= 1
+            self.changed.notify_all()
+
+    def choose(self, tried: Sequence[Source]) -> Source | None:
+        """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
+        fresh = [source for source in self.idle if source not in tried]
+        if len(tried) < PEERS_TRIED and fresh:
+            source = fresh[0]
+            self.idle.remove(source)
+        else:
+            alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
+            if not self.here or not (alone or len(tried) >= PEERS_TRIED):
+                return None
+            source, self.here = self.here, None
+        self.fetching += 1
+        return source
+
+    def take(self, tried: Sequence[Source]) -> Source:
+        """Wait for a source."""
+        with self.changed:
+            while not (source := self.choose(tried)):
+                self.changed.wait(0.2)
+        return source
+
+    def give_back(self, source: Source, done: bool) -> None:
+        """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
+        with self.changed:
+            self.fetching -= 1
+            source.failures += not done
+            if not source.remote:
+                self.here = source
+            elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
+                self.idle.append(source)
+            self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def address(self, source: Source, remote: Remote) -> Iterator[str]:
+        """Yield the address at which REMOTE reaches a SOURCE: a node's private one, or a port that leads here."""
+        import paramiko
+
+        if source.remote:
+            if not source.serving:
+                self.start(source, source.remote)
+            yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
+            return
+        sizes = [one.size for one in self.wanted]
+        server = FileServer(self.token, sizes, lambda number: os.open(self.paths[number], os.O_RDONLY))
+
+        def accept(channel: paramiko.Channel, *_: object) -> None:
+            threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
+
+        try:
+            port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+                remote.transport.cancel_port_forward("127.0.0.1", port)
+
+    def start(self, source: Source, remote: Remote) -> None:
+        """Start a node's program that serves the files."""
+        seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
+        job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
+        arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        with contextlib.ExitStack() as stack:
+            channel = stack.enter_context(remote.session())
+            channel.settimeout(LIVENESS_LIMIT)
+            channel.set_combine_stderr(True)
+            remote.execute(channel, shlex.join(["python3", "-I", "-c", serve_program(), *arguments]))
+            channel.sendall(json.dumps(job).encode() + b"\n")
+            if (answer := channel.recv(4096)) != b"ready\n":
+                raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
+            self.sessions.push(stack.pop_all())
+        source.serving = True
+
+    def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
+        """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
+        try:
+            done = fetch_step(self.folder, self.wanted, show, remote)
+        finally:
+            self.hear()
+        tried: list[Source] = []
+        while done.missing:
+            source, complete = self.take(tried), False
+            try:
+                with self.address(source, remote) as url:
+                    headers = {"Authorization": f"Bearer {self.token}"}
+                    wanted = [
+                        one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
+                    ]
+                    done = fetch_step(self.folder, wanted, show, remote, PEER_TRIES, PEER_TIMEOUT)
+                complete = True
+            except SilentNode:
+                raise
+            except NodeError:
+                if not source.remote:
+                    raise
+                tried.append(source)
+            finally:
+                self.give_back(source, complete)
+        with self.changed:
+            self.idle.append(Source(remote))
+            self.changed.notify_all()
+        return done
 
 
 # --- Command line ------------------------------------------------------------
@@ -2768,6 +3020,7 @@ def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: 
 
 INSTALL_LIMIT = 1800
 PACKED_KEPT = 3  # packed builds in the cache folder
+PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
 # Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
 PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
@@ -2795,7 +3048,7 @@ GRAPHICS_LIBRARIES = frozenset(
 
 # $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
-# repository, or else a file or https address of a .deb, .tar.gz or shell script.
+# repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
@@ -2836,7 +3089,10 @@ fetch() {
       step downloading
       printf 'url = "%s"\n' "$package" | curl -fsSL --proto =https --retry 5 -o "$1" --config -
       ;;
-    *) install -m 644 "$package" "$1" && rm -f "$package" ;;
+    *)
+      install -m 644 "$package" "$1"
+      find "${package%/*}" -maxdepth 1 -type f ! -name "${package##*/}" -delete # older ones; this one is passed on
+      ;;
   esac
   if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
 }
@@ -3192,16 +3448,16 @@ def plan_package(settings: Settings) -> Package:
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
 
 
-def upload_package(package: Package, remote: Remote) -> str:
-    """Send a package file to a node; return where it lies there."""
-    name = re.sub(r"[^A-Za-z0-9._+~-]", "_", Path(package.source).name)
-    target = f".mitsuba-{package.sha256[:16]}-{name}"  # in the user's home
-    with Path(package.source).open("rb") as file:
-        blocks = iter(lambda: file.read(MIB), b"")
-        return remote.check(f"cat > {target} && readlink -f {target}", limit=INSTALL_LIMIT, stdin=blocks).strip()
+def make_spread(package: Package, nodes: int) -> Spread | None:
+    """Return what brings a package file to the nodes, into a folder in the user's home; None where it is elsewhere."""
+    if not package.is_file:
+        return None
+    path = Path(package.source)
+    name = f"{PACKAGE_FOLDER}/{package.sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
+    return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def install_step(settings: Settings, package: Package, logs: Path, remote: Remote) -> str:
+def install_step(settings: Settings, package: Package, spread: Spread | None, logs: Path, remote: Remote) -> str:
     """Install Mitsuba on one node; return its version."""
     import hashlib
 
@@ -3214,7 +3470,9 @@ def install_step(settings: Settings, package: Package, logs: Path, remote: Remot
             os.fchmod(log.fileno(), 0o600)  # one of an older version
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
-            source = upload_package(package, remote) if package.is_file else package.source
+            if spread:
+                spread.bring(lambda moved: None, remote)
+            source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
             code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
@@ -3236,7 +3494,11 @@ def install(app: App, group: str) -> None:
     note(f"Installing {package.title}")
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, package, logs), progress)
+    spread = make_spread(package, len(nodes))
+    step = functools.partial(install_step, app.settings, package, spread, logs)
+    outcomes = app.pool.each(nodes, step, progress)
+    if spread:
+        spread.sessions.close()
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")

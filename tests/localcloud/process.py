@@ -35,7 +35,7 @@ SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
 RESTART = 1.0  # seconds, as RestartSec= of the real unit
 RENDER, DONE = b"\x00\x01", b"\x00\x02"  # between the stand-ins, see mitsuba/mtssrv
-STEPS = ("wait-for-boot", "install", "start-server", "sync")  # that a fault can spoil
+STEPS = ("wait-for-boot", "install", "start-server", "sync", "serve")  # that a fault can spoil
 
 
 class ProcessNetwork:
@@ -104,6 +104,7 @@ class ProcessNode:
         self.impostor: asyncio.Server | None = None  # what answers in sshd's place
         self.server: asyncio.Server | None = None
         self.connections: set[asyncssh.SSHServerConnection] = set()
+        self.received = 0  # bytes, over SSH
         self.trouble: dict[str, str] = {}  # a step's name, or "server" -> what goes wrong with it
 
     @property
@@ -218,7 +219,9 @@ class ProcessNode:
         root = words[:2] == ["sudo", "-n"]
         words = words[2:] if root else words
         script = words[3] if words[:2] == ["bash", "-c"] and len(words) > 3 else ""
-        step = "sync" if words[:3] == ["python3", "-I", "-c"] else script
+        if words[:3] == ["python3", "-I", "-c"]:
+            script = "serve" if "\nserve_files(" in words[3] else "sync"
+        step = script
         act = ACTS.get(script)
         try:
             if step in self.trouble:
@@ -389,10 +392,21 @@ class SshServer(asyncssh.SSHServer):
         """Note a connection, so that it can be dropped."""
         self.connection = conn
         self.node.connections.add(conn)
+        receive = conn.data_received
+
+        def count(data: bytes, datatype: int | None = None) -> None:
+            self.node.received += len(data)
+            receive(data, datatype)
+
+        conn.data_received = count  # type: ignore[method-assign]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         self.node.connections.discard(self.connection)
+
+    def server_requested(self, listen_host: str, listen_port: int) -> bool:
+        """Let the tool serve files to the node."""
+        return True
 
     def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
         """Let the probe and the tunnel through."""
