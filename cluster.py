@@ -120,7 +120,7 @@ class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(mask(message))
+        super().__init__(mask("\n".join(map(printable, message.split("\n")))))
 
 
 class NodeError(Exception):
@@ -1405,10 +1405,24 @@ class Remote:
         return output
 
 
+# What a node may say of itself: units and tables are made of it, and renderers can write to some of its sources.
+FACT_PATTERNS = {
+    "cores": r"[1-9][0-9]{0,4}",
+    "version": r"([0-9][0-9.]{0,30}[0-9])?",
+    "role": r"(head|worker)?",
+    "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
+    "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
+    "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
+}
+
+
 def fetch_facts(remote: Remote) -> Facts:
     """Ask a node about itself."""
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+    for name, pattern in FACT_PATTERNS.items():
+        if not re.fullmatch(pattern, pairs.get(name, "")):
+            raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
     try:
         return Facts(
             cores=int(pairs["cores"]),
