@@ -3458,19 +3458,28 @@ class RenderCluster:
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
-        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if it does not."""
+        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if none does.
+
+        A head that is gone for good is replaced as start does it.
+        """
         deadline = time.monotonic() + HEAL_LIMIT
         progress = Progress("Waiting for the head", HEAL_LIMIT)
         while True:
-            heads = [node for node in self.nodes if node.role == "head" and node.state == "running"]
-            if not heads:
-                raise NodeError(f"the head node is gone; {command('start', self.group)} makes another node the head")
-            outcome = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)[0]
-            if outcome.ok:
-                return heads[0], *outcome.value
-            if time.monotonic() > deadline:
-                raise NodeError(f"the head {heads[0].name} does not serve: {outcome.error}")
-            progress.show(outcome.error.splitlines()[0])
+            running = [node for node in self.nodes if node.state == "running"]
+            problem = "no node is left"
+            if heads := [node for node in running if node.role == "head"]:
+                (outcome,) = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)
+                if outcome.ok:
+                    return heads[0], *outcome.value
+                problem = f"{heads[0].name}: {outcome.error}"
+            elif running:
+                problem = "the head node is gone"
+                note("The head node is gone: another node becomes the head")
+                with tolerate(), contextlib.suppress(ClusterError):
+                    start_group(self.app, self.group, running, force=False)
+            if time.monotonic() > deadline or not running:
+                raise NodeError(f"no head serves: {problem}")
+            progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
 

@@ -151,9 +151,14 @@ def head_of(cloud: LocalCloud, group: str) -> dict[str, Any]:
     return next(node for node in cloud.nodes(group) if node["role"] == "head")
 
 
+def running(cloud: LocalCloud, group: str) -> list[dict[str, Any]]:
+    """Return the nodes of a group that run."""
+    return [node for node in cloud.nodes(group) if node["state"] == "running"]
+
+
 def go_on(cloud: LocalCloud, group: str, name: str = "go-on") -> None:
     """Let the scenes end that wait for the file NAME."""
-    for node in cloud.nodes(group):
+    for node in running(cloud, group):
         (cloud.where.nodes / node["id"] / "mnt" / name).touch()
 
 
@@ -266,6 +271,20 @@ def test_tries_that_are_spent_and_the_end_of_the_group(cloud: LocalCloud, tmp_pa
         assert cloud.status(group) == {}
 
 
+def test_a_head_that_is_gone_for_good(cloud: LocalCloud, tmp_path: Path) -> None:
+    for group in serving(cloud, "headless", 2):
+        scene = write_scene(tmp_path / "a.xml", until="go-on")
+        child = Rendering(cloud, tmp_path / "log", scene, "--group", group, "--then-terminate")
+        head = head_of(cloud, group)
+        cloud.client("ec2").terminate_instances(InstanceIds=[head["id"]])
+        child.await_line(rf"lost: {head['name']} is (terminated|shutting-down).*; trying again")
+        go_on(cloud, group)
+        done = child.end()
+        assert (done.code, (tmp_path / "a.exr").read_text()) == (0, f"{WHOLE}a.xml"), done.err
+        assert "The head node is gone: another node becomes the head\n" in done.err
+        assert "nothing of group 'headless' is left" in done.err
+
+
 @pytest.fixture(scope="module")
 def real_farm(nodes: LocalCloud) -> Iterator[str]:
     """Four real nodes that serve, one of them a spot node; the head's guard is quick."""
@@ -330,8 +349,3 @@ def test_a_scene_that_kills_servers(nodes: LocalCloud, real_farm: str, tmp_path:
     done = render(nodes, scene, "--group", real_farm)
     assert (done.code, done.err.count("mtssrv died on ")) == (1, 2), done.err
     assert done.err.count("rendering on") == 2
-
-
-def running(cloud: LocalCloud, group: str) -> list[dict[str, Any]]:
-    """Return the nodes of a group that run."""
-    return [node for node in cloud.nodes(group) if node["state"] == "running"]
