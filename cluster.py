@@ -69,12 +69,14 @@ except ImportError:
 if TYPE_CHECKING:
     import subprocess
     import tempfile
+    import urllib.request
 
     import paramiko
 
     Stream = socket.socket | paramiko.Channel  # what a handshake needs of either: sendall, recv, shutdown
 
 HERE = Path(__file__).resolve().parent
+T = TypeVar("T")
 Client = Any  # boto3 makes its clients' classes at run time
 
 
@@ -88,6 +90,8 @@ TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of t
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 SERVER_PORT = 7554  # mtssrv's own default
+PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
 PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
@@ -101,6 +105,9 @@ RETRY_CODES = (
     "RequestLimitExceeded Throttling ThrottlingException InternalError InternalFailure Unavailable ServiceUnavailable "
     "502 503 504"
 ).split()
+NEW_CODES = (  # of calls that name what was made a moment ago
+    "InvalidGroup.NotFound InvalidSecurityGroupID.NotFound InvalidKeyPair.NotFound InvalidInstanceID.NotFound"
+).split()
 
 
 # --- Errors and output -------------------------------------------------------
@@ -111,6 +118,9 @@ LOG_LINES = 8  # of them, in lines, that are shown
 
 class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
 
 
 class NodeError(Exception):
@@ -129,13 +139,19 @@ PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added wher
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line that the user can type; the default group need not be named."""
-    return " ".join([*PROGRAM, name, *(one for one in arguments if one != "default")])
+    """Return a command line that the user can paste, whatever a tag says; the default group need not be named."""
+    return " ".join([*PROGRAM, name, *(shlex.quote(one) for one in arguments if one != "default")])
 
 
 def printable(text: str) -> str:
     """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
     return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
+
+
+def mask(text: str) -> str:
+    """Replace what addresses in TEXT may hold of credentials: user:token@, and signed queries."""
+    text = re.sub(r"(\w://)[^\s/@]*@", r"\1…@", text)
+    return re.sub(r"(\w://[^\s?#'\"]*\?)[^\s#'\"]+", r"\1…", text)
 
 
 def format_duration(seconds: float) -> str:
@@ -202,6 +218,11 @@ def format_bar(done: float, total: float, width: int = 20) -> str:
     """Return a progress bar: [######··············]."""
     filled = int(width * min(done, total) / total) if total else width
     return f"[{'#' * filled}{'·' * (width - filled)}]"
+
+
+def first_line(text: str) -> str:
+    """Return the first line of TEXT that says something."""
+    return next((printable(line.strip()) for line in text.splitlines() if line.strip()), "")
 
 
 def format_tail(output: str) -> str:
@@ -271,7 +292,7 @@ def say_line(text: str, err: bool) -> None:
 
 def note(text: str) -> None:
     """Say something about the progress, on stderr; any thread may."""
-    say_line(text, True)
+    say_line(mask(text), True)
 
 
 def result(text: str) -> None:
@@ -386,7 +407,11 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
 }
 
+WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+UNQUOTED = ' (is there a value without quotes? name = "value")'
 
 
 def run_config(path: Path) -> dict[str, Any]:
@@ -396,9 +421,14 @@ def run_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ClusterError(f"there is no settings file {path}") from None
     except SyntaxError as error:
-        raise ClusterError(f"{path.name}, line {error.lineno}: {error.msg}") from None
+        raise ClusterError(f"{path.name}, line {error.lineno}: SyntaxError{UNQUOTED}") from None
     except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
-        raise ClusterError(f"{path.name} can't be read: {type(error).__name__}: {error}") from None
+        import traceback
+
+        # Not the error's text: a secret without quotes would be in it.
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = f", line {lines[-1]}" if lines else ""
+        raise ClusterError(f"{path.name}{line}: {type(error).__name__}{UNQUOTED}") from None
 
 
 def check_together(path: Path, settings: Settings) -> None:
@@ -407,11 +437,11 @@ def check_together(path: Path, settings: Settings) -> None:
 
     if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
         raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
-    everyone = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen == 0
-    if everyone and settings.PUBLIC_SERVER_PORT:
+    wide = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen < WIDEST_PREFIX
+    if wide and settings.PUBLIC_SERVER_PORT:
         raise ClusterError(
-            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to the world; "
-            "set PUBLIC_SERVER_PORT = False and use the tunnel command"
+            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
+            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
         )
 
 
@@ -423,7 +453,7 @@ def load_settings(path: Path) -> Settings:
         click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
-            shown = "(not shown)" if name in SECRETS else repr(values[name])
+            shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
             raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
     values = {name: value for name, value in values.items() if name in known}
     for name in SECRETS:
@@ -440,9 +470,17 @@ def load_settings(path: Path) -> Settings:
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
+# What a rule may let in, as EC2's calls name it.
+SOURCES = {
+    "IpRanges": "CidrIp",
+    "Ipv6Ranges": "CidrIpv6",
+    "PrefixListIds": "PrefixListId",
+    "UserIdGroupPairs": "GroupId",
+}
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
+NEW_LIMIT = 60  # for all of AWS to know what was just made
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
@@ -540,6 +578,23 @@ def explain_denial(text: str, call: str) -> str:
     return f"{denied}: ask for that permission; {command('policy')} prints all that this tool needs"
 
 
+def once_known(call: Callable[[], T]) -> T:
+    """Make a CALL that names what was just made: again, while the part of AWS that answers does not know it yet.
+
+    https://docs.aws.amazon.com/ec2/latest/devguide/eventual-consistency.html
+    """
+    from botocore.exceptions import ClientError
+
+    deadline = time.monotonic() + NEW_LIMIT
+    while True:
+        try:
+            return call()
+        except ClientError as error:
+            if error_code(error) not in NEW_CODES or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL / 2)
+
+
 def clock_trouble(error: Exception) -> str:
     """Say so where this machine's clock differs from AWS's so much that no signature is good; else ""."""
     from email.utils import parsedate_to_datetime
@@ -574,6 +629,9 @@ def explain(error: Exception) -> str:
             "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
         )
         return f"your AWS session has expired; renew it, e.g. with {renew} ({code or text})"
+    if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
+        role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
+        return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
     if code in CREDENTIAL_CODES:
         region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
         check = f"check AWS_PROFILE, `aws configure`, or config.py{region if code in REGION_CODES else ''}"
@@ -658,11 +716,36 @@ class SpotRequest(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One way into a security group: a port for a CIDR, and who added it."""
+    """One way into a security group, as EC2 has it, and the description that its owner gave it."""
 
-    port: int
-    cidr: str
-    owner: str
+    protocol: str
+    first: int | None  # port; None where the protocol has no ports
+    last: int | None
+    kind: str  # one of SOURCES
+    source: str
+    owner: str = ""
+
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """What EC2 tells rules apart by: all but the description."""
+        return self[:-1]
+
+    @property
+    def permission(self) -> dict[str, Any]:
+        """The rule without its description, as EC2's calls take it."""
+        ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
+        return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
+
+    @property
+    def is_one_port(self) -> bool:
+        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
+        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
+
+    def __str__(self) -> str:
+        """Say "tcp 22 from 192.0.2.7/32"."""
+        protocol = "every protocol" if self.protocol == "-1" else self.protocol
+        ports = "" if self.first is None else f" {self.first}" + (f"-{self.last}" if self.last != self.first else "")
+        return f"{protocol}{ports} from {self.source}"
 
 
 class SecurityGroup(NamedTuple):
@@ -670,8 +753,9 @@ class SecurityGroup(NamedTuple):
 
     id: str
     group: str
+    name: str
+    vpc: str
     rules: tuple[Rule, ...] = ()
-    open_inside: bool = False  # its own nodes may talk to each other
 
 
 class Overview(NamedTuple):
@@ -736,15 +820,16 @@ def to_spot_request(raw: dict[str, Any]) -> SpotRequest:
 
 
 def to_security_group(raw: dict[str, Any]) -> SecurityGroup:
-    """Return a raw security group as a SecurityGroup, with the rules for single TCP ports."""
-    rules, inside = [], False
-    for permission in raw.get("IpPermissions", []):
-        for source in permission.get("IpRanges", []):
-            if permission.get("IpProtocol") == "tcp" and permission.get("FromPort") == permission.get("ToPort"):
-                rules.append(Rule(permission["FromPort"], source["CidrIp"], source.get("Description", "")))
-        pairs = [pair.get("GroupId") for pair in permission.get("UserIdGroupPairs", [])]
-        inside = inside or (permission.get("IpProtocol") == "-1" and raw["GroupId"] in pairs)
-    return SecurityGroup(raw["GroupId"], read_tags(raw).get(TAG_GROUP, ""), tuple(rules), inside)
+    """Return a raw security group as a SecurityGroup, with all that it lets in."""
+    rules = [
+        Rule(raw_rule["IpProtocol"], raw_rule.get("FromPort"), raw_rule.get("ToPort"), kind, source[key], about)
+        for raw_rule in raw.get("IpPermissions", [])
+        for kind, key in SOURCES.items()
+        for source in raw_rule.get(kind, [])
+        for about in [printable(source.get("Description", ""))]
+    ]
+    group = read_tags(raw).get(TAG_GROUP, "")
+    return SecurityGroup(raw["GroupId"], group, raw.get("GroupName", ""), raw.get("VpcId", ""), tuple(rules))
 
 
 def our_filter(group: str | None) -> list[dict[str, Any]]:
@@ -760,23 +845,28 @@ def fetch_pages(ec2: Client, call: str, key: str, **arguments: Any) -> list[dict
     return [thing for page in pages for thing in page.get(key, [])]
 
 
+def has_group(one: Node | SpotRequest | SecurityGroup) -> bool:
+    """Tell whether the tag of ONE names a group as this tool does: what others have tagged is foreign."""
+    return GROUP_NAME.fullmatch(one.group) is not None
+
+
 def fetch_nodes(ec2: Client, group: str | None = None) -> list[Node]:
     """Return every node of GROUP (None: of all groups), the lately terminated too, oldest first."""
     reservations = fetch_pages(ec2, "describe_instances", "Reservations", Filters=our_filter(group))
     nodes = [to_node(raw) for reservation in reservations for raw in reservation.get("Instances", [])]
-    return sorted(nodes, key=lambda node: (node.launched, node.id))
+    return sorted(filter(has_group, nodes), key=lambda node: (node.launched, node.id))
 
 
 def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotRequest]:
     """Return the spot requests of GROUP (None: of all groups)."""
     found = fetch_pages(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=our_filter(group))
-    return [to_spot_request(raw) for raw in found]
+    return list(filter(has_group, map(to_spot_request, found)))
 
 
 def fetch_security_groups(ec2: Client, group: str | None = None) -> list[SecurityGroup]:
     """Return the security groups of GROUP (None: of all groups)."""
     found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups", Filters=our_filter(group))
-    return [to_security_group(raw) for raw in found]
+    return list(filter(has_group, map(to_security_group, found)))
 
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
@@ -856,47 +946,79 @@ def try_client_cidr(settings: Settings) -> str:
         return ""
 
 
+RULE_MARK = "mitsuba-cluster"
+
+
 def rule_owner(identity: Identity) -> str:
     """Return what marks a rule as this machine's: EC2 allows a few characters only."""
     import getpass
 
     who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
-    return f"mitsuba-cluster {identity.fingerprint} {who}"[:255]
+    return f"{RULE_MARK} {identity.fingerprint} {who}"[:255]
 
 
-def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
-    """Add one ingress rule; one that is there already is as good."""
-    with tolerate("InvalidPermission.Duplicate"):
-        ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission])
-
-
-def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> None:
-    """Remove the rules with these (port, CIDR), whichever of them are still there."""
-    filters = [{"Name": "group-id", "Values": [security_group]}]
-    rules = fetch_pages(ec2, "describe_security_group_rules", "SecurityGroupRules", Filters=filters)
-    ours = [
-        rule for rule in rules if not rule.get("IsEgress") and (rule.get("FromPort"), rule.get("CidrIpv4")) in doomed
+def wanted_rules(group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> list[Rule]:
+    """Return what GROUP has to let in: CIDR, and its own nodes."""
+    ports = [settings.SSH_PORT, SERVER_PORT] if settings.PUBLIC_SERVER_PORT else [settings.SSH_PORT]
+    inside = [SERVER_PORT, PASS_ON_PORT]
+    return [Rule("tcp", port, port, "IpRanges", cidr, owner) for port in ports] + [
+        Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in inside
     ]
-    if ours:
-        with tolerate("InvalidSecurityGroupRuleId.NotFound", "InvalidPermission.NotFound"):
-            ids = [rule["SecurityGroupRuleId"] for rule in ours]
-            ec2.revoke_security_group_ingress(GroupId=security_group, SecurityGroupRuleIds=ids)
+
+
+def is_stale(rule: Rule, group: SecurityGroup, wanted: Sequence[Rule], owner: str) -> bool:
+    """Tell whether a RULE is this machine's (or what older versions made for the nodes), and not WANTED any more."""
+    mine = rule.owner == owner or rule.way == ("-1", None, None, "UserIdGroupPairs", group.id)
+    return mine and rule.way not in {one.way for one in wanted}
 
 
 def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
-    """Open the ports to CIDR and to the group itself; return whether that replaced an old address of ours."""
-    wanted = {settings.SSH_PORT, SERVER_PORT} if settings.PUBLIC_SERVER_PORT else {settings.SSH_PORT}
-    present = {(rule.port, rule.cidr) for rule in group.rules}
-    source = [{"CidrIp": cidr, "Description": owner}]
-    for port in sorted(wanted):
-        if (port, cidr) not in present:
-            authorize(ec2, group.id, {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": source})
-    if not group.open_inside:
-        authorize(ec2, group.id, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group.id}]})
-    stale = [r for r in group.rules if r.owner == owner and (r.port not in wanted or r.cidr != cidr)]
-    if stale:
-        revoke(ec2, group.id, {(rule.port, rule.cidr) for rule in stale})
-    return any(rule.cidr != cidr for rule in stale)
+    """Add what GROUP has to let in, then remove the owner's old rules; return whether those had another address."""
+    wanted = wanted_rules(group, settings, cidr, owner)
+    present = {rule.way for rule in group.rules}
+    for rule in wanted:
+        if rule.way not in present:
+            permission = rule.permission
+            if rule.owner:
+                permission[rule.kind][0]["Description"] = rule.owner
+            with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
+                send = functools.partial(
+                    ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission]
+                )
+                once_known(send)
+    stale = [rule for rule in group.rules if is_stale(rule, group, wanted, owner)]
+    for rule in stale:
+        with tolerate("InvalidPermission.NotFound"):
+            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
+    return any(rule.owner and rule.source != cidr for rule in stale)
+
+
+def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: Identity) -> tuple[list[Rule], bool]:
+    """Return what GROUP lets in beside this machine and its own nodes, and whether another than this key added any."""
+    owner = rule_owner(identity)
+    wanted = wanted_rules(group, settings, cidr, owner)
+    known = {rule.way for rule in wanted}
+    others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
+    mark = f"{RULE_MARK} {identity.fingerprint} "
+    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+
+
+def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
+    """Say what else RULES let into GROUP, and how to close it."""
+    ways = ", ".join(f"{rule} ({rule.owner or 'no description'})" for rule in rules)
+    permissions = shlex.quote(json.dumps([rule.permission for rule in rules]))
+    close = f"aws ec2 revoke-security-group-ingress --region {ec2.meta.region_name} --group-id {group.id}"
+    return f"security group {group.name} also lets in {ways}; to close that: {close} --ip-permissions {permissions}"
+
+
+def warn_of_rules(
+    ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, identity: Identity
+) -> None:
+    """Name what security GROUPS let in beside this machine and their own nodes."""
+    for group in groups:
+        others, _ = other_rules(group, settings, cidr, identity)
+        if others:
+            warn(describe_rules(ec2, group, others))
 
 
 # --- SSH ---------------------------------------------------------------------
@@ -1044,13 +1166,28 @@ def not_ours(node: Node) -> str:
     )
 
 
-def hide_from_git(path: Path) -> None:
-    """Keep git from picking up what is about to replace a tracked placeholder."""
+def hide_from_git(path: Path) -> str:
+    """Keep git from picking up what replaces a tracked placeholder; return why it still would, or ""."""
     import subprocess
 
-    if (path.parent / ".git").exists() and shutil.which("git"):
-        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
-        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
+    env = {name: value for name, value in clean_environment().items() if not name.startswith("GIT_")} | {"LC_ALL": "C"}
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        line = ["git", "-C", str(path.parent), *words, "--", path.name]
+        return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+
+    if not (shutil.which("git") and path.parent.is_dir()):
+        return ""
+    listed = git("ls-files", "-v")
+    if listed.returncode:
+        return "" if "not a git repository" in listed.stderr else first_line(listed.stderr)
+    if not listed.stdout:
+        return "" if git("check-ignore", "--quiet").returncode == 0 else "it is not in .gitignore"
+    if not listed.stdout.startswith("S"):
+        why = first_line(git("update-index", "--skip-worktree").stderr)
+        if not git("ls-files", "-v").stdout.startswith("S"):  # S: skip-worktree holds
+            return why or "git update-index --skip-worktree had no effect"
+    return ""
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -1081,6 +1218,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
 import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
@@ -1114,9 +1252,6 @@ def prefer_gcm(transport: paramiko.Transport) -> None:
     ciphers: tuple[str, ...] = tuple(options.ciphers)
     first = tuple(cipher for cipher in ciphers if "gcm" in cipher)
     options.ciphers = first + tuple(cipher for cipher in ciphers if cipher not in first)
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -1342,7 +1477,7 @@ def ssh_command(node: Node, settings: Settings, *options: str) -> Iterator[list[
         known.write(f"{host} {node.host_key}\n")
         known.flush()
         given = {
-            "UserKnownHostsFile": known.name,
+            "UserKnownHostsFile": f'"{known.name}"',  # may have spaces
             "GlobalKnownHostsFile": "/dev/null",
             "StrictHostKeyChecking": "yes",
             "IdentitiesOnly": "yes",
@@ -1706,16 +1841,20 @@ def fetch_files(arguments: list[str]) -> None:
             say(moved=fetcher.moved)
 
     os.umask(0o022)
+    wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        wanted = [Wanted(**one) for one in json.load(sys.stdin)]
         fetcher = Fetcher(arguments[0])
-        threading.Thread(target=report, daemon=True).start()
+    except OSError as error:
+        say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
+        sys.exit(1)
+    threading.Thread(target=report, daemon=True).start()
+    try:
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
-        say(error=str(error), status=error.status)
+        say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=0)
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
         os._exit(1)
 
 
@@ -1778,9 +1917,14 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None
 # --- Command line ------------------------------------------------------------
 # The one error boundary, what a run holds, and what the commands share.
 
-GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
 LIMITS_VARIABLE = "MITSUBA_CLUSTER_LIMITS"
+
+
+def warn_of_git(path: Path) -> None:
+    """Keep git's hands off a file with secrets, or say that this failed."""
+    if why := hide_from_git(path):
+        warn(f"git may pick up the secrets in {path} ({why})")
 
 
 def warn_of_secrets(path: Path, settings: Settings) -> None:
@@ -1789,10 +1933,10 @@ def warn_of_secrets(path: Path, settings: Settings) -> None:
         note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             note(f"Warning: other users of this machine can read it: chmod 600 {path}")
-        hide_from_git(path)
+        warn_of_git(path)
     s3cfg = settings.folder / ".s3cfg"
     if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
-        hide_from_git(s3cfg)
+        warn_of_git(s3cfg)
 
 
 class App:
@@ -1872,6 +2016,7 @@ class App:
         ready = self.choose_running(group, nodes)
         if cidr:
             self.allow_access(groups, cidr)
+        warn_of_rules(ec2, groups, self.settings, cidr, self.identity)
         return ready
 
     def ours(self, nodes: Sequence[Node]) -> list[Node]:
@@ -2055,11 +2200,12 @@ PRICE_LIMIT = 5  # the look-up of a price
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 CLOUD_INIT_LIMIT = 600
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
-LAUNCH_TRIES = 6  # of one RunInstances request, with growing pauses (1, 2, 4 … s)
+LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
+LAUNCH_PAUSE = 10  # at most, between two tries
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
-    "Unsupported"
+    "Unsupported SpotMaxPriceTooLow"
 ).split()
 
 
@@ -2096,13 +2242,23 @@ class LaunchRequest(NamedTuple):
     max_hours: float | None = None
 
 
+class Subnet(NamedTuple):
+    """A place for nodes."""
+
+    zone: str
+    id: str
+    vpc: str
+    public: bool  # its nodes get public addresses
+    price: float | None = None  # $ an hour of a node there
+
+
 class Launch(NamedTuple):
     """All that RunInstances needs."""
 
     order: LaunchRequest
     machine: InstanceType
     image: Image
-    subnets: list[tuple[str, str, str]]  # (zone, subnet, VPC), in the order in which they are tried
+    subnets: list[Subnet]  # in the order in which they are tried
     key_name: str
     security_group: str
     user_data: str
@@ -2110,11 +2266,15 @@ class Launch(NamedTuple):
     disk_gb: int
 
 
-# $1…: every boot, as root, before anything else. Whoever runs on the node could read its
-# user data, in which the host key is, or act with the node's role; so root alone may ask.
-METADATA_GUARD = """
-set -eu
-nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
+# $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
+# Whoever runs on the node could read its user data, in which the host key is, or act with the node's
+# role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
+# reboot changes nothing.
+BOOT = r"""
+set -u
+
+guard_metadata() {
+  nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
 table inet mitsuba_metadata
 delete table inet mitsuba_metadata
 table inet mitsuba_metadata {
@@ -2125,21 +2285,27 @@ table inet mitsuba_metadata {
   }
 }
 RULES
-"""
+}
 
-# $1: seconds from the first boot. The node's own clock decides, and a reboot changes nothing.
-DEADLINE = """
-set -eu
-unit=/etc/systemd/system/mitsuba-deadline
-if [ ! -e $unit.timer ]; then
-  at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
-  printf '%s\\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
-  printf '%s\\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \\
-    '[Install]' 'WantedBy=timers.target' > $unit.timer
-  systemctl daemon-reload
-  systemctl enable --quiet mitsuba-deadline.timer
-fi
-systemctl start --no-block mitsuba-deadline.timer
+set_deadline() (
+  set -e
+  [ "$1" != 0 ] || exit 0
+  unit=/etc/systemd/system/mitsuba-deadline
+  if [ ! -e $unit.timer ]; then
+    at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
+    printf '%s\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
+    printf '%s\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \
+      '[Install]' 'WantedBy=timers.target' > $unit.timer
+    systemctl daemon-reload
+    systemctl enable --quiet mitsuba-deadline.timer
+  fi
+  systemctl start --no-block mitsuba-deadline.timer
+)
+
+guard_metadata
+guarded=$?
+set_deadline "$1"
+exit $((guarded | $?))
 """
 
 # $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
@@ -2153,6 +2319,13 @@ case $code in
   124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
   *) cloud-init status --long; exit 1 ;;
 esac
+"""
+
+
+# As root: fails where the guard of BOOT is not there.
+CHECK_GUARD = """
+nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
+  iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
 
 
@@ -2180,8 +2353,8 @@ def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
     )
 
 
-def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[str, str, str]]:
-    """Return (zone, subnet, VPC) wherever MACHINE can be launched, by zone."""
+def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
+    """Return the subnets in which MACHINE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
@@ -2195,10 +2368,12 @@ def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[s
             f"{ec2.meta.region_name} has no default VPC: make one with `aws ec2 create-default-vpc`, or set SUBNET_ID"
         )
     zones = {offer["Location"] for offer in offerings["InstanceTypeOfferings"]}
-    places = [(one["AvailabilityZone"], one["SubnetId"], one["VpcId"]) for one in subnets]
-    fit = sorted(place for place in places if place[0] in zones)
+    places = [
+        Subnet(one["AvailabilityZone"], one["SubnetId"], one["VpcId"], one["MapPublicIpOnLaunch"]) for one in subnets
+    ]
+    fit = sorted(place for place in places if place.zone in zones)
     if not fit:
-        here = f"in {places[0][0]}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
+        here = f"in {places[0].zone}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
         there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
         raise ClusterError(f"{machine} is not offered {here}{there}")
     return fit
@@ -2293,18 +2468,21 @@ def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str
     return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
-def fetch_spot_price(ec2: Client, machine: str) -> float | None:
-    """Return the lowest present spot price of any zone; None where it can't be had."""
+def fetch_prices(ec2: Client, settings: Settings, order: LaunchRequest) -> dict[str, float]:
+    """Return the present $ an hour of one of the ORDER's nodes by zone ("": in all); {} where it can't be had."""
+    if not order.spot:
+        price = fetch_on_demand_price(settings, order.type)
+        return {} if price is None else {"": price}
     with excused("the price is unknown"):
-        return min((prices[-1][1] for prices in fetch_spot_history(ec2, machine, 1).values()), default=None)
-    return None
+        history = fetch_spot_history(ec2, order.type, 1)
+        return {zone: prices[-1][1] for zone, prices in history.items()}
+    return {}
 
 
-def fetch_price(ec2: Client, settings: Settings, order: LaunchRequest) -> float | None:
-    """Return the present $ an hour of one of the ORDER's nodes."""
-    if order.spot:
-        return fetch_spot_price(ec2, order.type)
-    return fetch_on_demand_price(settings, order.type)
+def by_price(subnets: Sequence[Subnet], prices: dict[str, float]) -> list[Subnet]:
+    """Return SUBNETS with their prices, the cheapest first, those of unknown price last."""
+    priced = [one._replace(price=prices.get(one.zone, prices.get(""))) for one in subnets]
+    return sorted(priced, key=lambda one: (one.price is None, one.price or 0.0, one.zone))
 
 
 def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
@@ -2313,6 +2491,34 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
         return f"{count} × {machine}: the price could not be looked up"
     addresses = f", and {format_money(count * PUBLIC_ADDRESS_PRICE)} for public addresses" if public else ""
     return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
+
+
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
 
 
 def index_has(apt_line: str, package: str) -> bool:
@@ -2333,7 +2539,7 @@ def index_has(apt_line: str, package: str) -> bool:
     for folder in folders:
         for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
             try:
-                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
                     if wanted.search(unpack(answer.read())):
                         return True
                 trouble = None
@@ -2346,28 +2552,23 @@ def index_has(apt_line: str, package: str) -> bool:
 
 
 def look_for_package(settings: Settings) -> None:
-    """Warn if `install` would not find Mitsuba: better known before the meter runs."""
+    """Say what `install` will install, and warn if it would not find it: better known before the meter runs."""
     import urllib.error
     import urllib.request
 
+    package = plan_package(settings)
+    note(f"To be installed: {package.title}")
+    for risk in package_risks(settings, package):
+        warn(risk)
     advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
-    source, _ = settings.package
     try:
-        if source.startswith("https://"):
-            request = urllib.request.Request(source, method="HEAD")  # noqa: S310 - https, as just seen
-            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not settings.MITSUBA_PACKAGE and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+        if "://" in package.source:
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
+        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
             warn(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
     except (urllib.error.URLError, OSError, ValueError) as error:
-        what = source if settings.MITSUBA_PACKAGE else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
+        what = package.source if "://" in package.source else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
         warn(f"{what} can't be read ({error}); {advice}")
-
-
-def check_package_file(settings: Settings) -> None:
-    """Refuse a MITSUBA_PACKAGE that is a path and leads nowhere."""
-    source, _ = settings.package
-    if settings.MITSUBA_PACKAGE and "://" not in source and not (settings.folder / source).is_file():
-        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {settings.folder / source}")
 
 
 def announce(app: App, order: LaunchRequest, before: Sequence[Node], price: float | None, hours: float) -> None:
@@ -2407,8 +2608,12 @@ def ensure_key_file(path: Path) -> None:
         return
     if text and "placeholder" not in text:
         raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
     private, _ = make_ed25519()
-    hide_from_git(path)
     write_secret(path, private)
     click.echo(f"Made a new SSH key: {path}", err=True)
 
@@ -2423,7 +2628,7 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
         with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
             return
-        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
+        pairs = once_known(lambda: ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"])
     if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
         raise ClusterError(
             f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
@@ -2433,16 +2638,22 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     """Return GROUP's security group; make it, tagged, where it is missing."""
-    if existing := fetch_security_groups(ec2, group):
-        return existing[0]
     name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
+
+    def find() -> SecurityGroup | None:
+        found = fetch_security_groups(ec2, group)
+        return next((one for one in found if (one.name, one.vpc) == (name, vpc)), None)
+
+    if existing := find():
+        return existing
     specification = [{"ResourceType": "security-group", "Tags": tags}]
     about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
     with tolerate("InvalidGroup.Duplicate"):
-        return SecurityGroup(ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"], group)
+        made = ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"]
+        return SecurityGroup(made, group, name, vpc)
     for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
-        if existing := fetch_security_groups(ec2, group):
-            return existing[0]
+        if existing := find():
+            return existing
         time.sleep(POLL)
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
@@ -2452,14 +2663,11 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
-    commands = [["bash", "-c", METADATA_GUARD]]
-    if max_hours:
-        commands.append(["bash", "-c", DEADLINE, "deadline", str(round(max_hours * 3600))])
     config = {
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": commands,
+        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))]],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -2468,26 +2676,30 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     """Check everything, say what it will cost, and make what a launch needs; launch nothing."""
     settings, ec2 = app.settings, app.ec2
     ssm = open_client(settings, "ssm")
-    machine, image, subnets, cidr, before, price, _ = side_by_side(
+    machine, image, subnets, cidr, before, prices, _ = side_by_side(
         lambda: fetch_instance_type(ec2, order.type),
         lambda: fetch_image(ec2, ssm, settings),
         lambda: fetch_subnets(ec2, settings, order.type),
         lambda: fetch_client_cidr(settings),
         lambda: fetch_nodes(ec2, order.group),
-        lambda: fetch_price(ec2, settings, order),
+        lambda: fetch_prices(ec2, settings, order),
         lambda: look_for_package(settings),
     )
     check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
     hours = settings.MAX_HOURS if order.max_hours is None else order.max_hours
-    announce(app, order, before, price, hours)
+    subnets = by_price(subnets, prices)
+    announce(app, order, before, subnets[0].price, hours)
     ensure_key_file(settings.key_file)
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
-    group = ensure_security_group(ec2, order.group, subnets[0][2])
+    group = ensure_security_group(ec2, order.group, subnets[0].vpc)
+    others, foreign = other_rules(group, settings, cidr, identity)
+    if foreign:
+        raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
+    warn_of_rules(ec2, [group], settings, cidr, identity)
     repair_rules(ec2, group, settings, cidr, rule_owner(identity))
     private, public = make_ed25519()
     tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
-    tags |= {TAG_PRICE: f"{price:.6f}"} if price is not None else {}
     tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
     user_data = make_user_data(private, public, hours)
     return Launch(
@@ -2495,9 +2707,10 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     )
 
 
-def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> dict[str, Any]:
+def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
     """Return RunInstances' parameters; the same for each try of one request, to the byte."""
-    tags = [{"Key": name, "Value": value} for name, value in launch.tags.items()]
+    price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
+    tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
     kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.order.spot else [])
     disk = {"VolumeSize": max(launch.disk_gb, launch.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
     if launch.machine.encrypts:
@@ -2508,7 +2721,7 @@ def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> di
         "MinCount": 1,
         "MaxCount": count,
         "KeyName": launch.key_name,
-        "SubnetId": subnet,
+        "SubnetId": subnet.id,
         "SecurityGroupIds": [launch.security_group],
         "UserData": launch.user_data,
         "ClientToken": token,
@@ -2525,31 +2738,32 @@ def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> di
     return parameters
 
 
-def launch_batch(ec2: Client, parameters: dict[str, Any], note: Callable[[str], None]) -> list[Node]:
+def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
     """Send one RunInstances request until its answer is known.
 
-    A lost answer, a 5xx or a throttle: the same parameters and token, so that EC2 launches
-    once. EC2 is the client here with one attempt of botocore's: it would resend a capacity
-    error (an HTTP 500) for seconds.
+    A lost answer, a throttle, or a security group or key that is not known yet: the same parameters and token, so that
+    EC2 launches once.
     """
     from botocore.exceptions import ClientError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    def send() -> list[Node]:
-        return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
-
-    for attempt in range(LAUNCH_TRIES - 1):
+    deadline = time.monotonic() + LAUNCH_LIMIT
+    pause = POLL / 2
+    while True:
         try:
-            return send()
+            return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
         except (HTTPClientError, ResponseParserError, ClientError) as error:
-            if isinstance(error, ClientError) and error_code(error) not in RETRY_CODES:
+            code = error_code(error)
+            passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
+            if not passing or time.monotonic() > deadline:
                 raise
-            note(f"RunInstances: {error_code(error) or type(error).__name__}; trying again, the same request")
-            time.sleep(2**attempt)
-    return send()
+            if code not in NEW_CODES:
+                note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
+        time.sleep(pause)
+        pause = min(2 * pause, LAUNCH_PAUSE)
 
 
-def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tuple[list[Node], str]:
+def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
     """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
 
     An error before the first node exists is raised; later ones become the reason.
@@ -2558,10 +2772,11 @@ def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tu
 
     nodes: list[Node] = []
     why, count = "", launch.order.number
-    for zone, subnet, _ in launch.subnets:
+    for subnet in launch.subnets:
+        zone = subnet.zone
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()), note)
+                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()))
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
@@ -2575,7 +2790,9 @@ def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tu
                 if not nodes:
                     raise
                 break
-            note(f"no capacity for {launch.machine.type} in {zone} ({error_code(error)}); trying the next zone")
+            dear = error_code(error) == "SpotMaxPriceTooLow"
+            what = f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.machine.type} in {zone}"
+            note(f"{what} ({error_code(error)}); trying the next zone")
     return nodes, why or "no zone had capacity"
 
 
@@ -2589,9 +2806,19 @@ def fetch_console(ec2: Client, node: Node) -> str:
         return f"its console can't be read: {explain(error)}"
 
 
+def check_guard(remote: Remote) -> None:
+    """Refuse a node whose boot script could not keep its programs from the metadata service."""
+    if remote.run(root_command("check-guard", CHECK_GUARD))[0]:
+        raise NodeError(
+            "its metadata guard is missing, so any program on it could read its host key: "
+            f"{command('terminate', remote.node.id)} ends it"
+        )
+
+
 def boot_step(remote: Remote) -> None:
     """Wait for the end of cloud-init."""
     remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
+    check_guard(remote)
 
 
 def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
@@ -2608,18 +2835,22 @@ def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: 
     return outcome
 
 
-def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome[None]]:
-    """Wait until each node answers and has booted; each goes on by itself once it has an address."""
+def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome[None]]:
+    """Wait until each node answers and has booted; each goes on by itself once it has the address that will be used.
+
+    EC2 tells the private address at once, the public one seconds later, and shows new nodes late in its lists.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     progress = Progress("Answering", len(nodes))
+    public = {subnet.zone: subnet.public for subnet in launch.subnets}
     waiting = {node.id: node for node in nodes}
     begun: dict[str, Future[Outcome[None]]] = {}
     done: dict[str, Outcome[None]] = {}
     start = good = time.monotonic()
     while waiting:
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
+            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.order.group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
@@ -2627,7 +2858,8 @@ def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome[Non
                 raise
         waiting |= seen
         for node in seen.values():
-            if node.address and node.id not in begun and node.state in ("pending", "running"):
+            address = node.public_ip if public[node.zone] else node.private_ip
+            if address and node.id not in begun and node.state in ("pending", "running"):
                 begun[node.id] = app.pool.submit(node, boot_step, limit=BOOT_LIMIT, first_boot=True)
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
@@ -2672,19 +2904,16 @@ def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
 
 def create(app: App, order: LaunchRequest) -> None:
     """Do what createNodes and addSpotNodes have in common."""
-    settings = app.settings
-    check_package_file(settings)
     launch = prepare(app, order)
     where = app.where(order.group)
     ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
     app.left = f"Nodes of {where} may be running and cost money: {ways}."
     started = time.monotonic()
-    one_try = open_client(settings, "ec2", retries={"total_max_attempts": 1}, read_timeout=60)
-    nodes, why = launch_nodes(one_try, launch, note)
+    nodes, why = launch_nodes(app.ec2, launch)
     if not nodes:
         raise ClusterError(f"EC2 gave no {order.type}: {why}")
     note(f"{len(nodes)} of {order.number} nodes launched; waiting until each answers")
-    outcomes = await_nodes(app, order.group, nodes)
+    outcomes = await_nodes(app, launch, nodes)
     result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
@@ -2719,18 +2948,49 @@ def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: 
 
 
 # --- install -----------------------------------------------------------------
-# Mitsuba's package, sent and installed. Touches the nodes, and the logs that are kept here.
+# Mitsuba's package: found, or packed from a build of this machine's, sent, installed. Touches the cache folder, the
+# nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+PACKED_KEPT = 3  # packed builds in the cache folder
+
+# Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
+PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
+PACKED_FOLDERS = ("plugins", "data", "lib")
+
+# The glibc of each Ubuntu release (https://packages.ubuntu.com/libc6), and what brought the names that are no versions.
+GLIBC = {"22.04": (2, 35), "24.04": (2, 39), "26.04": (2, 43)}
+GLIBC_ABI = {
+    "GLIBC_PRIVATE": (2, 0),
+    "GLIBC_ABI_DT_RELR": (2, 36),
+    "GLIBC_ABI_GNU2_TLS": (2, 42),
+    "GLIBC_ABI_DT_X86_64_PLT": (2, 42),
+}
+GLIBC_LIBRARIES = frozenset(
+    "ld-linux-x86-64.so.2 libc.so.6 libm.so.6 libmvec.so.1 libpthread.so.0 libdl.so.2 librt.so.1 libresolv.so.2 "
+    "libutil.so.1 libanl.so.1 libnsl.so.1 libBrokenLocale.so.1".split()
+)
+
+# What libgl1, libglu1-mesa, libx11-6 and libxxf86vm1 bring: here it may belong to this machine's graphics driver.
+GRAPHICS_LIBRARIES = frozenset(
+    "libGL.so.1 libGLX.so.0 libGLdispatch.so.0 libGLU.so.1 libX11.so.6 libXext.so.6 libXxf86vm.so.1 libxcb.so.1 "
+    "libXau.so.6 libXdmcp.so.6".split()
+)
 
 
-# $1 SSH user, $2 data directory, $3 apt line, $4 package: a name in that repository, or else a file or
-# https address of a .deb, .tar.gz or shell script, $5 its SHA-256 (or empty), $6 what all this amounts to.
-INSTALL = """
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
+# Standard input, since both lines may hold a password: the apt line; and the package: a name in that
+# repository, or else a file or https address of a .deb, .tar.gz or shell script.
+INSTALL = r"""
 set -euo pipefail
-user=$1 data=$2 repository=$3 package=$4 sha256=$5 recipe=$6
+umask 022
+user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+IFS= read -r repository
+IFS= read -r package
 state=/var/lib/mitsuba-cluster
 export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
+
+step() { echo "step: $1"; }
 
 apt() {
   apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
@@ -2738,6 +2998,7 @@ apt() {
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
 update() {
+  step 'package lists'
   for pause in 2 4 8 16 0; do
     if apt -o APT::Update::Error-Mode=any update; then return 0; fi
     if [ "$pause" = 0 ]; then break; fi
@@ -2748,45 +3009,112 @@ update() {
   return 1
 }
 
-wait_for_boot() {
-  command -v cloud-init > /dev/null || return 0
-  timeout 600 cloud-init status --wait > /dev/null || [ $? -eq 2 ] || echo 'cloud-init reports an error; going on'
-}
-
 quiet_timers() {
   systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
   systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
 }
 
+# A copy of root's own, so that nobody can change it between the check and the use.
 fetch() {
   case $package in
-    https://*) curl -fsSL --proto =https --retry 5 -o "$1" "$package" ;;
-    *) mv "$package" "$1" ;;
+    https://*)
+      step downloading
+      printf 'url = "%s"\n' "$package" | curl -fsSL --proto =https --retry 5 -o "$1" --config -
+      ;;
+    *) install -m 644 "$package" "$1" && rm -f "$package" ;;
   esac
   if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
 }
 
+# $1 folder: what the loader lacks for the programs and libraries there: libraries, and glibc's version names.
+missing_libraries() {
+  find "$1" -maxdepth 2 ! -path '*/python/*' -type f \( -name '*.so*' -o -name mtssrv -o -name mitsuba \) -print0 |
+    LC_ALL=C LD_LIBRARY_PATH="$1:$1/lib" xargs -0 ldd 2>&1 |
+    sed -nE "s/^\t(\S+) => not found.*/\1/p; s/.*: version .(\w+[0-9A-Z_.]*)' not found .*/\1/p" | sort -u || true
+}
+
+# $1 library: the package that has it, if apt knows one of the usual name (libpng16.so.16 is in libpng16-16,
+# libboost_system.so.1.74.0 in libboost-system1.74.0, libxerces-c-3.2.so in libxerces-c3.2).
+package_of() {
+  name=$(sed -E 's/-([0-9.]+)\.so$/\1/; s/([0-9])\.so\./\1-/; s/\.so\.?//; y/_/-/; s/.*/\L&/' <<< "$1")
+  for candidate in "$name" "${name}t64"; do
+    if apt-cache show "$candidate" > /dev/null 2>&1; then
+      echo " (Ubuntu package $candidate)"
+      return
+    fi
+  done
+}
+
+check_libraries() {
+  local missing name names=()
+  missing=$(missing_libraries "$1")
+  [ -n "$missing" ] || return 0
+  update || true
+  if grep -qE '^lib(GL|X)' <<< "$missing"; then
+    apt install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
+    missing=$(missing_libraries "$1")
+  fi
+  for name in $missing; do
+    case $name in
+      GLIBC_*) names+=("$name (of a newer glibc than this node's $(getconf GNU_LIBC_VERSION))") ;;
+      *) names+=("$name$(package_of "$name")") ;;
+    esac
+  done
+  [ ${#names[@]} != 0 ] || return 0
+  printf -v missing '%s, ' "${names[@]}"
+  echo "the package needs what this node lacks: ${missing%, }"
+  return 1
+}
+
+# The new tree takes the old one's place as a whole, once it is known to be complete.
 install_tree() {
+  local fresh=$work/tree program
+  step unpacking
+  mkdir "$fresh"
+  tar -xzf "$1" -C "$fresh" --no-same-owner --no-same-permissions
+  program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
+  [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
+  check_libraries "$(dirname "$fresh/$program")"
+  exec 9> "$state/lock"
+  flock 9
   rm -rf /opt/mitsuba
-  mkdir -p /opt/mitsuba
-  tar -xzf "$1" -C /opt/mitsuba
-  program=$(find /opt/mitsuba -type f -name mtssrv -perm -u+x | head -n 1)
-  [ -n "$program" ] || { echo "there is no mtssrv in $package"; return 1; }
-  folder=$(dirname "$program")
+  mv "$fresh" /opt/mitsuba
+  exec 9>&-
+  folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
-    printf '#!/bin/sh\\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\\n' "$folder" "$folder" "$folder/$name" \\
+    printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
       > "/usr/local/bin/$name"
     chmod 755 "/usr/local/bin/$name"
   done
 }
 
+# What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
+forget_tree() {
+  for name in mtssrv mitsuba; do
+    if grep -qs '"/opt/mitsuba/' "/usr/local/bin/$name"; then rm "/usr/local/bin/$name"; fi
+  done
+  rm -rf /opt/mitsuba
+}
+
 install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
   case $package in
-    *.deb) fetch "$state/mitsuba.deb"; update; apt install --allow-downgrades "$state/mitsuba.deb" ;;
-    *.tar.gz | *.tgz) fetch "$state/mitsuba.tar.gz"; install_tree "$state/mitsuba.tar.gz" ;;
-    */*) fetch "$state/install.sh"; bash "$state/install.sh" ;;
-    *) echo "$repository" > /etc/apt/sources.list.d/mitsuba.list; update; apt install "$package" ;;
+    *.deb)
+      fetch "$work/mitsuba.deb"
+      update
+      step unpacking
+      apt install --allow-downgrades "$work/mitsuba.deb"
+      forget_tree
+      ;;
+    *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
+    */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null ;;
+    *)
+      (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list)
+      update
+      step unpacking
+      apt install "$package"
+      forget_tree
+      ;;
   esac
 }
 
@@ -2798,7 +3126,7 @@ mount_instance_store() {
     [ -e "$link" ] || continue
     disk=$(readlink -f "$link")
     [ "$(lsblk --noheadings --raw --output NAME "$disk" | wc -l)" = 1 ] || continue
-    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \\n')" ] || continue
+    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \n')" ] || continue
     [ -z "$(wipefs --no-act --noheadings "$disk")" ] || continue
     mkfs.ext4 -q -E nodiscard "$disk"
     mkdir -p "$data"
@@ -2821,15 +3149,24 @@ server_version() {
   (mtssrv -h 2>&1 || true) < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2
 }
 
-wait_for_boot
 quiet_timers
 mkdir -p "$state"
+find "$state" -maxdepth 1 -name 'work.*' -mmin +60 -exec rm -rf {} +
+work=$(mktemp -d "$state/work.XXXXXX") # its own: an installation whose client has died may still run
+trap 'rm -rf "$work"' EXIT
 if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
   install_mitsuba
 fi
 make_data_directory
+step checking
 version=$(server_version) || true
-[ -n "$version" ] || { echo 'mtssrv does not run on this node:'; mtssrv -h; exit 1; }
+if [ -z "$version" ]; then
+  code=0
+  echo 'mtssrv does not run on this node:'
+  mtssrv -h < /dev/null || code=$?
+  [ "$code" != 132 ] || echo "it was built for a newer processor than $type has: build it with -march=x86-64"
+  exit 1
+fi
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
@@ -2846,28 +3183,226 @@ def digest_file(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def upload_package(path: Path, remote: Remote) -> tuple[str, str]:
-    """Send a package file to a node; return where it lies there, and what marks its content."""
-    digest = digest_file(path, "sha256")
-    target = f".mitsuba-{digest[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"  # in the user's home
-    with path.open("rb") as file:
-        remote.check(f"cat > {shlex.quote(target)}", limit=INSTALL_LIMIT, stdin=iter(lambda: file.read(MIB), b""))
-    return f"/home/{remote.user}/{target}", digest
+class Package(NamedTuple):
+    """What install puts on the nodes."""
+
+    title: str  # for the user
+    source: str  # a name in PKG_REPOSITORY, an https address, or a path here
+    sha256: str = ""
+    is_file: bool = False  # one that is sent from here
 
 
-def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
-    """Install Mitsuba on one node; return its version."""
-    source, digest = settings.package
-    package, content = source, ""
-    if settings.MITSUBA_PACKAGE and "://" not in source:
-        package, content = upload_package(settings.folder / source, remote)
-    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, content])
-    arguments = [settings.SSH_USER, settings.DATA_DIR, settings.PKG_REPOSITORY, package, digest, recipe]
-    path = logs / f"{remote.node.id}.install.log"
+def missing_parts(folder: Path) -> list[str]:
+    """Return what FOLDER lacks of a build's dist folder."""
+    parts = [name for name in ("mtssrv", "mitsuba", "plugins", "data") if not (folder / name).exists()]
+    return parts + ([] if any(folder.glob("libmitsuba-*.so")) else ["libmitsuba-*.so"])
+
+
+def find_build(settings: Settings) -> Path | None:
+    """Return the folder of the build that is to be packed; None where something else is to be installed."""
+    source = settings.package[0]
+    unset = not settings.MITSUBA_PACKAGE and settings.PKG_REPOSITORY in ("", Settings().PKG_REPOSITORY)
+    if unset or source == "local":
+        program = shutil.which("mtssrv")
+        folder = Path(program).resolve().parent if program else None
+        if unset:  # the user's own build is better than a repository that has nothing
+            return folder if folder and is_packable_here() and not missing_parts(folder) else None
+        if not folder:
+            raise ClusterError('MITSUBA_PACKAGE is "local", but no mtssrv is on PATH; name your build\'s dist folder')
+        return folder
+    folder = settings.folder / Path(source).expanduser()
+    return folder if settings.MITSUBA_PACKAGE and "://" not in source and folder.is_dir() else None
+
+
+def is_packable_here() -> bool:
+    """Tell whether programs of this machine can run on the nodes."""
+    return (os.uname().sysname, os.uname().machine) == ("Linux", "x86_64")
+
+
+def run_tool(program: str, *words: str | Path, **environment: str) -> str:
+    """Run a tool of the system on files here; return what it prints, in English, whatever its exit code."""
+    import subprocess
+
+    given = clean_environment() | {"LC_ALL": "C"} | environment
     try:
-        with path.open("wb") as log:
+        return subprocess.run([program, *words], env=given, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        raise ClusterError(f"packing a build needs {program}; on Ubuntu: sudo apt-get install -y binutils") from None
+
+
+class Binary(NamedTuple):
+    """A program or library."""
+
+    path: Path
+    needed: set[str]  # names of libraries
+    versions: set[str]  # of glibc's symbols
+
+
+def read_binaries(paths: Iterable[Path]) -> list[Binary]:
+    """Return what programs and libraries there are among the files PATHS."""
+    _, *parts = re.split(r"^(.+):\s+file format (elf\S+)$", run_tool("objdump", "-p", *paths), flags=re.M)
+    binaries = []
+    for path, kind, text in zip(parts[::3], parts[1::3], parts[2::3]):
+        if kind != "elf64-x86-64":
+            raise ClusterError(f"{path} is not for x86-64 Linux ({kind})")
+        needed = set(re.findall(r"^\s+NEEDED\s+(.+)$", text, re.M))
+        versions = set(re.findall(r"^\s+0x\w+ 0x\w+ \d+ (GLIBC_\w+(?:\.\d+)*)$", text, re.M))
+        binaries.append(Binary(Path(path), needed, versions))
+    return binaries
+
+
+def find_libraries(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Path], set[str]]:
+    """Return the libraries that the build's FILES need besides, by name, and all names of glibc's versions."""
+    binaries = read_binaries(files.values())
+    search = [str(folder), str(folder / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
+    paths = [binary.path for binary in binaries]
+    listed = run_tool("ldd", *paths, LD_LIBRARY_PATH=":".join(filter(None, search)))
+    found = {name: Path(path) for name, path in re.findall(r"^\t(\S+) => (/.+) \(0x\w+\)$", listed, re.M)}
+    known = {Path(name).name for name in files if Path(name).parent.name in ("", "lib")}
+    known |= GLIBC_LIBRARIES | GRAPHICS_LIBRARIES
+    libraries: dict[str, Path] = {}
+    versions: set[str] = set()
+    while binaries:
+        fresh: dict[str, Path] = {}
+        for binary in binaries:
+            versions |= binary.versions
+            for name in binary.needed - known - libraries.keys():
+                if name not in found:
+                    raise ClusterError(
+                        f"{binary.path} needs {name}, which this machine does not find (nor would a node)"
+                    )
+                fresh[name] = found[name]
+        libraries |= fresh
+        binaries = read_binaries(fresh.values()) if fresh else []  # objdump without a name reads a.out
+    return libraries, versions
+
+
+def check_glibc(folder: Path, versions: Iterable[str], release: str) -> None:
+    """Refuse a build that needs what the glibc of the nodes' Ubuntu RELEASE does not have."""
+
+    def since(name: str) -> tuple[int, ...]:
+        number = re.fullmatch(r"GLIBC_([\d.]+)", name)
+        return tuple(map(int, number[1].split("."))) if number else GLIBC_ABI.get(name, (99,))
+
+    lacking = {known: [name for name in versions if since(name) > glibc] for known, glibc in GLIBC.items()}
+    if names := lacking[release]:
+        fit = next((known for known, missing in lacking.items() if not missing), None)
+        advice = f'set UBUNTU_RELEASE = "{fit}"' if fit else f"no Ubuntu release has it; build it on Ubuntu {release}"
+        raise ClusterError(
+            f"the build in {folder} needs {', '.join(sorted(names, key=since))} of a newer glibc than "
+            f"Ubuntu {release} has: {advice}"
+        )
+
+
+def list_build(folder: Path) -> dict[str, Path]:
+    """Return what is packed of a build: name in the package -> file."""
+    tops = [folder / name for name in PACKED_PROGRAMS] + list(folder.glob("*.so*"))
+    inside = (Path(top) / name for part in PACKED_FOLDERS for top, _, names in os.walk(folder / part) for name in names)
+    return {path.relative_to(folder).as_posix(): path for path in sorted([*tops, *inside]) if path.is_file()}
+
+
+def write_package(target: Path, files: dict[str, Path]) -> None:
+    """Write FILES into a .tar.gz that depends on their names, modes and contents only; whole or not at all."""
+    import gzip
+    import tarfile
+
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with (
+            part.open("wb") as raw,
+            gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w") as archive,
+        ):
+            for name, path in files.items():
+                member = tarfile.TarInfo(f"mitsuba/{name}")
+                member.size = path.stat().st_size
+                member.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+                with path.open("rb") as file:
+                    archive.addfile(member, file)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def pack_build(folder: Path, settings: Settings) -> Package:
+    """Pack a build with all the libraries that it needs into the cache folder; ClusterError says why it can't be."""
+    import hashlib
+
+    if not is_packable_here():
+        raise ClusterError(
+            f"a build can be packed only on x86-64 Linux, as the nodes are; this is {os.uname().sysname} "
+            f"{os.uname().machine}: set MITSUBA_PACKAGE to a .deb or .tar.gz that was built on Ubuntu"
+        )
+    if missing := missing_parts(folder):
+        raise ClusterError(f"{folder} is not the dist folder of a Mitsuba build: it lacks {', '.join(missing)}")
+    files = list_build(folder)
+    libraries, versions = find_libraries(folder, files)
+    if settings.AWS_REGION not in settings.AMI_IDS:  # an image of the user's own is asked on the node
+        check_glibc(folder, versions, "22.04")
+    count = len(files)
+    files |= {f"lib/{name}": path for name, path in sorted(libraries.items())}
+    content = json.dumps(
+        [(name, os.access(path, os.X_OK), digest_file(path, "sha256")) for name, path in files.items()]
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mitsuba-cluster"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / f"mitsuba-{hashlib.sha256(content.encode()).hexdigest()[:16]}.tar.gz"
+    if target.exists():
+        os.utime(target)
+    else:
+        note(f"Packing {folder} …")
+        write_package(target, files)
+        for old in sorted(cache.glob("mitsuba-*.tar.gz"), key=lambda path: path.stat().st_mtime)[:-PACKED_KEPT]:
+            old.unlink(missing_ok=True)
+    title = f"the build in {folder} ({count} files, and {len(libraries)} libraries that they need; "
+    return Package(title + format_size(target.stat().st_size) + ")", str(target), digest_file(target, "sha256"), True)
+
+
+def plan_package(settings: Settings) -> Package:
+    """Return what is to be installed, packed where it is a build of this machine's; ClusterError where it can't be."""
+    source, sha256 = settings.package
+    if folder := find_build(settings):
+        return pack_build(folder, settings)
+    if not settings.MITSUBA_PACKAGE:
+        return Package(f"the package {source} of {settings.PKG_REPOSITORY}", source)
+    if "://" in source:
+        return Package(source, source, sha256)
+    path = settings.folder / Path(source).expanduser()
+    if not path.is_file():
+        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {path}")
+    found = digest_file(path, "sha256")
+    if sha256 not in ("", found):
+        raise ClusterError(f"MITSUBA_PACKAGE: the SHA-256 of {path} is {found}, not {sha256}")
+    return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
+
+
+def upload_package(package: Package, remote: Remote) -> str:
+    """Send a package file to a node; return where it lies there."""
+    name = re.sub(r"[^A-Za-z0-9._+~-]", "_", Path(package.source).name)
+    target = f".mitsuba-{package.sha256[:16]}-{name}"  # in the user's home
+    with Path(package.source).open("rb") as file:
+        blocks = iter(lambda: file.read(MIB), b"")
+        return remote.check(f"cat > {target} && readlink -f {target}", limit=INSTALL_LIMIT, stdin=blocks).strip()
+
+
+def install_step(settings: Settings, package: Package, logs: Path, remote: Remote) -> str:
+    """Install Mitsuba on one node; return its version."""
+    import hashlib
+
+    path = logs / f"{remote.node.id}.install.log"
+    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
+    digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
+    arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    try:
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
+            os.fchmod(log.fileno(), 0o600)  # one of an older version
+            wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
+            remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
+            check_guard(remote)
+            source = upload_package(package, remote) if package.is_file else package.source
+            lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, sink=log.write)
+            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -2881,11 +3416,12 @@ def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
 @click.pass_obj
 def install(app: App, group: str) -> None:
     """Install Mitsuba and its dependencies on every node."""
-    check_package_file(app.settings)
+    package = plan_package(app.settings)
     nodes = app.open_group(group)
+    note(f"Installing {package.title}")
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, logs), progress)
+    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, package, logs), progress)
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -3120,7 +3656,7 @@ def guard(arguments: list[str]) -> None:
     (filter_workers if what == "filter" else watch_servers)(version, first, second)
 
 
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
+GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
 GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
 WORKERS_PATH = "/etc/mitsuba-cluster/workers"
 LINKED_PATH = "/run/mtssrv/linked"
@@ -3759,9 +4295,11 @@ def group_json(
 @click.pass_obj
 def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     """Show what is running, since when, and what it costs."""
-    overview, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group), lambda: importlib.import_module("paramiko")
-    )  # a sixth of a second that AWS's answers take anyway
+    overview, cidr, _ = side_by_side(
+        lambda: fetch_overview(app.ec2, group),
+        lambda: try_client_cidr(app.settings),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
+    )
     alive = [node for node in overview.nodes if node.state in ALIVE]
     ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
     groups = sorted({one.group for one in ours})
@@ -3776,6 +4314,8 @@ def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
         note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
     elif len(groups) > 1 and (cost := format_cost(nodes)):
         result(f"All groups: {cost}")
+    if app.known_identity:
+        warn_of_rules(app.ec2, overview.security_groups, app.settings, cidr, app.known_identity)
     return None
 
 
@@ -3863,14 +4403,15 @@ def open_s3(settings: Settings, region: str = "") -> Client:
     if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
         endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
     elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    checksums = "when_required" if elsewhere else "when_supported"  # AWS's buckets with Object Lock demand them
     config = Config(
         signature_version="s3v4",
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard", "total_max_attempts": 6},
         max_pool_connections=64,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
+        request_checksum_calculation=checksums,
+        response_checksum_validation="when_required",  # else signed addresses would ask for one
         s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
     )
     with open_session(settings, key, secret, s3cfg.get("access_token", "") if key else "") as session:
@@ -4483,7 +5024,7 @@ def extend(app: App, hours: float, group: str) -> None:
 
 LOOKS = (
     "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs "
-    "DescribeRegions DescribeSecurityGroupRules DescribeSecurityGroups DescribeSpotInstanceRequests "
+    "DescribeRegions DescribeSecurityGroups DescribeSpotInstanceRequests "
     "DescribeSpotPriceHistory DescribeSubnets"
 )
 CHANGES = (

@@ -169,8 +169,12 @@ def test_metadata(cloud: LocalCloud) -> None:
     assert ssh(cloud, node, "sudo nft delete table inet mitsuba_metadata").code == 0
     assert ssh(cloud, node, ASK).out == "200"
     assert in_renderer(cloud, node, ASK) == "000"  # the unit has a wall of its own
-    assert ssh(cloud, node, f"sudo bash -c {quote(cluster.METADATA_GUARD)}").code == 0
+    refused = cloud.cluster("install", GROUP)
+    assert refused.code == 1
+    assert f"{node['name']}: its metadata guard is missing" in refused.err
+    assert ssh(cloud, node, f"sudo bash -c {quote(cluster.BOOT)} boot 0").code == 0
     assert ssh(cloud, node, ASK).out == "000"
+    assert cloud.cluster("install", GROUP).code == 0
 
 
 def test_a_renderer_that_is_taken_over(cloud: LocalCloud) -> None:
@@ -180,6 +184,10 @@ def test_a_renderer_that_is_taken_over(cloud: LocalCloud) -> None:
     assert ssh(cloud, node, f"sudo {AS_MITSUBA} cat /home/ubuntu/treasure").out == "treasure\n"
     assert in_renderer(cloud, node, "touch /usr/x /etc/x /var/lib/x 2>&1").count("Read-only file system") == 3
     assert in_renderer(cloud, node, "touch /mnt/x && echo written") == "written\n"
+    ssh(cloud, node, "touch /mnt/ours")
+    assert in_renderer(cloud, node, "mv /mnt/ours /mnt/theirs && echo moved") == ""
+    ssh(cloud, node, "sudo chmod -t /mnt")
+    assert in_renderer(cloud, node, "mv /mnt/ours /mnt/theirs && echo moved") == "moved\n"
     keys = "cat /etc/ssh/ssh_host_ed25519_key /var/lib/cloud/instance/user-data.txt /var/lib/cloud/instance/obj.pkl"
     assert in_renderer(cloud, node, f"{keys} 2>&1").count("Permission denied") == 3
     assert in_renderer(cloud, node, "sudo -n true && echo root") == ""

@@ -20,7 +20,7 @@ from tests.support import LocalCloud, free_port, interrupt, wait_until
 
 COMMANDS = (
     "createNodes install start status syncData terminateAll addSpotNodes tunnel render systemLoad terminate spotPrices "
-    "cancelSpot cancelAllSpot login runCommand regions extend"
+    "cancelSpot cancelAllSpot login runCommand regions extend policy"
 ).split()
 
 
@@ -95,7 +95,7 @@ def test_status_json(cloud: LocalCloud, group: str) -> None:
     assert shown["groups"][group]["spot_requests"] == []
     (node,) = shown["groups"][group]["nodes"]
     assert node["state"] == "running"
-    assert node["address"] == node["name"] == node["private_ip"]
+    assert node["address"] == node["name"] == node["public_ip"] != node["private_ip"]
     assert (node["type"], node["market"], node["role"]) == ("c1.xlarge", "on-demand", None)
     assert node["price"] == pytest.approx(0.52)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", node["launched"])
@@ -226,8 +226,7 @@ def test_a_lost_answer_launches_once(cloud: LocalCloud, group: str) -> None:
     with cloud.faults({"kind": "lost", "action": "RunInstances", "nth": 1}):
         made = cloud.cluster("createNodes", "c1.xlarge", "2", group)
     assert made.code == 0, made.err
-    assert "trying again, the same request" in made.err
-    assert len(cloud.nodes(group)) == 2
+    assert len(cloud.truth(group)[0]) == 2
 
 
 def test_instances_that_lists_show_late(cloud: LocalCloud, group: str) -> None:
@@ -302,7 +301,7 @@ def test_closed_port_means_tunnel(cloud: LocalCloud, group: str) -> None:
         assert done.code == 0, done.err
     assert f"Port 7554 is closed. Run ./cluster.py tunnel {group}" in done.out
     found = cloud.client("ec2").describe_security_groups(Filters=[{"Name": "tag:mitsuba-group", "Values": [group]}])
-    ports = {rule.get("FromPort") for rule in found["SecurityGroups"][0]["IpPermissions"]}
+    ports = {rule.get("FromPort") for rule in found["SecurityGroups"][0]["IpPermissions"] if rule["IpRanges"]}
     assert 7554 not in ports
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSResponse
 
 import cluster
 from tests.ranges import range_server, run_sync
@@ -208,6 +209,101 @@ def test_no_address_shows_in_the_output(two_nodes: LocalCloud, tmp_path: Path) -
     done = bucket.sync(str(data))
     assert "X-Amz-Signature" not in done.out + done.err
     assert "Signature" not in done.out + done.err
+
+
+def test_an_object_that_is_replaced_after_it_was_listed(two_nodes: LocalCloud, tmp_path: Path) -> None:
+    s3 = two_nodes.client("s3")
+    s3.put_object(Bucket="scenes", Key="data/replaced", Body=b"old")
+    objects, _ = cluster.plan_objects(s3, "scenes", "data", "replaced")
+    s3.put_object(Bucket="scenes", Key="data/replaced", Body=b"new")
+    job = [one._asdict() for one in cluster.sign(s3, "scenes", objects)]
+    assert run_sync(tmp_path, job)["error"] == "replaced: it has changed at its source meanwhile; run this again"
+    assert not (tmp_path / "replaced").exists()
+
+
+class Heads:
+    """Stands for an S3 client that knows one object's head."""
+
+    def __init__(self, **head: Any) -> None:
+        self.head = head
+
+    def head_object(self, **_: Any) -> dict[str, Any]:
+        """Return the head."""
+        return self.head
+
+
+MD5, SHA256 = 32 * "a", 64 * "b"
+
+
+@pytest.mark.parametrize(
+    ("head", "etag", "digest"),
+    [
+        ({}, MD5, MD5),
+        ({"ServerSideEncryption": "AES256"}, MD5, MD5),
+        ({"ServerSideEncryption": "aws:kms"}, MD5, ""),
+        ({"ServerSideEncryption": "aws:kms:dsse"}, MD5, ""),
+        ({"SSECustomerAlgorithm": "AES256"}, MD5, ""),
+        ({}, f"{MD5}-2", ""),
+        ({"ServerSideEncryption": "aws:kms", "Metadata": {"sha256": SHA256}}, MD5, SHA256),
+        ({"Metadata": {"sha256": "odd"}}, MD5, MD5),
+    ],
+)
+def test_what_an_object_can_be_checked_by(head: dict[str, Any], etag: str, digest: str) -> None:
+    assert cluster.fetch_digest(Heads(**head), "bucket", "key", etag) == digest
+
+
+class NoBody:
+    """What an answer without content brings."""
+
+    def stream(self) -> list[bytes]:
+        """Return nothing."""
+        return []
+
+
+@pytest.mark.parametrize(("endpoint", "sent"), [("", True), ("http://127.0.0.1:1", False)])
+def test_aws_gets_a_checksum_and_other_endpoints_none(
+    endpoint: str, sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket with Object Lock demands one: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html"""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    if endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    settings = cluster.Settings(AWS_ACCESS_KEY_ID="AKIAEXAMPLE", AWS_SECRET_ACCESS_KEY="secret", folder=tmp_path)
+    s3 = cluster.open_s3(settings)
+    seen: dict[str, str] = {}
+
+    def answer_ourselves(request: Any, **_: Any) -> Any:
+        seen.update({name.lower(): str(value) for name, value in request.headers.items()})
+        return AWSResponse(request.url, 200, {}, NoBody())
+
+    s3.meta.events.register("before-send.s3.PutObject", answer_ourselves)
+    s3.put_object(Bucket="scenes", Key="data/x", Body=b"x")
+    assert any(name.startswith(("x-amz-checksum", "x-amz-trailer")) for name in seen) == sent
+
+
+def test_names_in_s3_steer_no_terminal(two_nodes: LocalCloud) -> None:
+    bucket = Bucket(two_nodes, "moto")
+    wrong = {"sha256": "0" * 64}
+    bucket.s3.put_object(Bucket="scenes", Key="data/escape/\x1b]0;owned\x07", Body=b"x", Metadata=wrong)
+    bucket.s3.put_object(Bucket="scenes", Key="data/escape/\x1b[2J" + 300 * "x", Body=b"x")
+    done = bucket.sync("escape")
+    assert done.code == 1
+    assert "checksum is wrong" in done.err
+    assert "Left out" in done.err
+    assert "\x1b" not in done.out + done.err
+
+
+def test_a_node_imports_nothing_from_its_folders(two_nodes: LocalCloud) -> None:
+    bucket = Bucket(two_nodes, "localbucket")
+    bucket.s3.put_object(Bucket="scenes", Key="data/imported", Body=b"x")
+    modules = [two_nodes.where.nodes / node["id"] / "home" / "json.py" for node in two_nodes.nodes(GROUP)]
+    for module in modules:
+        module.write_text("raise SystemExit('taken over')")
+    done = bucket.sync("imported")
+    for module in modules:
+        module.unlink()
+    assert done.code == 0, done.err
 
 
 # What nobody means to send
