@@ -3918,7 +3918,6 @@ UNFINISHED = "did not complete successfully"
 class RenderRequest(NamedTuple):
     """What the user wants rendered."""
 
-    program: str  # the local mitsuba
     scenes: tuple[Path, ...]
     output: Path | None
     group: str
@@ -4075,7 +4074,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
         Progress.clear()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
-        words, env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
+        ["mitsuba", *words], env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
     )
     reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
     reader.start()
@@ -4119,8 +4118,7 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
             words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
             try:
                 with mitsuba_address(cluster.app, head, request.tunnel) as address:
-                    words = [request.program, "-c", address, *words]
-                    attempt = run_mitsuba(cluster.app.pool, words, head, facts.started)
+                    attempt = run_mitsuba(cluster.app.pool, ["-c", address, *words], head, facts.started)
             except ClusterError as error:
                 attempt = Attempt(-1, "", error.message)
             took = time.monotonic() - began
@@ -4154,10 +4152,10 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
-    request = RenderRequest(**given, program=shutil.which("mitsuba") or "")
+    request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
-    if not request.program:
+    if not shutil.which("mitsuba"):
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
     for scene in request.scenes:
         if not os.access(folder := request.target(scene).parent, os.W_OK):
