@@ -81,6 +81,7 @@ def test_a_password_in_an_address_is_nowhere_to_be_read(nodes: LocalCloud, node:
     done = nodes.cluster("install", GROUP, settings={"PKG_REPOSITORY": line})
     assert done.code == 0, done.err
     log = nodes.where.root / f"state/mitsuba-cluster/{GROUP}/{node['id']}.install.log"
+    assert "hunter2" not in done.out + done.err
     assert log.stat().st_mode & 0o777 == 0o600
     assert "hunter2" not in log.read_text()
     found = ssh(nodes, node, "sudo journalctl --no-pager | grep hunter2; grep -rl hunter2 /etc /var/lib 2> /dev/null")

@@ -555,3 +555,48 @@ def test_a_node_without_its_guard_is_refused(cloud: LocalCloud, group: str) -> N
     assert cloud.cluster("install", group).code == 0
     (log,) = (cloud.where.root / "state").glob(f"**/{node['id']}.install.log")
     assert log.stat().st_mode & 0o777 == 0o600
+
+
+# What nodes say
+
+GOOD = {"cores": "4", "version": "0.6.0", "role": "head", "linked": "10.0.0.1 10.0.0.2 ", "load": "0.42 0.31 0.12"}
+GOOD |= {"memory_mb": "612 7168"}
+
+
+class Saying(cluster.Remote):
+    """A node that says what it is told to."""
+
+    def __init__(self, **facts: str | None) -> None:
+        self.output = "".join(f"{name}={value}\n" for name, value in (GOOD | facts).items() if value is not None)
+
+    def check(self, command: str, **options: Any) -> str:
+        """Say it."""
+        return self.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cores", "0"),
+        ("cores", "null"),
+        ("cores", None),
+        ("version", "0.6\x1b[2J"),
+        ("version", "0.6.0 ; reboot"),
+        ("role", "king"),
+        ("linked", "10.0.0.1;reboot"),
+        ("load", "1e400 0 0"),
+        ("load", "nan 0.1 0.1"),
+        ("load", "0.1"),
+        ("load", None),
+        ("memory_mb", "1"),
+        ("memory_mb", "-1 5"),
+    ],
+)
+def test_a_malformed_report(name: str, value: str | None) -> None:
+    assert cluster.fetch_facts(Saying()).cores == 4
+    with pytest.raises(cluster.NodeError, match=f"reports '{name}' as"):
+        cluster.fetch_facts(Saying(**{name: value}))
+
+
+def test_errors_do_not_steer_the_terminal() -> None:
+    assert cluster.ClusterError("a\x1b]0;b\n    c\r").message == "a�]0;b\n    c�"
