@@ -4759,7 +4759,6 @@ UNFINISHED = "did not complete successfully"
 class RenderRequest(NamedTuple):
     """What the user wants rendered."""
 
-    program: str  # the local mitsuba
     scenes: tuple[Path, ...]
     output: Path | None
     group: str
@@ -4835,19 +4834,28 @@ class RenderCluster:
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
-        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if it does not."""
+        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if none does.
+
+        A head that is gone for good is replaced as start does it.
+        """
         deadline = time.monotonic() + HEAL_LIMIT
         progress = Progress("Waiting for the head", HEAL_LIMIT)
         while True:
-            heads = [node for node in self.nodes if node.role == "head" and node.state == "running"]
-            if not heads:
-                raise NodeError(f"the head node is gone; {command('start', self.group)} makes another node the head")
-            outcome = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)[0]
-            if outcome.ok:
-                return heads[0], *outcome.value
-            if time.monotonic() > deadline:
-                raise NodeError(f"the head {heads[0].name} does not serve: {outcome.error}")
-            progress.show(outcome.error.splitlines()[0])
+            running = [node for node in self.nodes if node.state == "running"]
+            problem = "no node is left"
+            if heads := [node for node in running if node.role == "head"]:
+                (outcome,) = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)
+                if outcome.ok:
+                    return heads[0], *outcome.value
+                problem = f"{heads[0].name}: {outcome.error}"
+            elif running:
+                problem = "the head node is gone"
+                note("The head node is gone: another node becomes the head")
+                with tolerate(), contextlib.suppress(ClusterError):
+                    start_group(self.app, self.group, running, force=False)
+            if time.monotonic() > deadline or not running:
+                raise NodeError(f"no head serves: {problem}")
+            progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
 
@@ -4907,7 +4915,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
         Progress.clear()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
-        words, env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
+        ["mitsuba", *words], env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
     )
     reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
     reader.start()
@@ -4951,8 +4959,7 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
             words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
             try:
                 with mitsuba_address(cluster.app, head, request.tunnel) as address:
-                    words = [request.program, "-c", address, *words]
-                    attempt = run_mitsuba(cluster.app.pool, words, head, facts.started)
+                    attempt = run_mitsuba(cluster.app.pool, ["-c", address, *words], head, facts.started)
             except ClusterError as error:
                 attempt = Attempt(-1, "", error.message)
             took = time.monotonic() - began
@@ -4986,10 +4993,10 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
-    request = RenderRequest(**given, program=shutil.which("mitsuba") or "")
+    request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
-    if not request.program:
+    if not shutil.which("mitsuba"):
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
     for scene in request.scenes:
         if not os.access(folder := request.target(scene).parent, os.W_OK):
