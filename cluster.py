@@ -2704,7 +2704,7 @@ class Look(NamedTuple):
 
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
-    opened: int  # connections that the node has accepted so far, on any port, but for the guard's own
+    opened: int  # connections to the head's server so far, however short, but for the guard's own
     servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
     logins: dict[str, int]  # the same of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
@@ -2752,7 +2752,7 @@ def run_quietly(*words: str) -> str:
     import subprocess
 
     try:
-        return subprocess.run(words, stdout=subprocess.PIPE, timeout=30, check=False).stdout.decode("utf-8", "replace")
+        return subprocess.run(words, capture_output=True, timeout=30, check=False).stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -2762,7 +2762,7 @@ def take_look(own_connections: int) -> Look:
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    names, values = (line.split() for line in read_file("/proc/net/snmp").splitlines() if line.startswith("Tcp:"))
+    counted = re.search(r"counter packets (\d+)", run_quietly("nft", "list", "table", "inet", "mitsuba_guard"))
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
@@ -2772,7 +2772,7 @@ def take_look(own_connections: int) -> Look:
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        int(values[names.index("PassiveOpens")]) - own_connections,
+        (int(counted[1]) if counted else 0) - own_connections,
         servers,
         logins,
         touched,
@@ -2900,6 +2900,19 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Link
     return links, answers[own].connections
 
 
+# Between two looks a short render comes and goes unseen: so each first packet of a connection is counted.
+COUNT_CONNECTIONS = f"""
+add table inet mitsuba_guard
+delete table inet mitsuba_guard
+table inet mitsuba_guard {{
+  chain input {{
+    type filter hook input priority 0;
+    tcp dport {SERVER_PORT} tcp flags & (fin | syn | rst | ack) == syn counter
+  }}
+}}
+"""
+
+
 def guard_node(arguments: list[str]) -> None:
     """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
     if arguments == ["filter"]:
@@ -2911,6 +2924,8 @@ def guard_node(arguments: list[str]) -> None:
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
+    if role == "head":
+        run_quietly("nft", COUNT_CONNECTIONS)
     while True:
         if role == "head":
             links, more = keep_serving(plan, links, memory.quiet)
@@ -2973,7 +2988,8 @@ def guard_program() -> str:
     names = (
         "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
         "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
-        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
+        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH "
+        "COUNT_CONNECTIONS"
     )
     parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
     parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
