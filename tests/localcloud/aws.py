@@ -65,6 +65,7 @@ class Options:
     created_lag: Seconds = PACES["short"]["created_lag"]
     ending_lag: Seconds = PACES["short"]["ending_lag"]
     holding_lag: Seconds = PACES["short"]["holding_lag"]
+    forgotten: list[str] = field(default_factory=list)  # instances that lists show and calls that name them don't know
     refusing_regions: dict[str, str] = field(default_factory=dict)  # region -> the code of its refusals
     spot_prices: dict[str, float] = field(default_factory=dict)  # zone -> $ an hour, where it is not the usual one
     capacity: dict[str, int] = field(default_factory=dict)  # zone -> instances that it has left
