@@ -69,6 +69,7 @@ except ImportError:
 if TYPE_CHECKING:
     import subprocess
     import tempfile
+    import urllib.request
 
     import paramiko
 
@@ -89,6 +90,8 @@ TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of t
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 SERVER_PORT = 7554  # mtssrv's own default
+PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
 PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
@@ -116,6 +119,9 @@ LOG_LINES = 8  # of them, in lines, that are shown
 class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
+
 
 class NodeError(Exception):
     """One node's step failed; the other nodes go on."""
@@ -133,13 +139,19 @@ PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added wher
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line that the user can type; the default group need not be named."""
-    return " ".join([*PROGRAM, name, *(one for one in arguments if one != "default")])
+    """Return a command line that the user can paste, whatever a tag says; the default group need not be named."""
+    return " ".join([*PROGRAM, name, *(shlex.quote(one) for one in arguments if one != "default")])
 
 
 def printable(text: str) -> str:
     """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
     return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
+
+
+def mask(text: str) -> str:
+    """Replace what addresses in TEXT may hold of credentials: user:token@, and signed queries."""
+    text = re.sub(r"(\w://)[^\s/@]*@", r"\1…@", text)
+    return re.sub(r"(\w://[^\s?#'\"]*\?)[^\s#'\"]+", r"\1…", text)
 
 
 def format_duration(seconds: float) -> str:
@@ -206,6 +218,11 @@ def format_bar(done: float, total: float, width: int = 20) -> str:
     """Return a progress bar: [######··············]."""
     filled = int(width * min(done, total) / total) if total else width
     return f"[{'#' * filled}{'·' * (width - filled)}]"
+
+
+def first_line(text: str) -> str:
+    """Return the first line of TEXT that says something."""
+    return next((printable(line.strip()) for line in text.splitlines() if line.strip()), "")
 
 
 def format_tail(output: str) -> str:
@@ -275,7 +292,7 @@ def say_line(text: str, err: bool) -> None:
 
 def note(text: str) -> None:
     """Say something about the progress, on stderr; any thread may."""
-    say_line(text, True)
+    say_line(mask(text), True)
 
 
 def result(text: str) -> None:
@@ -390,7 +407,11 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
 }
 
+WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+UNQUOTED = ' (is there a value without quotes? name = "value")'
 
 
 def run_config(path: Path) -> dict[str, Any]:
@@ -400,9 +421,14 @@ def run_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ClusterError(f"there is no settings file {path}") from None
     except SyntaxError as error:
-        raise ClusterError(f"{path.name}, line {error.lineno}: {error.msg}") from None
+        raise ClusterError(f"{path.name}, line {error.lineno}: SyntaxError{UNQUOTED}") from None
     except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
-        raise ClusterError(f"{path.name} can't be read: {type(error).__name__}: {error}") from None
+        import traceback
+
+        # Not the error's text: a secret without quotes would be in it.
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = f", line {lines[-1]}" if lines else ""
+        raise ClusterError(f"{path.name}{line}: {type(error).__name__}{UNQUOTED}") from None
 
 
 def check_together(path: Path, settings: Settings) -> None:
@@ -411,11 +437,11 @@ def check_together(path: Path, settings: Settings) -> None:
 
     if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
         raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
-    everyone = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen == 0
-    if everyone and settings.PUBLIC_SERVER_PORT:
+    wide = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen < WIDEST_PREFIX
+    if wide and settings.PUBLIC_SERVER_PORT:
         raise ClusterError(
-            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to the world; "
-            "set PUBLIC_SERVER_PORT = False and use the tunnel command"
+            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
+            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
         )
 
 
@@ -427,7 +453,7 @@ def load_settings(path: Path) -> Settings:
         click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
-            shown = "(not shown)" if name in SECRETS else repr(values[name])
+            shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
             raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
     values = {name: value for name, value in values.items() if name in known}
     for name in SECRETS:
@@ -444,6 +470,13 @@ def load_settings(path: Path) -> Settings:
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
+# What a rule may let in, as EC2's calls name it.
+SOURCES = {
+    "IpRanges": "CidrIp",
+    "Ipv6Ranges": "CidrIpv6",
+    "PrefixListIds": "PrefixListId",
+    "UserIdGroupPairs": "GroupId",
+}
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
@@ -690,11 +723,36 @@ class SpotRequest(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One way into a security group: a port for a CIDR, and who added it."""
+    """One way into a security group, as EC2 has it, and the description that its owner gave it."""
 
-    port: int
-    cidr: str
-    owner: str
+    protocol: str
+    first: int | None  # port; None where the protocol has no ports
+    last: int | None
+    kind: str  # one of SOURCES
+    source: str
+    owner: str = ""
+
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """What EC2 tells rules apart by: all but the description."""
+        return self[:-1]
+
+    @property
+    def permission(self) -> dict[str, Any]:
+        """The rule without its description, as EC2's calls take it."""
+        ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
+        return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
+
+    @property
+    def is_one_port(self) -> bool:
+        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
+        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
+
+    def __str__(self) -> str:
+        """Say "tcp 22 from 192.0.2.7/32"."""
+        protocol = "every protocol" if self.protocol == "-1" else self.protocol
+        ports = "" if self.first is None else f" {self.first}" + (f"-{self.last}" if self.last != self.first else "")
+        return f"{protocol}{ports} from {self.source}"
 
 
 class SecurityGroup(NamedTuple):
@@ -702,8 +760,9 @@ class SecurityGroup(NamedTuple):
 
     id: str
     group: str
+    name: str
+    vpc: str
     rules: tuple[Rule, ...] = ()
-    open_inside: bool = False  # its own nodes may talk to each other
 
 
 class Overview(NamedTuple):
@@ -770,15 +829,16 @@ def to_spot_request(raw: dict[str, Any]) -> SpotRequest:
 
 
 def to_security_group(raw: dict[str, Any]) -> SecurityGroup:
-    """Return a raw security group as a SecurityGroup, with the rules for single TCP ports."""
-    rules, inside = [], False
-    for permission in raw.get("IpPermissions", []):
-        for source in permission.get("IpRanges", []):
-            if permission.get("IpProtocol") == "tcp" and permission.get("FromPort") == permission.get("ToPort"):
-                rules.append(Rule(permission["FromPort"], source["CidrIp"], source.get("Description", "")))
-        pairs = [pair.get("GroupId") for pair in permission.get("UserIdGroupPairs", [])]
-        inside = inside or (permission.get("IpProtocol") == "-1" and raw["GroupId"] in pairs)
-    return SecurityGroup(raw["GroupId"], read_tags(raw).get(TAG_GROUP, ""), tuple(rules), inside)
+    """Return a raw security group as a SecurityGroup, with all that it lets in."""
+    rules = [
+        Rule(raw_rule["IpProtocol"], raw_rule.get("FromPort"), raw_rule.get("ToPort"), kind, source[key], about)
+        for raw_rule in raw.get("IpPermissions", [])
+        for kind, key in SOURCES.items()
+        for source in raw_rule.get(kind, [])
+        for about in [printable(source.get("Description", ""))]
+    ]
+    group = read_tags(raw).get(TAG_GROUP, "")
+    return SecurityGroup(raw["GroupId"], group, raw.get("GroupName", ""), raw.get("VpcId", ""), tuple(rules))
 
 
 def our_filter(group: str | None) -> list[dict[str, Any]]:
@@ -794,23 +854,28 @@ def fetch_pages(ec2: Client, call: str, key: str, **arguments: Any) -> list[dict
     return [thing for page in pages for thing in page.get(key, [])]
 
 
+def has_group(one: Node | SpotRequest | SecurityGroup) -> bool:
+    """Tell whether the tag of ONE names a group as this tool does: what others have tagged is foreign."""
+    return GROUP_NAME.fullmatch(one.group) is not None
+
+
 def fetch_nodes(ec2: Client, group: str | None = None) -> list[Node]:
     """Return every node of GROUP (None: of all groups), the lately terminated too, oldest first."""
     reservations = fetch_pages(ec2, "describe_instances", "Reservations", Filters=our_filter(group))
     nodes = [to_node(raw) for reservation in reservations for raw in reservation.get("Instances", [])]
-    return sorted(nodes, key=lambda node: (node.launched, node.id))
+    return sorted(filter(has_group, nodes), key=lambda node: (node.launched, node.id))
 
 
 def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotRequest]:
     """Return the spot requests of GROUP (None: of all groups)."""
     found = fetch_pages(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=our_filter(group))
-    return [to_spot_request(raw) for raw in found]
+    return list(filter(has_group, map(to_spot_request, found)))
 
 
 def fetch_security_groups(ec2: Client, group: str | None = None) -> list[SecurityGroup]:
     """Return the security groups of GROUP (None: of all groups)."""
     found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups", Filters=our_filter(group))
-    return [to_security_group(raw) for raw in found]
+    return list(filter(has_group, map(to_security_group, found)))
 
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
@@ -896,47 +961,79 @@ def try_client_cidr(settings: Settings) -> str:
         return ""
 
 
+RULE_MARK = "mitsuba-cluster"
+
+
 def rule_owner(identity: Identity) -> str:
     """Return what marks a rule as this machine's: EC2 allows a few characters only."""
     import getpass
 
     who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
-    return f"mitsuba-cluster {identity.fingerprint} {who}"[:255]
+    return f"{RULE_MARK} {identity.fingerprint} {who}"[:255]
 
 
-def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
-    """Add one ingress rule; one that is there already is as good."""
-    with tolerate("InvalidPermission.Duplicate"):
-        once_known(lambda: ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission]))
-
-
-def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> None:
-    """Remove the rules with these (port, CIDR), whichever of them are still there."""
-    filters = [{"Name": "group-id", "Values": [security_group]}]
-    rules = fetch_pages(ec2, "describe_security_group_rules", "SecurityGroupRules", Filters=filters)
-    ours = [
-        rule for rule in rules if not rule.get("IsEgress") and (rule.get("FromPort"), rule.get("CidrIpv4")) in doomed
+def wanted_rules(group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> list[Rule]:
+    """Return what GROUP has to let in: CIDR, and its own nodes."""
+    ports = [settings.SSH_PORT, SERVER_PORT] if settings.PUBLIC_SERVER_PORT else [settings.SSH_PORT]
+    inside = [SERVER_PORT, PASS_ON_PORT]
+    return [Rule("tcp", port, port, "IpRanges", cidr, owner) for port in ports] + [
+        Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in inside
     ]
-    if ours:
-        with tolerate("InvalidSecurityGroupRuleId.NotFound", "InvalidPermission.NotFound"):
-            ids = [rule["SecurityGroupRuleId"] for rule in ours]
-            ec2.revoke_security_group_ingress(GroupId=security_group, SecurityGroupRuleIds=ids)
+
+
+def is_stale(rule: Rule, group: SecurityGroup, wanted: Sequence[Rule], owner: str) -> bool:
+    """Tell whether a RULE is this machine's (or what older versions made for the nodes), and not WANTED any more."""
+    mine = rule.owner == owner or rule.way == ("-1", None, None, "UserIdGroupPairs", group.id)
+    return mine and rule.way not in {one.way for one in wanted}
 
 
 def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
-    """Open the ports to CIDR and to the group itself; return whether that replaced an old address of ours."""
-    wanted = {settings.SSH_PORT, SERVER_PORT} if settings.PUBLIC_SERVER_PORT else {settings.SSH_PORT}
-    present = {(rule.port, rule.cidr) for rule in group.rules}
-    source = [{"CidrIp": cidr, "Description": owner}]
-    for port in sorted(wanted):
-        if (port, cidr) not in present:
-            authorize(ec2, group.id, {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": source})
-    if not group.open_inside:
-        authorize(ec2, group.id, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group.id}]})
-    stale = [r for r in group.rules if r.owner == owner and (r.port not in wanted or r.cidr != cidr)]
-    if stale:
-        revoke(ec2, group.id, {(rule.port, rule.cidr) for rule in stale})
-    return any(rule.cidr != cidr for rule in stale)
+    """Add what GROUP has to let in, then remove the owner's old rules; return whether those had another address."""
+    wanted = wanted_rules(group, settings, cidr, owner)
+    present = {rule.way for rule in group.rules}
+    for rule in wanted:
+        if rule.way not in present:
+            permission = rule.permission
+            if rule.owner:
+                permission[rule.kind][0]["Description"] = rule.owner
+            with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
+                send = functools.partial(
+                    ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission]
+                )
+                once_known(send)
+    stale = [rule for rule in group.rules if is_stale(rule, group, wanted, owner)]
+    for rule in stale:
+        with tolerate("InvalidPermission.NotFound"):
+            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
+    return any(rule.owner and rule.source != cidr for rule in stale)
+
+
+def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: Identity) -> tuple[list[Rule], bool]:
+    """Return what GROUP lets in beside this machine and its own nodes, and whether another than this key added any."""
+    owner = rule_owner(identity)
+    wanted = wanted_rules(group, settings, cidr, owner)
+    known = {rule.way for rule in wanted}
+    others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
+    mark = f"{RULE_MARK} {identity.fingerprint} "
+    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+
+
+def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
+    """Say what else RULES let into GROUP, and how to close it."""
+    ways = ", ".join(f"{rule} ({rule.owner or 'no description'})" for rule in rules)
+    permissions = shlex.quote(json.dumps([rule.permission for rule in rules]))
+    close = f"aws ec2 revoke-security-group-ingress --region {ec2.meta.region_name} --group-id {group.id}"
+    return f"security group {group.name} also lets in {ways}; to close that: {close} --ip-permissions {permissions}"
+
+
+def warn_of_rules(
+    ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, identity: Identity
+) -> None:
+    """Name what security GROUPS let in beside this machine and their own nodes."""
+    for group in groups:
+        others, _ = other_rules(group, settings, cidr, identity)
+        if others:
+            warn(describe_rules(ec2, group, others))
 
 
 # --- SSH ---------------------------------------------------------------------
@@ -1084,13 +1181,28 @@ def not_ours(node: Node) -> str:
     )
 
 
-def hide_from_git(path: Path) -> None:
-    """Keep git from picking up what is about to replace a tracked placeholder."""
+def hide_from_git(path: Path) -> str:
+    """Keep git from picking up what replaces a tracked placeholder; return why it still would, or ""."""
     import subprocess
 
-    if (path.parent / ".git").exists() and shutil.which("git"):
-        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
-        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
+    env = {name: value for name, value in clean_environment().items() if not name.startswith("GIT_")} | {"LC_ALL": "C"}
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        line = ["git", "-C", str(path.parent), *words, "--", path.name]
+        return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+
+    if not (shutil.which("git") and path.parent.is_dir()):
+        return ""
+    listed = git("ls-files", "-v")
+    if listed.returncode:
+        return "" if "not a git repository" in listed.stderr else first_line(listed.stderr)
+    if not listed.stdout:
+        return "" if git("check-ignore", "--quiet").returncode == 0 else "it is not in .gitignore"
+    if not listed.stdout.startswith("S"):
+        why = first_line(git("update-index", "--skip-worktree").stderr)
+        if not git("ls-files", "-v").stdout.startswith("S"):  # S: skip-worktree holds
+            return why or "git update-index --skip-worktree had no effect"
+    return ""
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -1380,7 +1492,7 @@ def ssh_command(node: Node, settings: Settings, *options: str) -> Iterator[list[
         known.write(f"{host} {node.host_key}\n")
         known.flush()
         given = {
-            "UserKnownHostsFile": known.name,
+            "UserKnownHostsFile": f'"{known.name}"',  # may have spaces
             "GlobalKnownHostsFile": "/dev/null",
             "StrictHostKeyChecking": "yes",
             "IdentitiesOnly": "yes",
@@ -1820,9 +1932,14 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None
 # --- Command line ------------------------------------------------------------
 # The one error boundary, what a run holds, and what the commands share.
 
-GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
 LIMITS_VARIABLE = "MITSUBA_CLUSTER_LIMITS"
+
+
+def warn_of_git(path: Path) -> None:
+    """Keep git's hands off a file with secrets, or say that this failed."""
+    if why := hide_from_git(path):
+        warn(f"git may pick up the secrets in {path} ({why})")
 
 
 def warn_of_secrets(path: Path, settings: Settings) -> None:
@@ -1831,10 +1948,10 @@ def warn_of_secrets(path: Path, settings: Settings) -> None:
         note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             note(f"Warning: other users of this machine can read it: chmod 600 {path}")
-        hide_from_git(path)
+        warn_of_git(path)
     s3cfg = settings.folder / ".s3cfg"
     if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
-        hide_from_git(s3cfg)
+        warn_of_git(s3cfg)
 
 
 class App:
@@ -1916,6 +2033,7 @@ class App:
         ready = self.choose_running(group, nodes)
         if cidr:
             self.allow_access(groups, cidr)
+        warn_of_rules(ec2, groups, self.settings, cidr, self.identity)
         return ready
 
     def has_key_pair(self, ec2: Client) -> bool:
@@ -2223,11 +2341,15 @@ class Launch(NamedTuple):
     disk_gb: int
 
 
-# $1…: every boot, as root, before anything else. Whoever runs on the node could read its
-# user data, in which the host key is, or act with the node's role; so root alone may ask.
-METADATA_GUARD = """
-set -eu
-nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
+# $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
+# Whoever runs on the node could read its user data, in which the host key is, or act with the node's
+# role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
+# reboot changes nothing.
+BOOT = r"""
+set -u
+
+guard_metadata() {
+  nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
 table inet mitsuba_metadata
 delete table inet mitsuba_metadata
 table inet mitsuba_metadata {
@@ -2238,21 +2360,27 @@ table inet mitsuba_metadata {
   }
 }
 RULES
-"""
+}
 
-# $1: seconds from the first boot. The node's own clock decides, and a reboot changes nothing.
-DEADLINE = """
-set -eu
-unit=/etc/systemd/system/mitsuba-deadline
-if [ ! -e $unit.timer ]; then
-  at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
-  printf '%s\\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
-  printf '%s\\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \\
-    '[Install]' 'WantedBy=timers.target' > $unit.timer
-  systemctl daemon-reload
-  systemctl enable --quiet mitsuba-deadline.timer
-fi
-systemctl start --no-block mitsuba-deadline.timer
+set_deadline() (
+  set -e
+  [ "$1" != 0 ] || exit 0
+  unit=/etc/systemd/system/mitsuba-deadline
+  if [ ! -e $unit.timer ]; then
+    at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
+    printf '%s\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
+    printf '%s\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \
+      '[Install]' 'WantedBy=timers.target' > $unit.timer
+    systemctl daemon-reload
+    systemctl enable --quiet mitsuba-deadline.timer
+  fi
+  systemctl start --no-block mitsuba-deadline.timer
+)
+
+guard_metadata
+guarded=$?
+set_deadline "$1"
+exit $((guarded | $?))
 """
 
 # $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
@@ -2266,6 +2394,13 @@ case $code in
   124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
   *) cloud-init status --long; exit 1 ;;
 esac
+"""
+
+
+# As root: fails where the guard of BOOT is not there.
+CHECK_GUARD = """
+nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
+  iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
 
 
@@ -2433,6 +2568,34 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
 
 
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
+
+
 def index_has(apt_line: str, package: str) -> bool:
     """Tell whether an apt repository offers PACKAGE for amd64; OSError where it has no index."""
     import gzip
@@ -2451,7 +2614,7 @@ def index_has(apt_line: str, package: str) -> bool:
     for folder in folders:
         for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
             try:
-                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
                     if wanted.search(unpack(answer.read())):
                         return True
                 trouble = None
@@ -2470,11 +2633,12 @@ def look_for_package(settings: Settings) -> None:
 
     package = plan_package(settings)
     note(f"To be installed: {package.title}")
+    for risk in package_risks(settings, package):
+        warn(risk)
     advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
     try:
         if "://" in package.source:
-            request = urllib.request.Request(package.source, method="HEAD")  # noqa: S310 - https, as just seen
-            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
         elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
             warn(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
     except (urllib.error.URLError, OSError, ValueError) as error:
@@ -2519,8 +2683,12 @@ def ensure_key_file(path: Path) -> None:
         return
     if text and "placeholder" not in text:
         raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
     private, _ = make_ed25519()
-    hide_from_git(path)
     write_secret(path, private)
     click.echo(f"Made a new SSH key: {path}", err=True)
 
@@ -2545,16 +2713,22 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     """Return GROUP's security group; make it, tagged, where it is missing."""
-    if existing := fetch_security_groups(ec2, group):
-        return existing[0]
     name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
+
+    def find() -> SecurityGroup | None:
+        found = fetch_security_groups(ec2, group)
+        return next((one for one in found if (one.name, one.vpc) == (name, vpc)), None)
+
+    if existing := find():
+        return existing
     specification = [{"ResourceType": "security-group", "Tags": tags}]
     about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
     with tolerate("InvalidGroup.Duplicate"):
-        return SecurityGroup(ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"], group)
+        made = ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"]
+        return SecurityGroup(made, group, name, vpc)
     for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
-        if existing := fetch_security_groups(ec2, group):
-            return existing[0]
+        if existing := find():
+            return existing
         time.sleep(POLL)
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
@@ -2564,14 +2738,11 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
-    commands = [["bash", "-c", METADATA_GUARD]]
-    if max_hours:
-        commands.append(["bash", "-c", DEADLINE, "deadline", str(round(max_hours * 3600))])
     config = {
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": commands,
+        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))]],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -2598,6 +2769,10 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
     group = ensure_security_group(ec2, order.group, subnets[0].vpc)
+    others, foreign = other_rules(group, settings, cidr, identity)
+    if foreign:
+        raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
+    warn_of_rules(ec2, [group], settings, cidr, identity)
     repair_rules(ec2, group, settings, cidr, rule_owner(identity))
     private, public = make_ed25519()
     tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
@@ -2707,9 +2882,19 @@ def fetch_console(ec2: Client, node: Node) -> str:
         return f"its console can't be read: {explain(error)}"
 
 
+def check_guard(remote: Remote) -> None:
+    """Refuse a node whose boot script could not keep its programs from the metadata service."""
+    if remote.run(root_command("check-guard", CHECK_GUARD))[0]:
+        raise NodeError(
+            "its metadata guard is missing, so any program on it could read its host key: "
+            f"{command('terminate', remote.node.id)} ends it"
+        )
+
+
 def boot_step(remote: Remote) -> None:
     """Wait for the end of cloud-init."""
     remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
+    check_guard(remote)
 
 
 def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
@@ -3291,6 +3476,7 @@ def install_step(settings: Settings, package: Package, logs: Path, remote: Remot
             os.fchmod(log.fileno(), 0o600)  # one of an older version
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
+            check_guard(remote)
             source = upload_package(package, remote) if package.is_file else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
@@ -4178,9 +4364,11 @@ def group_json(
 @click.pass_obj
 def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     """Show what is running, since when, and what it costs."""
-    overview, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group), lambda: importlib.import_module("paramiko")
-    )  # a sixth of a second that AWS's answers take anyway
+    overview, cidr, _ = side_by_side(
+        lambda: fetch_overview(app.ec2, group),
+        lambda: try_client_cidr(app.settings),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
+    )
     alive = [node for node in overview.nodes if node.state in ALIVE]
     ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
     groups = sorted({one.group for one in ours})
@@ -4195,6 +4383,8 @@ def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
         note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
     elif len(groups) > 1 and (cost := format_cost(nodes)):
         result(f"All groups: {cost}")
+    if app.known_identity:
+        warn_of_rules(app.ec2, overview.security_groups, app.settings, cidr, app.known_identity)
     return None
 
 
@@ -5003,7 +5193,7 @@ def extend(app: App, hours: float, group: str) -> None:
 
 LOOKS = (
     "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs "
-    "DescribeRegions DescribeSecurityGroupRules DescribeSecurityGroups DescribeSpotInstanceRequests "
+    "DescribeRegions DescribeSecurityGroups DescribeSpotInstanceRequests "
     "DescribeSpotPriceHistory DescribeSubnets"
 )
 CHANGES = (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import cluster
 
-SCRIPTS = ("METADATA_GUARD", "DEADLINE", "EXTEND", "WAIT_FOR_BOOT", "FACTS", "INSTALL", "START_SERVER")
+SCRIPTS = ("BOOT", "CHECK_GUARD", "EXTEND", "WAIT_FOR_BOOT", "FACTS", "INSTALL", "START_SERVER")
 
 
 def main() -> None:

@@ -301,7 +301,7 @@ def test_closed_port_means_tunnel(cloud: LocalCloud, group: str) -> None:
         assert done.code == 0, done.err
     assert f"Port 7554 is closed. Run ./cluster.py tunnel {group}" in done.out
     found = cloud.client("ec2").describe_security_groups(Filters=[{"Name": "tag:mitsuba-group", "Values": [group]}])
-    ports = {rule.get("FromPort") for rule in found["SecurityGroups"][0]["IpPermissions"]}
+    ports = {rule.get("FromPort") for rule in found["SecurityGroups"][0]["IpPermissions"] if rule["IpRanges"]}
     assert 7554 not in ports
 
 
