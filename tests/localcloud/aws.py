@@ -245,11 +245,11 @@ def mend_instances(cloud: Cloud) -> None:
                 self.node.stop()
                 time.sleep(lag(cloud.options, "ending_lag", self))
                 self._become("terminated")
+                cloud_end_of_spot(self)
                 time.sleep(lag(cloud.options, "holding_lag", self))  # its network interface outlives it
                 self.holds_groups = False
 
             threading.Thread(target=finish, daemon=True).start()
-            cloud_end_of_spot(self)
 
         def vanish(self) -> None:
             """End at once, without AWS's delays: for the tests' own clearing up."""
@@ -296,7 +296,7 @@ def mend_instances(cloud: Cloud) -> None:
 def cloud_end_of_spot(instance: Any) -> None:
     """Close the spot request of an instance that ends."""
     request = instance.ec2_backend.spot_instance_requests.get(instance.spot_instance_request_id)
-    if request:
+    if request and request.state == "active":
         reclaimed = instance.interrupted_at
         request.state = "closed"
         request.status_code = "instance-terminated-no-capacity" if reclaimed else "instance-terminated-by-user"
