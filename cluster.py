@@ -120,7 +120,7 @@ class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(mask(message))
+        super().__init__(mask("\n".join(map(printable, message.split("\n")))))
 
 
 class NodeError(Exception):
@@ -320,7 +320,9 @@ class Settings(NamedTuple):
     SSH_USER: str = "ubuntu"
     SSH_PORT: int = 22
     AMI_IDS: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+    UBUNTU_RELEASE: str = "24.04"
     SUBNET_ID: str = ""
+    PRIVATE_NODES: bool = False
     CLIENT_CIDR: str = ""
     PUBLIC_SERVER_PORT: bool = True
     ROOT_VOLUME_GB: int = 16
@@ -393,9 +395,11 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SSH_USER": (matches(r"[a-z_][a-z0-9_.-]*"), 'a user name such as "ubuntu"'),
     "SSH_PORT": (lambda value: is_whole(value, 1, 65535), "a port from 1 to 65535"),
     "AMI_IDS": (is_images, 'a dict such as {"us-east-1": "ami-0123456789abcdef0"}'),
+    "UBUNTU_RELEASE": (matches(r"22\.04|24\.04|26\.04"), '"22.04", "24.04" or "26.04"'),
     "SUBNET_ID": (matches(r"(subnet-[0-9a-f]+)?"), 'a subnet such as "subnet-0123abcd", or ""'),
     "CLIENT_CIDR": (is_cidr, 'an IPv4 network such as "203.0.113.7/32", or ""'),
     "PUBLIC_SERVER_PORT": (lambda value: isinstance(value, bool), "True or False"),
+    "PRIVATE_NODES": (lambda value: isinstance(value, bool), "True or False"),
     "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
     "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
     "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
@@ -486,6 +490,7 @@ EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
 CREDENTIAL_CODES = REGION_CODES | {"InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
+QUOTA_CODES = {"VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"}
 S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
 
@@ -638,7 +643,7 @@ def explain(error: Exception) -> str:
         return f"AWS refuses these credentials ({code}): {check}"
     if code in DENIED_CODES:
         return explain_denial(text, action)
-    if code in ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"):
+    if code in QUOTA_CODES:
         return (
             f"your account's quota is used up: {text} Raise 'Running On-Demand Standard instances' (or 'All Standard "
             "Spot Instance Requests') at https://console.aws.amazon.com/servicequotas/"
@@ -1043,6 +1048,7 @@ TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
 IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
 LOGIN_LIMIT = 60  # a node that should be up
+REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
@@ -1173,12 +1179,12 @@ def is_ours(node: Node, identity: Identity) -> bool:
 def not_ours(node: Node) -> str:
     """Say why nothing connects to a NODE that is not ours, and what to do."""
     if node.signature:
-        return "not launched with this key (SSH_PRIVATE_KEY_FILE): use the key that launched it, or another group"
-    end = command("terminateAll", node.group)
-    return (
-        "not launched with this key: it has no signature, as nodes of older versions have none "
-        f"(if it is yours: {end}, and launch it anew)"
-    )
+        what = "or its tags were changed: use the SSH_PRIVATE_KEY_FILE that launched it, or another group"
+    else:
+        what = (
+            f"as nodes of older versions (no signature): if it is yours, {command('terminateAll', node.group)} ends it"
+        )
+    return f"not launched with this key, {what}"
 
 
 def hide_from_git(path: Path) -> str:
@@ -1296,6 +1302,9 @@ class Facts(NamedTuple):
     version: str = ""  # of Mitsuba; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
+    idle: float | None = None  # seconds since its last use; None: no guard is there
+    idle_limit: float = 0  # seconds after which it ends; 0: never
+    clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
     boot: str = ""  # changes with each boot of the node
     started: str = ""  # changes with each start of its server
     clock: str = ""  # seconds since 1970
@@ -1303,16 +1312,17 @@ class Facts(NamedTuple):
     memory_mb: tuple[int, ...] = ()  # used, total
 
 
-# Prints NAME=VALUE lines; what a node has not is left out or empty.
-FACTS = """
+# Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
+FACTS = r"""
 set -uo pipefail
 echo "cores=$(nproc)"
 echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
+echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
+echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
 echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
 echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2> /dev/null)"
 echo "clock=$(date +%s.%N)"
-echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
 """
@@ -1420,23 +1430,46 @@ class Remote:
         return output
 
 
+def to_seconds(value: Any) -> float:
+    """Return a report's number as seconds that can be shown, whatever it is."""
+    return min(1e9, max(0.0, float(value)))
+
+
+# What a node may say of itself: units and tables are made of it, and renderers can write to some of its sources.
+FACT_PATTERNS = {
+    "cores": r"[1-9][0-9]{0,4}",
+    "version": r"([0-9][0-9.]{0,30}[0-9])?",
+    "role": r"(head|worker)?",
+    "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
+    "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
+    "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
+}
+
+
 def fetch_facts(remote: Remote) -> Facts:
     """Ask a node about itself."""
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+    for name, pattern in FACT_PATTERNS.items():
+        if not re.fullmatch(pattern, pairs.get(name, "")):
+            raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
     try:
+        guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
             version=pairs.get("version", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
+            idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
+            idle_limit=to_seconds(guard["limit"]),
+            clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
             boot=pairs.get("boot", ""),
             started=pairs.get("started", ""),
             clock=pairs.get("clock", ""),
             load=tuple(map(float, pairs.get("load", "").split())),
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
         )
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
@@ -1515,17 +1548,19 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
         raise NodeError(not_ours(node))
     deadline = time.monotonic() + limit
     answered: float | None = None
+    pause = 0.2
     while True:
         try:
             return connect(node, settings, identity)
         except (WrongHostKey, paramiko.AuthenticationException) as error:
             answered = answered or time.monotonic()
+            pause = min(2 * pause, REFUSED_PAUSE)
             if not first_boot or time.monotonic() - answered > FIRST_KEY_LIMIT:
                 raise NodeError(refusal(error, settings)) from error
         except (paramiko.SSHException, OSError, EOFError) as error:
             if time.monotonic() > deadline:
                 raise SilentNode(unreachable(node, settings, error)) from error
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 def raise_limits() -> None:
@@ -1614,8 +1649,8 @@ class NodePool:
 
 
 # --- Passing on --------------------------------------------------------------
-# How files come to a folder of a node, from S3 or from another node: the program that fetches them
-# there, and what is heard of it here. Touches one folder of each node.
+# How files come to a folder of a node, from S3, from another node or from here: the programs that fetch and serve
+# them there, and who fetches from whom. Touches one folder of each node.
 
 RANGE_SIZE = 16 * MIB  # bytes that one request asks for
 RANGE_STREAMS = 8  # requests, and files, at once
@@ -1623,6 +1658,12 @@ RANGE_TRIES = 6
 RANGE_TIMEOUT = 30
 FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
 REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
+RECEIVERS = 2  # that a node serves at once
+SERVE_SECONDS = 600  # then a node serves no more, whatever happens here
+SERVE_RATE = 1_000_000  # bytes a second: large files are served for longer
+PEERS_TRIED = 2  # that failed a node; then it fetches from here
+PEER_TRIES, PEER_TIMEOUT = 2, 10  # of a range from another node, which may have died
+SPREAD_PATIENCE = 2  # seconds in which nodes say what they have, before anything is sent from here
 
 
 class Wanted(NamedTuple):
@@ -1672,7 +1713,8 @@ def open_below(folder: int, path: str) -> int:
 class Fetcher:
     """Runs on a node: fetches files into one folder, and records what is complete there."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, tries: int = RANGE_TRIES, timeout: int = RANGE_TIMEOUT) -> None:
+        self.tries, self.timeout = tries, timeout
         self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
@@ -1736,11 +1778,11 @@ class Fetcher:
         import urllib.error
         import urllib.request
 
-        for attempt in range(RANGE_TRIES):
+        for attempt in range(self.tries):
             try:
                 headers = one.headers | {"Range": f"bytes={start}-{end - 1}"}
                 request = urllib.request.Request(one.url, headers=headers)  # noqa: S310 - the tool wrote the address
-                with urllib.request.urlopen(request, timeout=RANGE_TIMEOUT) as answer:  # noqa: S310
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
                     if answer.status != 206 and (start, end) != (0, one.size):
                         raise FetchFailed("its source sends no ranges")
                     while start < end:
@@ -1754,7 +1796,7 @@ class Fetcher:
                                 self.moved += written
                 return
             except urllib.error.HTTPError as error:
-                if error.code in (400, 401, 403, 404, 412) or attempt == RANGE_TRIES - 1:
+                if error.code in (400, 401, 403, 404, 412) or attempt == self.tries - 1:
                     cause = re.search(rb"<Code>(\w+)</Code>", error.read(4096))  # S3's own word for it
                     why = f"{error.code} {cause[1].decode()}" if cause else f"{error.code}"
                     text = "it has changed at its source meanwhile; run this again" if error.code == 412 else ""
@@ -1762,7 +1804,7 @@ class Fetcher:
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
                     raise
-                if attempt == RANGE_TRIES - 1:
+                if attempt == self.tries - 1:
                     raise FetchFailed(f"it can't be fetched: {getattr(error, 'reason', error)}") from None
             time.sleep(0.5 * 2**attempt)
 
@@ -1858,7 +1900,7 @@ def fetch_files(arguments: list[str]) -> None:
     os.umask(0o022)
     wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        fetcher = Fetcher(arguments[0])
+        fetcher = Fetcher(arguments[0], *map(int, arguments[1:]))
     except OSError as error:
         say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
         sys.exit(1)
@@ -1906,8 +1948,10 @@ def read_report(line: bytes) -> dict[str, Any]:
     raise NodeError(f"sends a malformed report: {line[:80].decode('utf-8', 'replace')}")
 
 
-def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote) -> Fetched:
-    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come."""
+def fetch_step(
+    folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote, *patience: int
+) -> Fetched:
+    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come. PATIENCE: other tries, and timeout."""
     last: dict[str, Any] = {}
     rest = b""
 
@@ -1920,13 +1964,255 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None
         rest = rest[-MIB:]  # no report is so long
 
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
-    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder])
+    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
         raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
     return Fetched(**{name: last[name] for name in Fetched._fields})
+
+
+class FileServer:
+    """Answers whoever knows a token HTTP requests for ranges of files, by their numbers; runs on a node, and here."""
+
+    def __init__(self, token: str, sizes: Sequence[int], open_file: Callable[[int], int]) -> None:
+        self.token, self.sizes, self.open_file = token, sizes, open_file
+        self.counting = threading.Lock()
+        self.receivers: list[str] = []  # one for each request that is being answered
+
+    def answer(self, stream: Stream, peer: str) -> None:
+        """Answer one request, and close the STREAM."""
+        try:
+            stream.settimeout(RANGE_TIMEOUT)
+            request = b""
+            while b"\r\n\r\n" not in request and len(request) < 1 << 14:
+                if not (block := stream.recv(4096)):
+                    return
+                request += block
+            status, number, start, end = self.judge(request)
+            with self.counting:
+                if status == 206 and peer not in self.receivers and len(set(self.receivers)) >= RECEIVERS:
+                    status = 503
+                self.receivers.append(peer)
+            try:
+                self.send(stream, status, number, start, end)
+            finally:
+                with self.counting:
+                    self.receivers.remove(peer)
+        except (OSError, EOFError):  # the receiver has gone; it asks again if it can
+            pass
+        finally:
+            stream.close()
+
+    def judge(self, request: bytes) -> tuple[int, int, int, int]:
+        """Return (HTTP status, number of the file, first byte, end) for a REQUEST."""
+        import hmac
+
+        token = re.search(rb"\r\nauthorization: bearer (\w+)\r\n", request, re.I)
+        if not (token and hmac.compare_digest(token[1], self.token.encode())):
+            return 403, 0, 0, 0
+        number = re.match(rb"GET /(\d{1,9}) ", request)
+        span = re.search(rb"\r\nrange: bytes=(\d{1,18})-(\d{1,18})\r\n", request, re.I)
+        if not number or int(number[1]) >= len(self.sizes):
+            return 404, 0, 0, 0
+        if not span or not int(span[1]) <= int(span[2]) < self.sizes[int(number[1])]:
+            return 416, 0, 0, 0
+        return 206, int(number[1]), int(span[1]), int(span[2]) + 1
+
+    def send(self, stream: Stream, status: int, number: int, start: int, end: int) -> None:
+        """Send the answer."""
+        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - start}\r\nConnection: close\r\n\r\n"
+        stream.sendall(head.encode())
+        if status == 206:
+            handle = self.open_file(number)
+            try:
+                while start < end and (block := os.pread(handle, min(MIB, end - start), start)):
+                    stream.sendall(block)
+                    start += len(block)
+            finally:
+                os.close(handle)
+
+
+def serve_files(arguments: list[str]) -> None:
+    """Run on a node: serve complete files of a folder at its private address, until stdin ends or time is up.
+
+    The first line of stdin is a JSON object: token, seconds, and the files as Wanted.
+    """
+    import resource
+
+    folder, address, port = arguments
+    job = json.loads(sys.stdin.readline())
+    wanted = [Wanted(**one) for one in job["wanted"]]
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    fetcher, handles = Fetcher(folder), []
+    record = fetcher.load("record.json") or {}
+    for one in wanted:
+        if not fetcher.is_here(one, record):
+            sys.exit(f"{one.path} is not complete here")
+        below, name = fetcher.open_target(one)
+        handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
+        os.close(below)
+    server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
+    listener = socket.create_server((address, int(port)), backlog=64)
+
+    def accept() -> None:
+        while True:
+            stream, (peer, _) = listener.accept()
+            threading.Thread(target=server.answer, args=(stream, peer), daemon=True).start()
+
+    threading.Timer(job["seconds"], os._exit, [0]).start()
+    threading.Thread(target=accept, daemon=True).start()
+    print("ready", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+
+def serve_program() -> str:
+    """Return serve_files as a program of its own."""
+    names = "FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
+    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, FileServer, serve_files)
+
+
+@dataclass(eq=False)
+class Source:
+    """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
+
+    remote: Remote | None = None
+    serving: bool = False
+    failures: int = 0
+
+
+class Spread:
+    """Brings the same files to many nodes: once from here, and on from node to node.
+
+    A source serves one node at a time, so that the nodes that have the files double from round to round.
+    Nothing runs beside the nodes' own steps: a step waits for its source, fetches, and is a source itself.
+    """
+
+    def __init__(self, folder: str, wanted: Sequence[Wanted], paths: Sequence[Path], nodes: int) -> None:
+        import secrets
+
+        self.folder, self.wanted, self.paths = folder, wanted, paths
+        self.token = secrets.token_hex(16)
+        self.changed = threading.Condition()
+        self.here: Source | None = Source()  # while nobody fetches from it
+        self.idle: list[Source] = []  # nodes that serve nobody
+        self.fetching = 0  # nodes
+        self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
+        self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
+
+    def hear(self) -> None:
+        """Note that one more node has said what it has."""
+        with self.changed:
+            self.until = self.until or time.monotonic() + SPREAD_PATIENCE
+            self.unheard -= 1
+            self.changed.notify_all()
+
+    def choose(self, tried: Sequence[Source]) -> Source | None:
+        """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
+        fresh = [source for source in self.idle if source not in tried]
+        if len(tried) < PEERS_TRIED and fresh:
+            source = fresh[0]
+            self.idle.remove(source)
+        else:
+            alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
+            if not self.here or not (alone or len(tried) >= PEERS_TRIED):
+                return None
+            source, self.here = self.here, None
+        self.fetching += 1
+        return source
+
+    def take(self, tried: Sequence[Source]) -> Source:
+        """Wait for a source."""
+        with self.changed:
+            while not (source := self.choose(tried)):
+                self.changed.wait(0.2)
+        return source
+
+    def give_back(self, source: Source, done: bool) -> None:
+        """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
+        with self.changed:
+            self.fetching -= 1
+            source.failures += not done
+            if not source.remote:
+                self.here = source
+            elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
+                self.idle.append(source)
+            self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def address(self, source: Source, remote: Remote) -> Iterator[str]:
+        """Yield the address at which REMOTE reaches a SOURCE: a node's private one, or a port that leads here."""
+        import paramiko
+
+        if source.remote:
+            if not source.serving:
+                self.start(source, source.remote)
+            yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
+            return
+        sizes = [one.size for one in self.wanted]
+        server = FileServer(self.token, sizes, lambda number: os.open(self.paths[number], os.O_RDONLY))
+
+        def accept(channel: paramiko.Channel, *_: object) -> None:
+            threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
+
+        try:
+            port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+                remote.transport.cancel_port_forward("127.0.0.1", port)
+
+    def start(self, source: Source, remote: Remote) -> None:
+        """Start a node's program that serves the files."""
+        seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
+        job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
+        arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        with contextlib.ExitStack() as stack:
+            channel = stack.enter_context(remote.session())
+            channel.settimeout(LIVENESS_LIMIT)
+            channel.set_combine_stderr(True)
+            remote.execute(channel, shlex.join(["python3", "-I", "-c", serve_program(), *arguments]))
+            channel.sendall(json.dumps(job).encode() + b"\n")
+            if (answer := channel.recv(4096)) != b"ready\n":
+                raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
+            self.sessions.push(stack.pop_all())
+        source.serving = True
+
+    def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
+        """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
+        try:
+            done = fetch_step(self.folder, self.wanted, show, remote)
+        finally:
+            self.hear()
+        tried: list[Source] = []
+        while done.missing:
+            source, complete = self.take(tried), False
+            try:
+                with self.address(source, remote) as url:
+                    headers = {"Authorization": f"Bearer {self.token}"}
+                    wanted = [
+                        one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
+                    ]
+                    done = fetch_step(self.folder, wanted, show, remote, PEER_TRIES, PEER_TIMEOUT)
+                complete = True
+            except SilentNode:
+                raise
+            except NodeError:
+                if not source.remote:
+                    raise
+                tried.append(source)
+            finally:
+                self.give_back(source, complete)
+        with self.changed:
+            self.idle.append(Source(remote))
+            self.changed.notify_all()
+        return done
 
 
 # --- Command line ------------------------------------------------------------
@@ -2243,9 +2529,11 @@ hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help=
 
 
 def find_node(app: App, name: str) -> Node:
-    """Return our node that NAME means; ClusterError where there is none."""
-    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
+    """Return our node that NAME means; ClusterError where there is none, or more than one."""
+    nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
     found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if len(found) > 1:
+        raise ClusterError(f"{printable(name)!r} may be {' or '.join(node.id for node in found)}: name one by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
@@ -2262,20 +2550,540 @@ def find_head(app: App, group: str) -> Node:
     return heads[0]
 
 
+# --- Guard -------------------------------------------------------------------
+# mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
+# links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
+# each other, the constants that guard_program lists, and Python's own modules. All times are of the monotonic clock.
+
+HELLO = b"\x1b\xcd"
+QUIT = b"\x00\x0c"
+FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
+NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
+GUARD_TIMEOUT = 2.0  # seconds for one handshake
+WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
+WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
+WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
+JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
+JOIN_QUIET = 60  # seconds without any client before that restart of the head
+JOIN_DOUBLINGS = 7
+USE_LOOK = 60  # seconds over which it is judged whether a node is in use
+BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
+LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
+LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
+CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
+HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
+FILE_BYTES = 1 << 20  # of a file that the guard reads
+MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
+
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, version, own, head, workers with their cores
+IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
+LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
+MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
+STATE_PATH = "/run/mitsuba-cluster/state.json"
+MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
+
+
+class AnotherBuild(Exception):
+    """The server is a Mitsuba of another version or flavour."""
+
+
+def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
+    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
+    data = b""
+    while len(data) < size:
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
+        part = stream.recv(size - len(data))
+        if not part:
+            raise EOFError("the server closed the connection")
+        data += part
+    return data
+
+
+def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
+    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
+
+    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to the last byte (but of a
+    server that talks on and on): a reset that comes before the server has accepted ends it, and its head with it.
+    """
+    stream.settimeout(max(0.001, deadline - time.monotonic()))
+    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
+    answer = receive_exactly(stream, 2, deadline)
+    if answer == b"\x00\x0d":
+        raise AnotherBuild(version)
+    if answer != HELLO:
+        raise ValueError("what answers is not mtssrv")
+    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
+    name = b""
+    while not name.endswith(b"\0"):
+        if len(name) > NAME_BYTES:
+            raise ValueError("its node's name does not end")
+        name += receive_exactly(stream, 1, deadline)
+    try:
+        stream.sendall(QUIT)
+        stream.shutdown(socket.SHUT_WR)
+        receive_exactly(stream, NAME_BYTES, deadline)
+    except (OSError, EOFError):
+        pass
+    return cores, name[:-1].decode("utf-8", "replace")
+
+
+def handshake(
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+) -> tuple[int, str]:
+    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    deadline = time.monotonic() + limit
+    for samples, double in FLAVOURS:
+        try:
+            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
+                return shake_hands(stream, version, samples, double, deadline)
+        except AnotherBuild:
+            pass
+    raise AnotherBuild(version)
+
+
+class Answer(NamedTuple):
+    """What came of a handshake."""
+
+    alive: bool
+    problem: str = ""  # why the server can't be linked
+    connections: int = 1  # that it took
+
+
+def ask_address(address: str, version: str, most_cores: int) -> Answer:
+    """Shake hands with the server at ADDRESS, which may have so many cores."""
+    opened = []
+
+    def connect_to_it(limit: float) -> socket.socket:
+        connection = socket.create_connection((address, SERVER_PORT), limit)
+        opened.append(limit)
+        return connection
+
+    try:
+        cores, _ = handshake(connect_to_it, version, GUARD_TIMEOUT)
+    except AnotherBuild:
+        return Answer(True, f"is another build than Mitsuba {version}", len(opened))
+    except (OSError, EOFError, ValueError) as error:
+        return Answer(False, f"does not answer: {error}", len(opened))
+    wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
+    return Answer(True, wrong, len(opened))
+
+
+def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
+    """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
+    found: dict[str, Answer] = {}
+    threads = [
+        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
+        for pair in addresses.items()
+    ]
+    deadline = time.monotonic() + 2 * GUARD_TIMEOUT
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    return {one: found.get(one, Answer(False, "does not answer")) for one in addresses}
+
+
+def read_file(path: str) -> str:
+    """Return a plain file's text; "" where there is none, nor follow a link, wait for a FIFO, or read without end."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, errors="replace") as file:
+            return file.read(FILE_BYTES) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
+    except OSError:
+        return ""
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file that everybody may read, whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.new", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.new", path)
+
+
+def read_plan() -> dict[str, Any]:
+    """Return what start wants of this node; {} before the first start."""
+    try:
+        return dict(json.loads(read_file(PLAN_PATH)))
+    except ValueError:
+        return {}
+
+
+def say(text: str) -> None:
+    """Write a line to the journal."""
+    print(text, flush=True)
+
+
+def filter_workers() -> None:
+    """Before each start of the head: note those of its workers that answer, and name the others."""
+    plan = read_plan()
+    answers = ask_all(plan["workers"], plan["version"])
+    for one, answer in answers.items():
+        if answer.problem:
+            say(f"{one} is left out: it {answer.problem}")
+    write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
+
+
+class Links(NamedTuple):
+    """What the head's guard knows of the servers."""
+
+    linked: frozenset[str] = frozenset()
+    heard: dict[str, float] = {}  # noqa: RUF012 - nobody changes it; when each server that must answer last did
+    answering: dict[str, float] = {}  # noqa: RUF012 - since when each worker that is not linked does
+    losses: dict[str, int] = {}  # noqa: RUF012 - how often a worker was linked and fell out
+    named: frozenset[str] = frozenset()  # those that answer and can't be linked: named once
+
+
+def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answers: dict[str, Answer]) -> Links:
+    """Carry LINKS on with one more round of ANSWERS."""
+    return Links(
+        linked,
+        {one: now if answers[one].alive else links.heard.get(one, now) for one in (own, *linked)},
+        {one: links.answering.get(one, now) for one in answers.keys() - linked - {own} if not answers[one].problem},
+        links.losses | {one: links.losses.get(one, 0) + 1 for one in links.linked - linked},
+        frozenset(one for one, answer in answers.items() if answer.alive and answer.problem),
+    )
+
+
+def find_silent(links: Links, now: float) -> list[str]:
+    """Return the servers that have been silent for too long: nothing else ends a render that one of them stalls."""
+    return sorted(one for one, heard in links.heard.items() if now - heard > WATCH_SILENCE)
+
+
+def find_joining(links: Links, now: float, quiet: float) -> list[str]:
+    """Return the workers to link now; QUIET: since when nobody has connected to the head."""
+    if now - quiet < JOIN_QUIET:
+        return []
+    pause = {one: JOIN_ANSWERS * 2 ** min(links.losses.get(one, 0), JOIN_DOUBLINGS) for one in links.answering}
+    return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
+
+
+class Look(NamedTuple):
+    """What one look at a node shows."""
+
+    at: float
+    computed: float  # seconds of a core that mtssrv.service has used
+    opened: int  # connections that the node has accepted so far, on any port, but for the guard's own
+    servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
+    logins: dict[str, int]  # the same of those to sshd
+    touched: dict[str, int]  # terminals and the mark: when each was last used
+    working: bool = False  # a command of cluster.py is at work
+
+
+def read_connections(text: str, port: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
+    servers, logins = {}, {}
+    for line in text.splitlines():
+        _, _, own, peer, *rest = line.split()
+        # ss leaves out what is 0.
+        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
+        if own.endswith(f":{port}"):
+            servers[peer] = moved
+        elif '"sshd' in line:
+            logins[peer] = moved
+    return servers, logins
+
+
+def is_below_sshd(process: str) -> bool:
+    """Tell whether a process belongs to an SSH connection that still stands."""
+    while process not in ("0", "1"):
+        # "PID (NAME) STATE PARENT …", and NAME may hold anything
+        name, _, rest = read_file(f"/proc/{process}/stat").partition("(")[2].rpartition(")")
+        if name.startswith("sshd"):
+            return True
+        process = (rest.split() or ["", "0"])[1]
+    return False
+
+
+def is_held(path: str) -> bool:
+    """Tell whether a command that somebody waits for holds PATH open."""
+    import glob
+
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == path and is_below_sshd(link.split("/")[2]):
+                return True
+    return False
+
+
+def run_quietly(*words: str) -> str:
+    """Run a program of the system's; return its output, "" where it fails or hangs."""
+    import subprocess
+
+    try:
+        return subprocess.run(words, stdout=subprocess.PIPE, timeout=30, check=False).stdout.decode("utf-8", "replace")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def take_look(own_connections: int) -> Look:
+    """Look at this node."""
+    import glob
+
+    cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
+    names, values = (line.split() for line in read_file("/proc/net/snmp").splitlines() if line.startswith("Tcp:"))
+    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
+    touched = {}
+    for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
+        with contextlib.suppress(OSError):
+            about = os.stat(path)
+            touched[path] = about.st_mtime_ns if path == MARK_PATH else about.st_atime_ns
+    return Look(
+        time.monotonic(),
+        int(cpu) / 1e9 if cpu.isdigit() else 0.0,
+        int(values[names.index("PassiveOpens")]) - own_connections,
+        servers,
+        logins,
+        touched,
+        is_held(MARK_PATH),
+    )
+
+
+class Connection(NamedTuple):
+    """A connection to mtssrv."""
+
+    since: float
+    moved: float  # when it last moved bytes
+    total: int  # of those
+
+
+class Memory(NamedTuple):
+    """What the guard keeps from look to look, and in /run over its own restarts."""
+
+    at: float  # the last look
+    base: Look  # against which use is judged
+    used: float  # when the node was last used, and
+    how: str  # by what
+    quiet: float  # since when nobody has connected to mtssrv
+    left: float  # when a client was last there
+    opened: int
+    connections: dict[str, Connection]
+
+
+def find_clients(memory: Memory) -> dict[str, Connection]:
+    """Return the clients: connections to mtssrv that two looks have seen; a probe's is short."""
+    return {peer: one for peer, one in memory.connections.items() if memory.at - one.since >= CLIENT_LOOK}
+
+
+def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int) -> str:
+    """Say by what a node was used between two looks; "" if by nothing that counts."""
+    if look.computed - base.computed > BUSY_CORES * (look.at - base.at):
+        return "mtssrv computed"
+    if look.working:
+        return "a command of cluster.py is at work"
+    if any(base.touched.get(path) != when for path, when in look.touched.items()):
+        return "a terminal had input, or start or extend asked for it"
+    if any(one.moved > base.at for one in clients):
+        return "a client moved bytes"
+    most = LOGIN_BYTES + LINK_BYTES * workers
+    if any(count - base.logins.get(peer, 0) > most for peer, count in look.logins.items()):
+        return "an SSH connection moved data"
+    return ""
+
+
+def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
+    """Carry MEMORY on with one more LOOK."""
+    if not memory:
+        memory = Memory(look.at, look, look.at, "the node booted", look.at, look.at, look.opened, {})
+    seen = {}
+    for peer, count in look.servers.items():
+        old = memory.connections.get(peer)
+        if not old or count < old.total:
+            old = Connection(look.at, look.at, count)
+        seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
+    quiet = look.at if seen or look.opened > memory.opened else memory.quiet
+    memory = memory._replace(at=look.at, quiet=quiet, opened=look.opened, connections=seen)
+    clients = find_clients(memory)
+    if clients:
+        memory = memory._replace(left=look.at)
+    if look.at - memory.base.at >= USE_LOOK:
+        how = find_use(memory.base, look, clients.values(), workers)
+        memory = memory._replace(base=look)
+        memory = memory._replace(used=look.at, how=how) if how else memory
+    return memory
+
+
+def judge_idleness(memory: Memory, role: str, limit: float) -> str:
+    """Return "end", "" to stay, or "ask" of a worker: whether its head still answers. LIMIT: seconds, 0 for none.
+
+    Use is known only up to the last look over which it was judged.
+    """
+    idle = memory.at - memory.used
+    if not limit or idle < limit or memory.at != memory.base.at:
+        return ""
+    if role == "worker":
+        return "ask"
+    if role == "head" and find_clients(memory):
+        return "end" if idle >= max(limit, CLIENT_SILENCE) else ""
+    return "end" if role != "head" or memory.at - memory.left >= limit else ""
+
+
+def restore_memory(text: str) -> Memory | None:
+    """Return what an earlier guard of this boot knew; None where there is nothing of use."""
+    try:
+        kept = json.loads(text)
+        kept["base"] = Look(*kept["base"])
+        kept["connections"] = {peer: Connection(*one) for peer, one in kept["connections"].items()}
+        return Memory(**kept)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def report(memory: Memory, limit: float) -> dict[str, Any]:
+    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
+    clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
+    return {"idle": memory.at - memory.used, "used": memory.how, "limit": limit, "clients": clients}
+
+
+def restart_head(why: str) -> None:
+    """Restart the head's server; its filter then links all workers that answer."""
+    say(f"restarts the head {why}")
+    run_quietly("systemctl", "restart", "mtssrv.service")
+
+
+def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, int]:
+    """Shake hands with all servers once, and restart the head where that helps; return the connections to it, too."""
+    own, workers = plan["own"], plan["workers"]
+    answers = ask_all({own: MOST_CORES} | workers, plan["version"])
+    for one in workers:
+        if answers[one].alive and answers[one].problem and one not in links.named:
+            say(f"does not link {one}: it {answers[one].problem}")
+    linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
+    links = renew_links(links, time.monotonic(), own, linked, answers)
+    if silent := find_silent(links, time.monotonic()):
+        restart_head(f"since these are silent: {' '.join(silent)}")
+        links = links._replace(heard={})
+    elif joining := find_joining(links, time.monotonic(), quiet):
+        restart_head(f"to link {' '.join(joining)}")
+        links = links._replace(answering={})
+    return links, answers[own].connections
+
+
+def guard_node(arguments: list[str]) -> None:
+    """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
+    if arguments == ["filter"]:
+        return filter_workers()
+    plan = read_plan()
+    role, workers = plan.get("role", "none"), plan.get("workers", {})
+    limit = 60 * float(read_file(IDLE_PATH) or 0)
+    links, own_connections, refused = Links(), 0, 0
+    say(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    with open(MARK_PATH, "a"):
+        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
+    while True:
+        if role == "head":
+            links, more = keep_serving(plan, links, memory.quiet)
+            own_connections += more
+        if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
+            memory = remember(memory, take_look(own_connections), len(workers))
+            write_file(MEMORY_PATH, json.dumps(memory._asdict()))
+            write_file(STATE_PATH, json.dumps(report(memory, limit)))
+            verdict = judge_idleness(memory, role, limit)
+            if verdict == "ask":
+                refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
+                if refused:
+                    say(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+            else:
+                refused = 0
+            if verdict == "end" or refused >= HEAD_ASKED:
+                say(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
+                run_quietly("systemctl", "poweroff")
+        time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
+
+
+GUARD_UNIT = """\
+[Unit]
+Description=Mitsuba cluster: keeps the head serving, links nodes that come back, ends idle nodes
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart=/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py
+Restart=always
+RestartSec=1
+RuntimeDirectory=mitsuba-cluster
+RuntimeDirectoryPreserve=yes
+NoNewPrivileges=yes
+ProtectHome=yes
+ProtectSystem=strict
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# $1 the guard as base64 of gzip, $2 its unit, $3 minutes that a node may be idle. At every boot: later ones keep what
+# start has put in its place.
+GUARD_BOOT = r"""
+set -eu
+library=/usr/local/lib/mitsuba-cluster
+if [ ! -e $library/guard.py ]; then
+  mkdir -p $library /etc/mitsuba-cluster
+  printf %s "$1" | base64 -d | gzip -d > $library/guard.py
+  printf '%s\n' "$2" > /etc/systemd/system/mitsuba-guard.service
+  echo "$3" > /etc/mitsuba-cluster/idle-minutes
+  systemctl daemon-reload
+  systemctl enable --quiet mitsuba-guard.service
+fi
+systemctl start --no-block mitsuba-guard.service
+"""
+
+
+def guard_program() -> str:
+    """Return the guard as a program of its own."""
+    names = (
+        "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
+        "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
+        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
+    )
+    parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
+    parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
+    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, take_look, Connection, Memory]
+    parts += [find_clients, find_use, remember, judge_idleness, restore_memory, report, restart_head, keep_serving]
+    return node_program(names, *parts, guard_node)
+
+
+def guard_at_boot(minutes: float) -> list[str]:
+    """Return the command line that installs the guard at a node's first boot."""
+    import base64
+    import gzip
+
+    program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
+    return ["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]
+
+
 # --- createNodes -------------------------------------------------------------
 # Plan, access, launch, wait. Touches EC2, makes the user's key, and waits on the nodes for their boot.
 
-# "ebs-gp2" for 22.04; see https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
-UBUNTU_PARAMETER = "/aws/service/canonical/ubuntu/server/22.04/stable/current/amd64/hvm/ebs-gp2/ami-id"
-UBUNTU_NAME = "ubuntu/images/hvm-ssd/ubuntu-jammy-22.04-amd64-server-*"
+# Release -> what the names of its images have for it and for their kind of disk; the gp3 images are younger than 22.04.
+# https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
+UBUNTU = {"22.04": ("jammy", "gp2"), "24.04": ("noble", "gp3"), "26.04": ("resolute", "gp3")}
 CANONICAL = "099720109477"
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
-PRICE_LIMIT = 5  # the look-up of a price
+PRICE_LIMIT = 5  # the look-up of a price, or of a quota
+SURPLUS_PRICE = 0.05  # $ a vCPU-hour above the baseline of T3 and T3a (https://aws.amazon.com/ec2/pricing/on-demand/)
+
+# What a type begins with -> its quota of vCPUs, on demand and spot; "" is all others: A, C, D, H, I, M, R, T, Z.
+# https://docs.aws.amazon.com/ec2/latest/instancetypes/ec2-instance-quotas.html
+QUOTAS = {
+    "dl": ("L-6E869C2A", "L-85EED4F7"),
+    "f": ("L-74FC7D96", "L-88CF9481"),
+    "g": ("L-DB2E81BA", "L-3819A6DF"),
+    "hpc": ("L-F7808C92", ""),
+    "inf": ("L-1945791B", "L-B5D1601B"),
+    "p": ("L-417A185B", "L-7212CCBC"),
+    "trn": ("L-2C3B7624", "L-6B0D517C"),
+    "vt": ("L-DB2E81BA", "L-3819A6DF"),
+    "x": ("L-7295265B", "L-E3A00192"),
+    "": ("L-1216C47A", "L-34B43A08"),
+}
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 CLOUD_INIT_LIMIT = 600
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
+
+GONE = (404, 410)  # HTTP's codes for what does not exist
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
@@ -2292,6 +3100,7 @@ class InstanceType(NamedTuple):
     virtualization: tuple[str, ...]
     cores: int
     encrypts: bool
+    burstable: bool
 
 
 class Image(NamedTuple):
@@ -2303,6 +3112,7 @@ class Image(NamedTuple):
     virtualization: str
     root_device: str
     root_gb: int
+    name: str
 
 
 class LaunchRequest(NamedTuple):
@@ -2314,6 +3124,7 @@ class LaunchRequest(NamedTuple):
     spot: bool = False
     max_price: float | None = None
     max_hours: float | None = None
+    without_mitsuba: bool = False
     others: bool = False  # even into somebody else's group
 
 
@@ -2323,22 +3134,36 @@ class Subnet(NamedTuple):
     zone: str
     id: str
     vpc: str
-    public: bool  # its nodes get public addresses
+    gives_addresses: bool  # public ones, unasked
     price: float | None = None  # $ an hour of a node there
+
+
+class Plan(NamedTuple):
+    """All that is known before a launch."""
+
+    request: LaunchRequest
+    type: InstanceType
+    image: Image
+    subnets: list[Subnet]  # in the order in which they are tried
+    cidr: str  # who may connect
+    present: int  # nodes that the group has already
+    on_demand: float | None  # $ an hour; None: not known, or not needed
+    spot: dict[str, float]  # zone -> $ an hour
+    package: str  # where Mitsuba comes from; "" where that is not known
+    hours: float  # after which the nodes end themselves; 0: never
+    quota: str | None  # of vCPUs; None: not asked for
 
 
 class Launch(NamedTuple):
     """All that RunInstances needs."""
 
-    order: LaunchRequest
-    machine: InstanceType
-    image: Image
-    subnets: list[Subnet]  # in the order in which they are tried
+    plan: Plan
     key_name: str
     security_group: str
     user_data: str
     tags: dict[str, str]
     disk_gb: int
+    private: bool  # no public addresses
 
 
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
@@ -2425,49 +3250,54 @@ def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
         virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
         cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
         encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
+        burstable=raw.get("BurstablePerformanceSupported", False),
     )
 
 
 def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
-    """Return the subnets in which MACHINE can be launched, by zone."""
+    """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
     kind = [{"Name": "instance-type", "Values": [machine]}]
-    subnets, offerings = side_by_side(
+    found, offerings = side_by_side(
         lambda: ec2.describe_subnets(**wanted)["Subnets"],
         lambda: ec2.describe_instance_type_offerings(LocationType="availability-zone", Filters=kind),
     )
-    if not subnets:
+    if not found:
         raise ClusterError(
             f"{ec2.meta.region_name} has no default VPC: make one with `aws ec2 create-default-vpc`, or set SUBNET_ID"
         )
     zones = {offer["Location"] for offer in offerings["InstanceTypeOfferings"]}
-    places = [
-        Subnet(one["AvailabilityZone"], one["SubnetId"], one["VpcId"], one["MapPublicIpOnLaunch"]) for one in subnets
+    subnets = [
+        Subnet(raw["AvailabilityZone"], raw["SubnetId"], raw["VpcId"], raw.get("MapPublicIpOnLaunch", False))
+        for raw in found
     ]
-    fit = sorted(place for place in places if place.zone in zones)
+    fit = sorted(subnet for subnet in subnets if subnet.zone in zones)
     if not fit:
-        here = f"in {places[0].zone}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
+        here = f"in {subnets[0].zone}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
         there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
         raise ClusterError(f"{machine} is not offered {here}{there}")
     return fit
 
 
-def fetch_ubuntu(ec2: Client, ssm: Client) -> str:
-    """Return the id of Ubuntu's newest image: by Canonical's SSM parameter, else from EC2's list."""
+def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
+    """Return the id of the newest image of Ubuntu's RELEASE: by Canonical's SSM parameter, else from EC2's list."""
+    code_name, disk = UBUNTU[release]
+    parameter = f"/aws/service/canonical/ubuntu/server/{release}/stable/current/amd64/hvm/ebs-{disk}/ami-id"
     with excused("Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
-        return str(ssm.get_parameter(Name=UBUNTU_PARAMETER)["Parameter"]["Value"])
-    named = [{"Name": "name", "Values": [UBUNTU_NAME]}]
+        return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
+    folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
+    named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
     images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
     if not images:
-        raise ClusterError(f"no Ubuntu image was found in {ec2.meta.region_name}; name one in AMI_IDS")
+        raise ClusterError(f"no image of Ubuntu {release} was found in {ec2.meta.region_name}; name one in AMI_IDS")
     return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
 
 
 def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
     """Return the image for the region: of AMI_IDS, else Ubuntu's."""
-    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm)
+    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm, settings.UBUNTU_RELEASE)
     found = []
     with tolerate("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"):
         found = ec2.describe_images(ImageIds=[chosen])["Images"]
@@ -2483,6 +3313,7 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
         virtualization=raw.get("VirtualizationType", "hvm"),
         root_device=root,
         root_gb=disks.get(root, {}).get("VolumeSize", 0),
+        name=printable(raw.get("Name", "")),
     )
 
 
@@ -2543,29 +3374,44 @@ def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str
     return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
-def fetch_prices(ec2: Client, settings: Settings, order: LaunchRequest) -> dict[str, float]:
-    """Return the present $ an hour of one of the ORDER's nodes by zone ("": in all); {} where it can't be had."""
-    if not order.spot:
-        price = fetch_on_demand_price(settings, order.type)
-        return {} if price is None else {"": price}
-    with excused("the price is unknown"):
-        history = fetch_spot_history(ec2, order.type, 1)
-        return {zone: prices[-1][1] for zone, prices in history.items()}
+def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
+    """Return zone -> present $ an hour of a spot node, cheapest first; {} where that can't be had."""
+    with excused("spot prices are unknown"):
+        now = {zone: prices[-1][1] for zone, prices in fetch_spot_history(ec2, machine, 1).items()}
+        return dict(sorted(now.items(), key=lambda item: item[1]))
     return {}
 
 
 def by_price(subnets: Sequence[Subnet], prices: dict[str, float]) -> list[Subnet]:
-    """Return SUBNETS with their prices, the cheapest first, those of unknown price last."""
+    """Return SUBNETS with their prices ("": that of all zones), the cheapest first, those of unknown price last."""
     priced = [one._replace(price=prices.get(one.zone, prices.get(""))) for one in subnets]
     return sorted(priced, key=lambda one: (one.price is None, one.price or 0.0, one.zone))
+
+
+def quota_code(machine: str, spot: bool) -> str:
+    """Return Service Quotas' code for the vCPUs of an instance type; "" where there is none."""
+    letters = re.sub("[^a-z].*", "", machine)
+    return next(codes for prefix, codes in QUOTAS.items() if letters.startswith(prefix))[spot]
+
+
+def fetch_quota(settings: Settings, machine: str, spot: bool) -> str:
+    """Return the account's quota of vCPUs in words; "" where it can't be had in a moment."""
+    quick: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 3, "retries": {"total_max_attempts": 1}}
+    with tolerate():
+        quotas = open_client(settings, "service-quotas", **quick)
+        quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(machine, spot))["Quota"]
+        return f"{quota['Value']:g} ({printable(quota['QuotaName'])})"
+    return ""
 
 
 def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
     """Return what COUNT nodes cost, as createNodes says it before the launch."""
     if price is None:
         return f"{count} × {machine}: the price could not be looked up"
-    addresses = f", and {format_money(count * PUBLIC_ADDRESS_PRICE)} for public addresses" if public else ""
-    return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
+    addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
+    more = f", and {format_money(addresses)} for public addresses" if public else ""
+    day = format_money(24 * (count * price + addresses))
+    return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
 
 
 def to_request(address: str, method: str = "GET") -> urllib.request.Request:
@@ -2597,9 +3443,10 @@ def package_risks(settings: Settings, package: Package) -> list[str]:
 
 
 def index_has(apt_line: str, package: str) -> bool:
-    """Tell whether an apt repository offers PACKAGE for amd64; OSError where it has no index."""
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
     import gzip
     import lzma
+    import urllib.error
     import urllib.request
 
     found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
@@ -2610,57 +3457,119 @@ def index_has(apt_line: str, package: str) -> bool:
     if suite.endswith("/"):
         folders = [f"{base}/{suite}".rstrip("/")]
     wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    trouble: OSError | None = None
+    indexes: dict[str, Callable[[bytes], bytes]]
+    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
+    missing: urllib.error.HTTPError | None = None
     for folder in folders:
-        for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
+        for name, unpack in indexes.items():
             try:
                 with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
                     if wanted.search(unpack(answer.read())):
                         return True
-                trouble = None
+                missing = None
                 break
-            except OSError as error:
-                trouble = error
-    if trouble:
-        raise trouble
+            except urllib.error.HTTPError as error:
+                if error.code not in GONE:
+                    raise
+                missing = error
+    if missing:
+        raise missing
     return False
 
 
-def look_for_package(settings: Settings) -> None:
-    """Say what `install` will install, and warn if it would not find it: better known before the meter runs."""
+def check_package(settings: Settings, without: bool) -> str:
+    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
+    import lzma
     import urllib.error
     import urllib.request
 
-    package = plan_package(settings)
-    note(f"To be installed: {package.title}")
-    for risk in package_risks(settings, package):
-        warn(risk)
-    advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
+    title, doubt, proved = "", "", True
     try:
+        package = plan_package(settings)
+        title = package.title
+        for risk in package_risks(settings, package):
+            warn(risk)
         if "://" in package.source:
             urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
         elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            warn(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        what = package.source if "://" in package.source else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
-        warn(f"{what} can't be read ({error}); {advice}")
+            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
+    except ClusterError as error:
+        doubt = error.message
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        doubt = f"{title} can't be read ({error})"
+    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
+    if doubt and proved and not without:
+        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
+    if doubt:
+        warn(f"{doubt} before you run install" if title else doubt)
+    return title
 
 
-def announce(app: App, order: LaunchRequest, before: Sequence[Node], price: float | None, hours: float) -> None:
-    """Say what will be launched, what it costs, and what stands in the way of the next step."""
-    if order.max_price is not None and price is not None and order.max_price < price:
+def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
+    """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
+    settings, ec2 = app.settings, app.ec2
+    ssm = open_client(settings, "ssm")
+    machine, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
+        lambda: fetch_instance_type(ec2, request.type),
+        lambda: fetch_image(ec2, ssm, settings),
+        lambda: fetch_subnets(ec2, settings, request.type),
+        lambda: fetch_client_cidr(settings),
+        lambda: fetch_nodes(ec2, request.group),
+        lambda: fetch_on_demand_price(settings, request.type) if dry_run or not request.spot else None,
+        lambda: fetch_spot_prices(ec2, request.type) if dry_run or request.spot else {},
+        lambda: check_package(settings, request.without_mitsuba),
+        lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
+    )
+    app.check_owner(request.group, before, request.others)
+    check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
+    subnets = by_price(subnets, spot if request.spot else {} if on_demand is None else {"": on_demand})
+    lowest = subnets[0].price
+    if request.max_price is not None and lowest is not None and request.max_price < lowest:
         raise ClusterError(
-            f"the spot price of {order.type} is {format_money(price)} an hour now, above your maximum of "
-            f"{format_money(order.max_price)}; see {command('spotPrices', order.type)}"
+            f"the spot price of {request.type} is {format_money(lowest)} an hour now, above your maximum of "
+            f"{format_money(request.max_price)}; see {command('spotPrices', request.type)}"
         )
     present = sum(node.state in ("pending", "running") for node in before)
-    if present:
-        note(f"{app.where(order.group)} has {format_count(present, 'node')} already; {order.number} more are added")
-    note(format_price(order.type, order.number, price))
-    if hours:
-        note(f"Each ends itself after {hours:g} hours.")
+    hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
+    return Plan(request, machine, image, subnets, cidr, present, on_demand, spot, package, hours, quota)
+
+
+def describe(app: App, plan: Plan) -> Iterator[str]:
+    """Yield, line by line, what a launch makes and what it costs: createNodes says it, --dry-run says nothing else."""
+    request, settings, cores = plan.request, app.settings, plan.type.cores * plan.request.number
+    if plan.present:
+        group = app.where(request.group)
+        yield f"{group} has {format_count(plan.present, 'node')} already; {request.number} more are added"
+    yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
+    if plan.spot:
+        shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
+        beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
+        yield f"An hour of a spot node, now: {shown}{beside}"
+    if plan.type.burstable and request.type.startswith("t2."):
+        yield f"{request.type} is burstable: after some minutes of full load it falls to a fraction of its speed"
+    elif plan.type.burstable:
+        most = f"up to {format_money(SURPLUS_PRICE * cores)} an hour more for all"
+        yield f"{request.type} is burstable: full load costs a surcharge, {most}; a c type has none"
+    zones = ", ".join(dict.fromkeys(subnet.zone for subnet in plan.subnets))
+    yield f"Image: {plan.image.id} ({plan.image.name})"
+    yield f"Zones, in the order in which they are tried: {zones}"
+    if settings.PRIVATE_NODES:
+        yield (
+            "PRIVATE_NODES: they get no public address, so this machine must reach the private ones (by a VPN), "
+            "and install needs a NAT gateway"
+        )
+    elif not all(subnet.gives_addresses for subnet in plan.subnets):
+        yield f"{settings.SUBNET_ID} gives no public addresses unasked; the nodes ask for one each, to be reached by it"
+    if plan.hours:
+        yield f"Each ends itself after {plan.hours:g} hours."
     else:
-        note(f"They run until {command('terminateAll', order.group)}; --max-hours would end them by themselves.")
+        yield f"They run until {command('terminateAll', request.group)}; --max-hours would end them by themselves."
+    if plan.package:
+        yield f"To be installed: {plan.package}"
+    if plan.quota is not None:
+        quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
+        yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
 
 
 def make_ed25519() -> tuple[str, str]:
@@ -2747,69 +3656,54 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
     return "#cloud-config\n" + json.dumps(config)
 
 
-def prepare(app: App, order: LaunchRequest) -> Launch:
-    """Check everything, say what it will cost, and make what a launch needs; launch nothing."""
-    settings, ec2 = app.settings, app.ec2
-    ssm = open_client(settings, "ssm")
-    machine, image, subnets, cidr, before, prices, _ = side_by_side(
-        lambda: fetch_instance_type(ec2, order.type),
-        lambda: fetch_image(ec2, ssm, settings),
-        lambda: fetch_subnets(ec2, settings, order.type),
-        lambda: fetch_client_cidr(settings),
-        lambda: fetch_nodes(ec2, order.group),
-        lambda: fetch_prices(ec2, settings, order),
-        lambda: look_for_package(settings),
-    )
-    app.check_owner(order.group, before, order.others)
-    check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
-    hours = settings.MAX_HOURS if order.max_hours is None else order.max_hours
-    subnets = by_price(subnets, prices)
-    announce(app, order, before, subnets[0].price, hours)
+def prepare(app: App, plan: Plan) -> Launch:
+    """Make what a launch needs: keys, security group, user data."""
+    settings, ec2, name = app.settings, app.ec2, plan.request.group
     ensure_key_file(settings.key_file)
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
-    group = ensure_security_group(ec2, order.group, subnets[0].vpc)
-    others, foreign = other_rules(group, settings, cidr, identity)
+    group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
+    others, foreign = other_rules(group, settings, plan.cidr, identity)
     if foreign:
         raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
-    warn_of_rules(ec2, [group], settings, cidr, identity)
-    repair_rules(ec2, group, settings, cidr, rule_owner(identity))
+    warn_of_rules(ec2, [group], settings, plan.cidr, identity)
+    repair_rules(ec2, group, settings, plan.cidr, rule_owner(identity))
     private, public = make_ed25519()
-    tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
-    tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
-    user_data = make_user_data(private, public, hours)
-    return Launch(
-        order, machine, image, subnets, settings.KEYPAIR_NAME, group.id, user_data, tags, settings.ROOT_VOLUME_GB
-    )
+    tags = {TAG_GROUP: name, TAG_HOST_KEY: public} | sign_launch(identity, name, public)
+    tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
+    user_data = make_user_data(private, public, plan.hours)
+    disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
+    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed)
 
 
 def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
     """Return RunInstances' parameters; the same for each try of one request, to the byte."""
+    plan, request = launch.plan, launch.plan.request
     price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
     tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
-    kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.order.spot else [])
-    disk = {"VolumeSize": max(launch.disk_gb, launch.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
-    if launch.machine.encrypts:
+    kinds = ["instance", "volume"] + (["spot-instances-request"] if request.spot else [])
+    disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
+    if plan.type.encrypts:
         disk["Encrypted"] = True
+    network = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
     parameters: dict[str, Any] = {
-        "ImageId": launch.image.id,
-        "InstanceType": launch.machine.type,
+        "ImageId": plan.image.id,
+        "InstanceType": plan.type.type,
         "MinCount": 1,
         "MaxCount": count,
         "KeyName": launch.key_name,
-        "SubnetId": subnet.id,
-        "SecurityGroupIds": [launch.security_group],
+        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not launch.private}],
         "UserData": launch.user_data,
         "ClientToken": token,
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
-        "BlockDeviceMappings": [{"DeviceName": launch.image.root_device, "Ebs": disk}],
+        "BlockDeviceMappings": [{"DeviceName": plan.image.root_device, "Ebs": disk}],
         "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
     }
-    if launch.order.spot:
+    if request.spot:
         options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
-        if launch.order.max_price is not None:
-            options["MaxPrice"] = f"{launch.order.max_price:.6f}"
+        if request.max_price is not None:
+            options["MaxPrice"] = f"{request.max_price:.6f}"
         parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
     return parameters
 
@@ -2847,8 +3741,8 @@ def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     nodes: list[Node] = []
-    why, count = "", launch.order.number
-    for subnet in launch.subnets:
+    why, count = "", launch.plan.request.number
+    for subnet in launch.plan.subnets:
         zone = subnet.zone
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
@@ -2867,7 +3761,9 @@ def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
                     raise
                 break
             dear = error_code(error) == "SpotMaxPriceTooLow"
-            what = f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.machine.type} in {zone}"
+            what = (
+                f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.plan.type.type} in {zone}"
+            )
             note(f"{what} ({error_code(error)}); trying the next zone")
     return nodes, why or "no zone had capacity"
 
@@ -2919,14 +3815,13 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
     from botocore.exceptions import BotoCoreError, ClientError
 
     progress = Progress("Answering", len(nodes))
-    public = {subnet.zone: subnet.public for subnet in launch.subnets}
     waiting = {node.id: node for node in nodes}
     begun: dict[str, Future[Outcome[None]]] = {}
     done: dict[str, Outcome[None]] = {}
     start = good = time.monotonic()
     while waiting:
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.order.group) if node.id in waiting}
+            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.plan.request.group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
@@ -2934,7 +3829,7 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
                 raise
         waiting |= seen
         for node in seen.values():
-            address = node.public_ip if public[node.zone] else node.private_ip
+            address = node.private_ip if launch.private else node.public_ip
             if address and node.id not in begun and node.state in ("pending", "running"):
                 begun[node.id] = app.pool.submit(node, boot_step, limit=BOOT_LIMIT, first_boot=True)
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
@@ -2978,25 +3873,40 @@ def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
     return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
 
 
-def create(app: App, order: LaunchRequest) -> None:
-    """Do what createNodes and addSpotNodes have in common."""
-    launch = prepare(app, order)
-    where = app.where(order.group)
-    ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
+def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
+    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
+    from botocore.exceptions import ClientError
+
+    plan = make_plan(app, request, dry_run)
+    for line in describe(app, plan):
+        (result if dry_run else note)(line)
+    if dry_run:
+        return
+    launch = prepare(app, plan)
+    where = app.where(request.group)
+    ways = (
+        f"{command('install', request.group)} goes on with them ({command('createNodes')} would make more), "
+        f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
+    )
     app.left = f"Nodes of {where} may be running and cost money: {ways}."
     started = time.monotonic()
-    nodes, why = launch_nodes(app.ec2, launch)
+    try:
+        nodes, why = launch_nodes(app.ec2, launch)
+    except ClientError as error:
+        if error_code(error) in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
+            note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+        raise
     if not nodes:
-        raise ClusterError(f"EC2 gave no {order.type}: {why}")
-    note(f"{len(nodes)} of {order.number} nodes launched; waiting until each answers")
+        raise ClusterError(f"EC2 gave no {request.type}: {why}")
+    note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
     outcomes = await_nodes(app, launch, nodes)
     result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
-        good = f"{len(outcomes) - len(failed)} of {order.number} nodes"
+        good = f"{len(outcomes) - len(failed)} of {request.number} nodes"
         raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
-    note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', order.group)}")
+    note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
 @cli.command("createNodes")
@@ -3006,10 +3916,12 @@ def create(app: App, order: LaunchRequest) -> None:
 @click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 @hours_option
 @others_option
+@click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
 @click.pass_obj
-def create_nodes(app: App, /, machine: str, count: int, **options: Any) -> None:
+def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
-    create(app, LaunchRequest(machine, count, **options))
+    create(app, LaunchRequest(machine, count, group, **options), dry_run)
 
 
 @cli.command("addSpotNodes")
@@ -3031,6 +3943,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, **options: Any) -> Non
 
 INSTALL_LIMIT = 1800
 PACKED_KEPT = 3  # packed builds in the cache folder
+PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
 # Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
 PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
@@ -3058,7 +3971,7 @@ GRAPHICS_LIBRARIES = frozenset(
 
 # $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
-# repository, or else a file or https address of a .deb, .tar.gz or shell script.
+# repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
@@ -3099,7 +4012,10 @@ fetch() {
       step downloading
       printf 'url = "%s"\n' "$package" | curl -fsSL --proto =https --retry 5 -o "$1" --config -
       ;;
-    *) install -m 644 "$package" "$1" && rm -f "$package" ;;
+    *)
+      install -m 644 "$package" "$1"
+      find "${package%/*}" -maxdepth 1 -type f ! -name "${package##*/}" -delete # older ones; this one is passed on
+      ;;
   esac
   if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
 }
@@ -3209,7 +4125,8 @@ mount_instance_store() {
     mkfs.ext4 -q -E nodiscard "$disk"
     mkdir -p "$data"
     mount "$disk" "$data"
-    echo "$disk $data ext4 defaults,nofail 0 2" >> /etc/fstab
+    # By UUID: the names of NVMe disks change between boots.
+    echo "UUID=$(blkid --match-tag UUID --output value "$disk") $data ext4 defaults,nofail 0 2" >> /etc/fstab
     return 0
   done
 }
@@ -3416,7 +4333,7 @@ def pack_build(folder: Path, settings: Settings) -> Package:
     files = list_build(folder)
     libraries, versions = find_libraries(folder, files)
     if settings.AWS_REGION not in settings.AMI_IDS:  # an image of the user's own is asked on the node
-        check_glibc(folder, versions, "22.04")
+        check_glibc(folder, versions, settings.UBUNTU_RELEASE)
     count = len(files)
     files |= {f"lib/{name}": path for name, path in sorted(libraries.items())}
     content = json.dumps(
@@ -3454,16 +4371,16 @@ def plan_package(settings: Settings) -> Package:
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
 
 
-def upload_package(package: Package, remote: Remote) -> str:
-    """Send a package file to a node; return where it lies there."""
-    name = re.sub(r"[^A-Za-z0-9._+~-]", "_", Path(package.source).name)
-    target = f".mitsuba-{package.sha256[:16]}-{name}"  # in the user's home
-    with Path(package.source).open("rb") as file:
-        blocks = iter(lambda: file.read(MIB), b"")
-        return remote.check(f"cat > {target} && readlink -f {target}", limit=INSTALL_LIMIT, stdin=blocks).strip()
+def make_spread(package: Package, nodes: int) -> Spread | None:
+    """Return what brings a package file to the nodes, into a folder in the user's home; None where it is elsewhere."""
+    if not package.is_file:
+        return None
+    path = Path(package.source)
+    name = f"{PACKAGE_FOLDER}/{package.sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
+    return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def install_step(settings: Settings, package: Package, logs: Path, remote: Remote) -> str:
+def install_step(settings: Settings, package: Package, spread: Spread | None, logs: Path, remote: Remote) -> str:
     """Install Mitsuba on one node; return its version."""
     import hashlib
 
@@ -3477,7 +4394,9 @@ def install_step(settings: Settings, package: Package, logs: Path, remote: Remot
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
-            source = upload_package(package, remote) if package.is_file else package.source
+            if spread:
+                spread.bring(lambda moved: None, remote)
+            source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
             code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
@@ -3499,7 +4418,11 @@ def install(app: App, group: str) -> None:
     note(f"Installing {package.title}")
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, package, logs), progress)
+    spread = make_spread(package, len(nodes))
+    step = functools.partial(install_step, app.settings, package, spread, logs)
+    outcomes = app.pool.each(nodes, step, progress)
+    if spread:
+        spread.sessions.close()
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -3510,8 +4433,10 @@ def install(app: App, group: str) -> None:
 
 SERVER_LIMIT = 40  # seconds from starting a server to its handshake
 LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
-HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
-MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
+HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
+
+
+NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 
 def plan_head(nodes: Sequence[Node]) -> Node:
@@ -3524,31 +4449,30 @@ def plan_head_cores(own: int) -> int:
     return max(1, own - 2)
 
 
-# $1 role, $2 the server's unit, $3 the watchdog's unit, $4 the guard program, $5 the workers'
-# addresses, one a line. On a worker, $3 to $5 are empty.
-START_SERVER = """
+# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 its plan.
+START_SERVER = r"""
 set -euo pipefail
-role=$1 server=$2 watchdog=$3 guard=$4 workers=$5
+role=$1 server=$2 guard=$3 program=$4 plan=$5
 command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
-units=/etc/systemd/system
-mkdir -p /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
-systemctl disable --quiet --now mtssrv-watchdog.service 2> /dev/null || true
-printf '%s\\n' "$server" > $units/mtssrv.service
-printf '%s\\n' "$workers" > /etc/mitsuba-cluster/workers
-printf '%s\\n' "$guard" > /usr/local/lib/mitsuba-cluster/guard.py
-if [ "$role" = head ]; then printf '%s\\n' "$watchdog" > $units/mtssrv-watchdog.service; fi
+units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster
+mkdir -p /etc/mitsuba-cluster $library /run/mitsuba-cluster
+printf '%s\n' "$plan" > /etc/mitsuba-cluster/plan.json
+printf '%s\n' "$program" > $library/guard.py
+printf '%s\n' "$guard" > $units/mitsuba-guard.service
+touch /run/mitsuba-cluster/in-use
+if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
 systemctl daemon-reload
-systemctl enable --quiet mtssrv.service
-systemctl restart mtssrv.service
-if [ "$role" = head ]; then systemctl enable --quiet --now mtssrv-watchdog.service; fi
+systemctl enable --quiet mtssrv.service mitsuba-guard.service
+if [ -n "$server" ]; then systemctl restart mtssrv.service; fi
+systemctl restart mitsuba-guard.service
 echo "$role" > /etc/mitsuba-cluster/role
 """
 
 # What the server said last, for an error message.
 SERVER_LOG = "journalctl --no-pager --quiet --output cat --lines 20 --unit mtssrv.service"
 
-# $1 role, $2 data directory, $3 mtssrv's arguments. No network guard of systemd's own is relied
-# on but for the metadata address; what may connect is the security group's business.
+# No network guard of systemd's own is relied on but for the metadata address; what may connect is the security
+# group's business.
 SERVER_UNIT = """\
 [Unit]
 Description=Mitsuba render server ({role})
@@ -3562,7 +4486,6 @@ User=mitsuba
 Group=mitsuba
 UMask=0002
 WorkingDirectory={data}
-RuntimeDirectory=mtssrv
 {before}ExecStart=/usr/bin/env mtssrv {arguments}
 Restart=always
 RestartSec=1
@@ -3584,179 +4507,15 @@ IPAddressDeny=169.254.169.254 fd00:ec2::254
 WantedBy=multi-user.target
 """
 
-WATCHDOG_UNIT = """\
-[Unit]
-Description=Restarts Mitsuba's head when it or one of its workers falls silent
-After=mtssrv.service
 
-[Service]
-ExecStart={watch}
-Restart=always
-RestartSec=1
-
-[Install]
-WantedBy=multi-user.target
-"""
-
-HELLO = b"\x1b\xcd"
-QUIT = b"\x00\x0c"
-FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
-NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
-WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many more as there are
-WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
-WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
-GUARD_TIMEOUT = 2.0  # seconds for one handshake
-
-
-class AnotherBuild(Exception):
-    """The server is a Mitsuba of another version or flavour."""
-
-
-def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
-    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
-    data = b""
-    while len(data) < size:
-        stream.settimeout(max(0.001, deadline - time.monotonic()))
-        part = stream.recv(size - len(data))
-        if not part:
-            raise EOFError("the server closed the connection")
-        data += part
-    return data
-
-
-def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
-    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
-
-    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to
-    the last byte: a connection that is reset before the server has accepted it can end the
-    server, and its head with it; so nothing is closed here with unread bytes but in a session
-    of a server that talks on and on.
-    """
-    stream.settimeout(max(0.001, deadline - time.monotonic()))
-    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive_exactly(stream, 2, deadline)
-    if answer == b"\x00\x0d":
-        raise AnotherBuild(version)
-    if answer != HELLO:
-        raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-    name = b""
-    while not name.endswith(b"\0"):
-        if len(name) > NAME_BYTES:
-            raise ValueError("its node's name does not end")
-        name += receive_exactly(stream, 1, deadline)
-    try:
-        stream.sendall(QUIT)
-        stream.shutdown(socket.SHUT_WR)
-        receive_exactly(stream, NAME_BYTES, deadline)
-    except (OSError, EOFError):
-        pass
-    return cores, name[:-1].decode("utf-8", "replace")
-
-
-def handshake(
-    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
-) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
-    deadline = time.monotonic() + limit
-    for samples, double in FLAVOURS:
-        try:
-            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
-                return shake_hands(stream, version, samples, double, deadline)
-        except AnotherBuild:
-            pass
-    raise AnotherBuild(version)
-
-
-def answers(address: str, version: str) -> bool | None:
-    """Tell whether the server at ADDRESS shakes hands; None: it is another build, but alive."""
-    try:
-        handshake(lambda limit: socket.create_connection((address, SERVER_PORT), limit), version, GUARD_TIMEOUT)
-    except AnotherBuild:
-        return None
-    except (OSError, EOFError, ValueError):
-        return False
-    return True
-
-
-def ask_all(addresses: Sequence[str], version: str) -> dict[str, bool | None]:
-    """Ask many servers at once."""
-    found: dict[str, bool | None] = {}
-    threads = [
-        threading.Thread(target=lambda one: found.update({one: answers(one, version)}), args=(one,), daemon=True)
-        for one in addresses
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def read_words(path: str) -> list[str]:
-    """Return the words of a file; none where it is missing."""
-    try:
-        with open(path) as file:
-            return file.read().split()
-    except OSError:
-        return []
-
-
-def filter_workers(version: str, wanted: str, linked: str) -> None:
-    """Before each start of the head: write to LINKED those workers of WANTED that answer."""
-    workers = read_words(wanted)
-    found = ask_all(workers, version)
-    with open(linked, "w") as file:
-        file.write("".join(f"{worker}\n" for worker in workers if found[worker]))
-
-
-def watch_servers(version: str, own: str, linked: str) -> None:
-    """Restart the head once it, or a worker that it is linked to, is silent for too long."""
-    import subprocess
-
-    heard: dict[str, float] = {}
-    while True:
-        addresses = [own, *read_words(linked)]
-        found = ask_all(addresses, version)
-        now = time.monotonic()
-        heard = {one: now if found[one] is not False else heard.get(one, now) for one in addresses}
-        silent = [one for one, last in heard.items() if now - last > WATCH_SILENCE]
-        if silent:
-            print("silent, so the head is restarted:", *silent, flush=True)
-            subprocess.run(["systemctl", "restart", "mtssrv.service"], check=False)
-            heard = {}
-        time.sleep(WATCH_PAUSE + len(addresses) / WATCH_RATE)
-
-
-def guard(arguments: list[str]) -> None:
-    """Run as a program on the head: filter VERSION WANTED LINKED, or watch VERSION OWN LINKED."""
-    what, version, first, second = arguments
-    (filter_workers if what == "filter" else watch_servers)(version, first, second)
-
-
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
-GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
-WORKERS_PATH = "/etc/mitsuba-cluster/workers"
-LINKED_PATH = "/run/mtssrv/linked"
-
-
-def guard_program() -> str:
-    """Return the guard as a program of its own."""
-    parts = (AnotherBuild, receive_exactly, shake_hands, handshake, answers, ask_all, read_words)
-    return node_program(GUARD_VALUES, *parts, filter_workers, watch_servers, guard)
-
-
-def server_units(node: Node, role: str, facts: Facts, data: str) -> tuple[str, str]:
-    """Return the texts of mtssrv.service and of its watchdog's unit (a worker has none)."""
-    arguments = f"-i {node.private_ip} -l {SERVER_PORT}"
-    if role == "worker":
-        return SERVER_UNIT.format(role=role, data=data, before="", arguments=arguments), ""
-    python = f"/usr/bin/python3 {GUARD_PATH}"
-    before = f"ExecStartPre={python} filter {facts.version} {WORKERS_PATH} {LINKED_PATH}\n"
-    arguments += f" -p {plan_head_cores(facts.cores)} -s {LINKED_PATH}"
-    watch = f"{python} watch {facts.version} {node.private_ip} {LINKED_PATH}"
-    unit = SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
-    return unit, WATCHDOG_UNIT.format(watch=watch)
+def server_unit(role: str, address: str, cores: int, data: str) -> str:
+    """Return the text of mtssrv.service; CORES are the node's own."""
+    arguments, before = f"-i {address} -l {SERVER_PORT}", ""
+    if role == "head":
+        # As root, so that nothing of the renderer's can stand in the place of what it writes.
+        before = "ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter\n"
+        arguments += f" -p {plan_head_cores(cores)} -s {LINKED_PATH}"
+    return SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
 
 
 def local_mitsuba() -> str:
@@ -3774,12 +4533,28 @@ def local_mitsuba() -> str:
     return ""
 
 
+class StartPlan(NamedTuple):
+    """What start wants of every node."""
+
+    head: Node
+    data: str  # directory
+    cores: dict[str, int]  # of an instance type
+    guard: str  # the program
+    client: str = ""  # the head has one, whom no restart may end
+    linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
+
+    def most_cores(self, node: Node) -> int:
+        """Return how many cores a node's server may announce."""
+        return self.cores.get(node.type) or MOST_CORES
+
+
 class Served(NamedTuple):
     """What a node's server offers after start."""
 
     facts: Facts
     cores: int
-    news: str  # what was done
+    action: str
+    waiting: str = ""  # what start has left to the guard, and why
 
 
 @contextlib.contextmanager
@@ -3829,7 +4604,7 @@ def await_server(remote: Remote, version: str, cores: int | None = None, workers
 def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
     """Tell the user what to type into Mitsuba; the head's name comes last."""
     version, local = served.facts.version, local_mitsuba()
-    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.news}")
+    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
     if local and local != version:
         note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
     if app.settings.PUBLIC_SERVER_PORT:
@@ -3849,79 +4624,144 @@ def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
 
 
-def start_server(remote: Remote, role: str, facts: Facts, data: str, workers: Sequence[str]) -> None:
-    """Write a node's units and (re)start its server."""
-    server, watchdog = server_units(remote.node, role, facts, data)
-    program = guard_program() if role == "head" else ""
-    remote.check(root_command("start-server", START_SERVER, role, server, watchdog, program, "\n".join(workers)))
+def describe_client(facts: Facts) -> str:
+    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last; "" where there is none."""
+    silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
+    if not silences:
+        return ""
+    address = min(silences, key=lambda one: silences[one])
+    more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
+    return f"client {address}{more}, silent for {format_duration(silences[address])}"
 
 
-def head_step(data: str, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
-    """Make the head serve with WORKERS, unless it does."""
-    wanted = [outcome.node.private_ip for outcome in workers]
-    strangers = [o.node.name for o in workers if o.value.facts.version != facts.version]
+def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
+    """Return the cores of each of the NODES' instance types, as far as EC2 tells."""
+    with excused("the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
+        types = sorted({node.type for node in nodes})
+        found = side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))
+        return {one.type: one.cores for one in found}
+    return {}
+
+
+def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "") -> None:
+    """Give a node's guard its PLAN, with which its idle time begins anew; with a UNIT (re)start its server, too."""
+    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan)]
+    remote.check(root_command("start-server", START_SERVER, *arguments))
+
+
+def look_step(remote: Remote) -> Facts:
+    """Learn what a node is; NodeError where Mitsuba is missing."""
+    facts = fetch_facts(remote)
+    if not facts.version:
+        raise NodeError(NOT_INSTALLED)
+    return facts
+
+
+def worker_step(start: StartPlan, remote: Remote) -> Served:
+    """Make a worker serve, unless it does."""
+    facts, node, cores = look_step(remote), remote.node, None
+    plan = {"role": "worker", "version": facts.version, "own": node.private_ip, "head": start.head.private_ip}
+    if facts.role == "worker":
+        with contextlib.suppress(NodeError):
+            cores = ask_server(remote, facts.version)
+    action = "started" if cores is None else "serves already"
+    if cores is None:
+        if node.private_ip in start.linked:
+            raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
+        configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
+        cores = await_server(remote, facts.version)
+    else:
+        configure_node(remote, start.guard, plan)
+    if not 0 < cores <= start.most_cores(node):
+        raise NodeError(f"its mtssrv announces {cores} cores, and {node.type} has {start.most_cores(node)}")
+    return Served(facts, cores, action)
+
+
+def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
+    """Make the head serve with WORKERS, unless it does, or a client would lose it."""
+    wanted = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+    strangers = [one.node.name for one in workers if one.value.facts.version != facts.version]
     if strangers:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again"
         )
-    cores = sum(outcome.value.cores for outcome in workers) + plan_head_cores(facts.cores)
+    cores = sum(one.value.cores for one in workers) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
+    own, offered = remote.node.private_ip, None
+    plan = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
     serving = facts.role == "head"
-    if serving and set(facts.linked) == set(wanted):
+    if serving:
         with contextlib.suppress(NodeError):
-            if ask_server(remote, facts.version) == cores:
-                return Served(facts, cores, "serves already")
-    start_server(remote, "head", facts, data, wanted)
-    news = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), news)
+            offered = ask_server(remote, facts.version)
+    if offered == cores and set(facts.linked) == wanted.keys():
+        configure_node(remote, start.guard, plan)
+        return Served(facts, cores, "serves already")
+    if start.client:
+        configure_node(remote, start.guard, plan)
+        count = len(wanted.keys() - set(facts.linked))
+        waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
+        what = waiting if count else "the head waits to be restarted"
+        return Served(facts, offered or 0, "serves already", f"{what}: {start.client}")
+    configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
+    action = "restarted: a render that was running is lost" if serving else "started"
+    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
 
 
-def worker_step(data: str, head: Node, remote: Remote) -> Served:
-    """Make a worker serve, unless it does; of the head only learn what it is."""
-    facts = fetch_facts(remote)
-    if not facts.version:
-        raise NodeError("Mitsuba is not installed here; run install first")
-    if remote.node.id == head.id:
-        return Served(facts, 0, "")
-    if facts.role == "worker":
-        with contextlib.suppress(NodeError):
-            return Served(facts, ask_server(remote, facts.version), "serves already")
-    start_server(remote, "worker", facts, data, [])
-    return Served(facts, await_server(remote, facts.version), "started")
+def describe_server(outcome: Outcome[Served]) -> str:
+    """Return the line of one worker in start's output."""
+    served = outcome.value
+    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.action}"
 
 
-def describe_server(outcome: Outcome[Served], head: Node) -> str:
-    """Return the line of one node in start's output."""
-    served: Served = outcome.value
-    if outcome.node.id == head.id:
-        return ""  # its own line comes when it serves
-    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.news}"
+def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -> str:
+    """Say what to do where the head does not serve."""
+    if head.error == NOT_INSTALLED:
+        return f"Mitsuba is not installed on {', '.join(failed)}: {command('install', group)} comes first"
+    ways = f"{command('terminate', head.node.id)}, then {command('start', group)}, makes another node the head"
+    return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
+
+
+def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
+    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
+    head = plan_head(nodes)
+    others = [node for node in nodes if node.id != head.id]
+    (looked,) = app.pool.each([head], look_step)
+    start = StartPlan(head, app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
+    if looked.ok and not force:
+        start = start._replace(client=describe_client(looked.value), linked=frozenset(looked.value.linked))
+        start = start if start.client else start._replace(linked=frozenset())
+    workers = app.pool.each(
+        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
+    )
+    linked = [outcome for outcome in workers if outcome.ok]
+    ready: Outcome[Any] = looked
+    if looked.ok:
+        step = functools.partial(head_step, start, looked.value, linked)
+        (ready,) = app.pool.each([head], step, Progress("Linking", 1))
+    else:
+        note(f"{head.name}: {looked.error}")
+    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
+    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
+    if not ready.ok:
+        raise ClusterError(explain_failed_head(group, ready, failed))
+    say_how_to_connect(app, group, head, ready.value)
+    if failed:
+        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+    if ready.value.waiting:
+        raise ClusterError(
+            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
+            "else they join when it leaves"
+        )
 
 
 @cli.command("start")
 @group_argument
+@click.option("--force", is_flag=True, help="Restart the head even if a client is connected, who loses it.")
 @click.pass_obj
-def start(app: App, group: str) -> None:
+def start(app: App, group: str, force: bool) -> None:
     """Start Mitsuba's servers; the last line names the head node."""
-    nodes = app.open_group(group)
-    head = plan_head(nodes)
-    progress = Progress("Starting", len(nodes), lambda outcome: describe_server(outcome, head))
-    outcomes = app.pool.each(nodes, functools.partial(worker_step, app.settings.DATA_DIR, head), progress)
-    workers = [outcome for outcome in outcomes if outcome.node.id != head.id]
-    ready = next(outcome for outcome in outcomes if outcome.node.id == head.id)
-    linked = [outcome for outcome in workers if outcome.ok]
-    if ready.ok:
-        step = functools.partial(head_step, app.settings.DATA_DIR, ready.value.facts, linked)
-        ready = app.pool.each([head], step, Progress("Linking", 1))[0]
-    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
-    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
-    if not ready.ok:
-        ways = f"{command('terminate', head.id)}, then {command('start', group)}, makes another node the head"
-        raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}")
-    say_how_to_connect(app, group, head, ready.value)
-    if failed:
-        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+    start_group(app, group, app.open_group(group), force)
 
 
 def check_local_port(port: int) -> None:
@@ -4286,16 +5126,25 @@ def node_json(node: Node) -> dict[str, Any]:
 def server_detail(outcome: Outcome[Any], linked: set[str]) -> dict[str, Any]:
     """Say in words and numbers what one node's server does."""
     if not outcome.ok:
-        return {"server": outcome.error, "load": None, "server_cores": None}
+        return {"server": outcome.error, "load": None, "server_cores": None, "idle": None, "clients": []}
     facts, cores, why = outcome.value
     text = f"serves {format_count(cores, 'core')}" if cores is not None else why
     if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
         text = f"up but not linked: run {command('start', outcome.node.group)}"
     load = " ".join(f"{value:g}" for value in facts.load)
+    parts = [text, f"load {load} on {format_count(facts.cores, 'core')}"]
+    clients = facts.clients if facts.role == "head" else {}
+    for peer, (connected, silent) in clients.items():
+        address = peer.rpartition(":")[0]
+        parts.append(f"client {address} for {format_duration(connected)}, silent for {format_duration(silent)}")
+    if facts.idle is not None and facts.idle_limit:
+        parts.append(f"idle for {format_duration(facts.idle)} of {format_duration(facts.idle_limit)}")
     return {
-        "server": f"{text}; load {load} on {format_count(facts.cores, 'core')}",
+        "server": "; ".join(parts),
         "load": facts.load,
         "server_cores": cores,
+        "idle": facts.idle,
+        "clients": [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()],
     }
 
 

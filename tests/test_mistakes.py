@@ -118,6 +118,8 @@ WRONG_SETTINGS: dict[str, Any] = {
     "SSH_PORT": "22",
     "AMI_IDS": ["ami-1"],
     "SUBNET_ID": "mine",
+    "UBUNTU_RELEASE": "20.04",
+    "PRIVATE_NODES": "no",
     "CLIENT_CIDR": "everyone",
     "PUBLIC_SERVER_PORT": "yes",
     "ROOT_VOLUME_GB": 1.5,
