@@ -918,6 +918,11 @@ def total(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
+def at_least(nodes: Iterable[Node]) -> str:
+    """Return what stands before a cost of NODES: "at least " where the price of one is not known."""
+    return "at least " if any(node.price is None for node in nodes) else ""
+
+
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
     """Set one tag of many nodes, a thousand a call."""
     ids = [node.id for node in nodes]
@@ -1129,6 +1134,11 @@ def load_identity(path: Path, may_ask: bool = True) -> Identity:
     if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
         return agent_identity(path, match[0])
     if "PRIVATE KEY" not in text:
+        if not path.exists():
+            raise ClusterError(
+                f"there is no SSH key {path}: copy it from the machine that launched the nodes; for nodes of this "
+                "machine's own, createNodes makes one (choose another KEYPAIR_NAME)"
+            )
         raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
@@ -3098,6 +3108,11 @@ POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
+# https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
+KMS_HINT = (
+    " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
+    "kms:GenerateDataKeyWithoutPlaintext and kms:ReEncrypt* are needed)"
+)
 GONE = (404, 410)  # HTTP's codes for what does not exist
 
 CAPACITY_CODES = (
@@ -3608,11 +3623,17 @@ def make_ed25519() -> tuple[str, str]:
     return private.decode(), public.decode()
 
 
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+
+
 def ensure_key_file(path: Path) -> None:
     """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
+    if has_key(path):
         return
+    text = path.read_text("latin-1") if path.exists() else ""
     if text and "placeholder" not in text:
         raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
     if why := hide_from_git(path):
@@ -3621,26 +3642,43 @@ def ensure_key_file(path: Path) -> None:
             "path outside of the repository"
         )
     private, _ = make_ed25519()
-    write_secret(path, private)
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            "SSH_PRIVATE_KEY_FILE in config.py can name a file elsewhere"
+        ) from error
     click.echo(f"Made a new SSH key: {path}", err=True)
 
 
-def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
-    """Import the user's key under NAME; refuse a NAME that another key has."""
-    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-    pairs: list[dict[str, Any]] = []
-    with tolerate("InvalidKeyPair.NotFound"):
+def ensure_key(app: App) -> None:
+    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
+    ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
+    another = ClusterError(
+        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or copy that key's "
+        f"file from the machine that made it to {path}"
+    )
+
+    def find() -> list[str]:
         pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-    if not pairs:
+        return list(pairs[0].get("PublicKey", "").split()[:2])
+
+    present: list[str] = []
+    with tolerate("InvalidKeyPair.NotFound"):
+        present = find()
+    if present and not has_key(path):
+        raise another
+    ensure_key_file(path)
+    identity = app.identity
+    if not present:
+        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
         with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
             return
-        pairs = once_known(lambda: ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"])
-    if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
-        raise ClusterError(
-            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
-            "private half where SSH_PRIVATE_KEY_FILE says"
-        )
+        present = once_known(find)
+    if present != identity.public.split()[:2]:
+        raise another
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
@@ -3682,9 +3720,8 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
 def prepare(app: App, plan: Plan) -> Launch:
     """Make what a launch needs: keys, security group, user data."""
     settings, ec2, name = app.settings, app.ec2, plan.request.group
-    ensure_key_file(settings.key_file)
+    ensure_key(app)
     identity = app.identity
-    ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
     group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
     others, foreign = other_rules(group, settings, plan.cidr, identity)
     if foreign:
@@ -3820,7 +3857,8 @@ def boot_step(remote: Remote) -> None:
 def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
     """Return how the wait for NODE has ended, ELAPSED seconds after the launch; None while it goes on."""
     if node.state in ("shutting-down", "terminated"):
-        return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
+        hint = KMS_HINT if node.reason.startswith("Client.InternalError") else ""
+        return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}{hint}")
     if not future and elapsed > BOOT_LIMIT:
         return Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
     if not future or not future.done():
@@ -5142,7 +5180,7 @@ def format_cost(nodes: Sequence[Node]) -> str:
     )
     so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
     parts = [(hourly, "an hour"), (so_far, "so far")]
-    return ", ".join(f"{format_money(value)} {what}" for value, what in parts if value is not None)
+    return ", ".join(f"{at_least(nodes)}{format_money(value)} {what}" for value, what in parts if value is not None)
 
 
 def node_json(node: Node) -> dict[str, Any]:
@@ -5831,7 +5869,7 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
         raise protected_error(ec2, done.protected)
     if done.found:
         cost = total(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
-        paid = f" They cost {format_money(cost)}." if cost is not None else ""
+        paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
         end = "" if done.left else f", security group removed: nothing of group {group!r} is left in {region}"
         note(f"{', '.join(parts)}{end}.{paid}")
     return done.found
@@ -5864,11 +5902,11 @@ def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
     """Name the user's other groups that run on, with their cost."""
     nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
     for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
-        prices = [node.price for node in nodes if node.group == group]
-        least = "at least " if None in prices else ""
-        price = f", {least}{format_money(total(prices) or 0)} an hour" if total(prices) else ""
+        same = [node for node in nodes if node.group == group]
+        price = total(node.price for node in same)
+        cost = f", {at_least(same)}{format_money(price)} an hour" if price else ""
         region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
-        note(f"Group {group} runs on{region}: {format_count(len(prices), 'node')}{price}")
+        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost}")
 
 
 @cli.command("terminateAll")
