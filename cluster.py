@@ -89,6 +89,7 @@ TAG_HOST_KEY = "mitsuba-host-key"
 TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of the group and the host key
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
+TAG_IDLE = "mitsuba-idle-minutes"
 SERVER_PORT = 7554  # mtssrv's own default
 PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
@@ -327,6 +328,7 @@ class Settings(NamedTuple):
     PUBLIC_SERVER_PORT: bool = True
     ROOT_VOLUME_GB: int = 16
     MAX_HOURS: float = 0
+    IDLE_MINUTES: float = 60
     PKG_REPOSITORY: str = "deb https://www.mitsuba-renderer.org binary/"
     MITSUBA_PACKAGE: str = ""
     DATA_DIR: str = "/mnt"
@@ -402,6 +404,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "PRIVATE_NODES": (lambda value: isinstance(value, bool), "True or False"),
     "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
     "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
+    "IDLE_MINUTES": (lambda value: is_number(value, 0, 525600), "minutes, from 0 (no limit) to 525600"),
     "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
     "MITSUBA_PACKAGE": (
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
@@ -695,6 +698,7 @@ class Node(NamedTuple):
     signature: str = ""  # see is_ours
     price: float | None = None  # $ an hour
     max_hours: float | None = None
+    idle_minutes: float | None = None
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
 
@@ -807,6 +811,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         signature="".join(tags.get(name, "") for name in SIGNATURE_TAGS),
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
+        idle_minutes=to_number(tags.get(TAG_IDLE)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
     )
@@ -902,6 +907,11 @@ def total(values: Iterable[float | None]) -> float | None:
     """Add up VALUES; None where none is known."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
+
+
+def at_least(nodes: Iterable[Node]) -> str:
+    """Return what stands before a cost of NODES: "at least " where the price of one is not known."""
+    return "at least " if any(node.price is None for node in nodes) else ""
 
 
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
@@ -1037,6 +1047,7 @@ REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who 
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
 CLOUD_INIT_LIMIT = 600
+MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
@@ -1109,6 +1120,11 @@ def load_identity(path: Path, may_ask: bool = True) -> Identity:
     if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
         return agent_identity(path, match[0])
     if "PRIVATE KEY" not in text:
+        if not path.exists():
+            raise ClusterError(
+                f"there is no SSH key {path}: copy it from the machine that launched the nodes; for nodes of this "
+                "machine's own, createNodes makes one (choose another KEYPAIR_NAME)"
+            )
         raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
@@ -1441,6 +1457,9 @@ FACT_PATTERNS = {
     "version": r"([0-9][0-9.]{0,30}[0-9])?",
     "role": r"(head|worker)?",
     "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
+    "boot": r"[0-9A-Za-z-]{0,64}",
+    "started": r"[0-9A-Za-z-]{0,64}",
+    "clock": r"([0-9]{1,12}(\.[0-9]{1,9})?)?",
     "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
     "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
 }
@@ -1720,6 +1739,8 @@ class Fetcher:
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
         self.counting = threading.Lock()
         self.moved = 0  # bytes
+        with contextlib.suppress(OSError):
+            os.open(MARK_PATH, os.O_RDONLY)  # stays open: so the node's guard sees that a command is at work
 
     def open_state(self, name: str, flags: int) -> int:
         """Open one of our own files."""
@@ -1871,7 +1892,7 @@ class Fetcher:
             except FetchFailed as error:
                 raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
             except OSError as error:
-                where = f"{error.filename}: " if error.filename else ""
+                where = f"{error.filename}: " if error.filename in jobs[job].split("/") else ""
                 raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
             finally:
                 files.shutdown(wait=False, cancel_futures=True)
@@ -1917,7 +1938,7 @@ def fetch_files(arguments: list[str]) -> None:
 
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
-    names = "FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
+    names = "MARK_PATH FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
     return node_program(names, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
 
 
@@ -2071,7 +2092,7 @@ def serve_files(arguments: list[str]) -> None:
 
 def serve_program() -> str:
     """Return serve_files as a program of its own."""
-    names = "FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
+    names = "MARK_PATH FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
     return node_program(names, Wanted, FetchFailed, open_below, Fetcher, FileServer, serve_files)
 
 
@@ -2471,6 +2492,9 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 count_argument = click.argument("count", type=click.IntRange(1, 5000))
 type_argument = click.argument("machine", metavar="TYPE")
 hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
+idle_option = click.option(
+    "--idle-minutes", type=click.FloatRange(0, 525600), help="Nodes end themselves after so long without use; 0: never."
+)
 
 
 def find_node(app: App, name: str) -> Node:
@@ -2526,7 +2550,6 @@ IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
 LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
 STATE_PATH = "/run/mitsuba-cluster/state.json"
-MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
 
 
 class AnotherBuild(Exception):
@@ -2988,13 +3011,15 @@ def guard_program() -> str:
     return node_program(names, *parts, guard_node)
 
 
-def guard_at_boot(minutes: float) -> list[str]:
-    """Return the command line that installs the guard at a node's first boot."""
+def guard_at_boot(minutes: float) -> list[list[str]]:
+    """Return the command that installs the guard at a node's first boot; none where no MINUTES of idleness end it."""
     import base64
     import gzip
 
+    if not minutes:
+        return []
     program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
-    return ["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]
+    return [["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]]
 
 
 # --- createNodes -------------------------------------------------------------
@@ -3027,6 +3052,11 @@ POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
+# https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
+KMS_HINT = (
+    " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
+    "kms:GenerateDataKeyWithoutPlaintext and kms:ReEncrypt* are needed)"
+)
 GONE = (404, 410)  # HTTP's codes for what does not exist
 
 CAPACITY_CODES = (
@@ -3068,6 +3098,7 @@ class LaunchRequest(NamedTuple):
     spot: bool = False
     max_price: float | None = None
     max_hours: float | None = None
+    idle_minutes: float | None = None
     without_mitsuba: bool = False
 
 
@@ -3094,6 +3125,7 @@ class Plan(NamedTuple):
     spot: dict[str, float]  # zone -> $ an hour
     package: str  # where Mitsuba comes from; "" where that is not known
     hours: float  # after which the nodes end themselves; 0: never
+    idle: float  # minutes without use after which they do; 0: never
     quota: str | None  # of vCPUs; None: not asked for
 
 
@@ -3435,6 +3467,13 @@ def check_package(settings: Settings, without: bool) -> str:
     return title
 
 
+def format_limits(hours: float, idle: float) -> str:
+    """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
+    limits = [f"{hours:g} hours"] if hours else []
+    limits += [f"{idle:g} minutes without use"] if idle else []
+    return f"Each ends itself after {', or '.join(limits)}." if limits else ""
+
+
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
@@ -3460,7 +3499,8 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         )
     present = sum(node.state in ("pending", "running") for node in before)
     hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
-    return Plan(request, machine, image, subnets, cidr, present, on_demand, spot, package, hours, quota)
+    idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
+    return Plan(request, machine, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3489,10 +3529,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         )
     elif not all(subnet.gives_addresses for subnet in plan.subnets):
         yield f"{settings.SUBNET_ID} gives no public addresses unasked; the nodes ask for one each, to be reached by it"
-    if plan.hours:
-        yield f"Each ends itself after {plan.hours:g} hours."
-    else:
-        yield f"They run until {command('terminateAll', request.group)}; --max-hours would end them by themselves."
+    limits = format_limits(plan.hours, plan.idle)
+    yield limits or f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
     if plan.package:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
@@ -3513,11 +3551,17 @@ def make_ed25519() -> tuple[str, str]:
     return private.decode(), public.decode()
 
 
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+
+
 def ensure_key_file(path: Path) -> None:
     """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
+    if has_key(path):
         return
+    text = path.read_text("latin-1") if path.exists() else ""
     if text and "placeholder" not in text:
         raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
     if why := hide_from_git(path):
@@ -3526,26 +3570,43 @@ def ensure_key_file(path: Path) -> None:
             "path outside of the repository"
         )
     private, _ = make_ed25519()
-    write_secret(path, private)
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            "SSH_PRIVATE_KEY_FILE in config.py can name a file elsewhere"
+        ) from error
     click.echo(f"Made a new SSH key: {path}", err=True)
 
 
-def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
-    """Import the user's key under NAME; refuse a NAME that another key has."""
-    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-    pairs: list[dict[str, Any]] = []
-    with tolerate("InvalidKeyPair.NotFound"):
+def ensure_key(app: App) -> None:
+    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
+    ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
+    another = ClusterError(
+        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or copy that key's "
+        f"file from the machine that made it to {path}"
+    )
+
+    def find() -> list[str]:
         pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-    if not pairs:
+        return list(pairs[0].get("PublicKey", "").split()[:2])
+
+    present: list[str] = []
+    with tolerate("InvalidKeyPair.NotFound"):
+        present = find()
+    if present and not has_key(path):
+        raise another
+    ensure_key_file(path)
+    identity = app.identity
+    if not present:
+        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
         with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
             return
-        pairs = once_known(lambda: ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"])
-    if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
-        raise ClusterError(
-            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
-            "private half where SSH_PRIVATE_KEY_FILE says"
-        )
+        present = once_known(find)
+    if present != identity.public.split()[:2]:
+        raise another
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
@@ -3570,8 +3631,8 @@ def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
-def make_user_data(private: str, public: str, max_hours: float) -> str:
-    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline.
+def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
+    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
@@ -3579,7 +3640,7 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))]],
+        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -3587,9 +3648,8 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
 def prepare(app: App, plan: Plan) -> Launch:
     """Make what a launch needs: keys, security group, user data."""
     settings, ec2, name = app.settings, app.ec2, plan.request.group
-    ensure_key_file(settings.key_file)
+    ensure_key(app)
     identity = app.identity
-    ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
     group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
     others, foreign = other_rules(group, settings, plan.cidr, identity)
     if foreign:
@@ -3599,7 +3659,8 @@ def prepare(app: App, plan: Plan) -> Launch:
     private, public = make_ed25519()
     tags = {TAG_GROUP: name, TAG_HOST_KEY: public} | sign_launch(identity, name, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
-    user_data = make_user_data(private, public, plan.hours)
+    tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
+    user_data = make_user_data(private, public, plan.hours, plan.idle)
     disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
     return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed)
 
@@ -3724,7 +3785,8 @@ def boot_step(remote: Remote) -> None:
 def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
     """Return how the wait for NODE has ended, ELAPSED seconds after the launch; None while it goes on."""
     if node.state in ("shutting-down", "terminated"):
-        return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
+        hint = KMS_HINT if node.reason.startswith("Client.InternalError") else ""
+        return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}{hint}")
     if not future and elapsed > BOOT_LIMIT:
         return Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
     if not future or not future.done():
@@ -3843,6 +3905,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
 @group_argument
 @click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 @hours_option
+@idle_option
 @click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
 @click.pass_obj
@@ -3857,10 +3920,11 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
 @group_argument
 @hours_option
+@idle_option
 @click.pass_obj
-def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: str, max_hours: float | None) -> None:
+def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(machine, count, group, True, max_price, max_hours))
+    create(app, LaunchRequest(machine, count, group, spot=True, **options))
 
 
 # --- install -----------------------------------------------------------------
@@ -3902,6 +3966,7 @@ INSTALL = r"""
 set -euo pipefail
 umask 022
 user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
 state=/var/lib/mitsuba-cluster
@@ -4093,14 +4158,15 @@ echo "version $version"
 """
 
 
-def digest_file(path: Path, kind: str) -> str:
-    """Return a file's digest in hex."""
+def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
+    """Return a file's digest in hex; COUNT hears of the bytes as they are read."""
     import hashlib
 
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(MIB):
             digest.update(block)
+            count(len(block))
     return digest.hexdigest()
 
 
@@ -4765,7 +4831,6 @@ UNFINISHED = "did not complete successfully"
 class RenderRequest(NamedTuple):
     """What the user wants rendered."""
 
-    program: str  # the local mitsuba
     scenes: tuple[Path, ...]
     output: Path | None
     group: str
@@ -4841,19 +4906,28 @@ class RenderCluster:
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
-        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if it does not."""
+        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if none does.
+
+        A head that is gone for good is replaced as start does it.
+        """
         deadline = time.monotonic() + HEAL_LIMIT
         progress = Progress("Waiting for the head", HEAL_LIMIT)
         while True:
-            heads = [node for node in self.nodes if node.role == "head" and node.state == "running"]
-            if not heads:
-                raise NodeError(f"the head node is gone; {command('start', self.group)} makes another node the head")
-            outcome = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)[0]
-            if outcome.ok:
-                return heads[0], *outcome.value
-            if time.monotonic() > deadline:
-                raise NodeError(f"the head {heads[0].name} does not serve: {outcome.error}")
-            progress.show(outcome.error.splitlines()[0])
+            running = [node for node in self.nodes if node.state == "running"]
+            problem = "no node is left"
+            if heads := [node for node in running if node.role == "head"]:
+                (outcome,) = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)
+                if outcome.ok:
+                    return heads[0], *outcome.value
+                problem = f"{heads[0].name}: {outcome.error}"
+            elif running:
+                problem = "the head node is gone"
+                note("The head node is gone: another node becomes the head")
+                with tolerate(), contextlib.suppress(ClusterError):
+                    start_group(self.app, self.group, running, force=False)
+            if time.monotonic() > deadline or not running:
+                raise NodeError(f"no head serves: {problem}")
+            progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
 
@@ -4913,7 +4987,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
         Progress.clear()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
-        words, env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
+        ["mitsuba", *words], env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
     )
     reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
     reader.start()
@@ -4957,8 +5031,7 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
             words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
             try:
                 with mitsuba_address(cluster.app, head, request.tunnel) as address:
-                    words = [request.program, "-c", address, *words]
-                    attempt = run_mitsuba(cluster.app.pool, words, head, facts.started)
+                    attempt = run_mitsuba(cluster.app.pool, ["-c", address, *words], head, facts.started)
             except ClusterError as error:
                 attempt = Attempt(-1, "", error.message)
             took = time.monotonic() - began
@@ -4992,10 +5065,10 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
-    request = RenderRequest(**given, program=shutil.which("mitsuba") or "")
+    request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
-    if not request.program:
+    if not shutil.which("mitsuba"):
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
     for scene in request.scenes:
         if not os.access(folder := request.target(scene).parent, os.W_OK):
@@ -5036,7 +5109,7 @@ def format_cost(nodes: Sequence[Node]) -> str:
     )
     so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
     parts = [(hourly, "an hour"), (so_far, "so far")]
-    return ", ".join(f"{format_money(value)} {what}" for value, what in parts if value is not None)
+    return ", ".join(f"{at_least(nodes)}{format_money(value)} {what}" for value, what in parts if value is not None)
 
 
 def node_json(node: Node) -> dict[str, Any]:
@@ -5100,7 +5173,9 @@ def show_group(
     """Print one group."""
     alive = [node for node in nodes if node.state in ALIVE]
     heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
-    result(", ".join(filter(None, [heading, format_cost(alive)])))
+    limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
+    idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
+    result(", ".join(filter(None, [heading, format_cost(alive), idle])))
     if nodes:
         result(format_table(node_rows(nodes), terminal_width()))
     for node in nodes:
@@ -5202,6 +5277,7 @@ ASK_ABOVE_BYTES = 10**9
 NEVER_SENT = {".aws", ".git", ".s3cfg", ".ssh"}
 PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File)")
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
+READERS = 4  # files that are hashed at once
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
 
@@ -5270,8 +5346,6 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
     from botocore.exceptions import ClientError
 
     bucket, prefix = settings.bucket
-    if not bucket:
-        raise ClusterError('S3_PATH is not set in config.py; it is "s3://your-bucket/some/prefix"')
     s3 = open_s3(settings)
     try:
         answer = s3.head_bucket(Bucket=bucket)
@@ -5376,6 +5450,38 @@ def confirm_size(name: str, files: dict[str, Path]) -> None:
         raise ClusterError("nothing was sent")
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    """Yield COUNT threads for which nobody waits in the end: Ctrl-C must not wait for a large file."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def counted(label: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar of SIZE bytes while the body works; any thread may add bytes by what this yields."""
+    progress, lock, done = Progress(label, size), threading.Lock(), threading.Event()
+
+    def count(more: int) -> None:
+        with lock:
+            progress.done += more
+
+    def draw() -> None:
+        while not done.wait(0.2):
+            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
+
+    painter = threading.Thread(target=draw, daemon=True)
+    painter.start()
+    try:
+        yield count
+    finally:
+        done.set()
+        painter.join()
+
+
 def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
     """Tell whether the object is this very file: same size and SHA-256 (or MD5, if the ETag is one)."""
     if not there or there[0] != path.stat().st_size:
@@ -5389,14 +5495,12 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
 
     While one file is sent, the next is being hashed.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from boto3.s3.transfer import TransferConfig
 
     there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     sent = 0
-    with ThreadPoolExecutor(1) as hasher:
+    with threads(1) as hasher:
         hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
         for (key, path), sha256 in zip(files.items(), hashes):
             if is_same(s3, bucket, key, there.get(key), path, sha256):
@@ -5410,12 +5514,10 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
 
 def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
     """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
-    from concurrent.futures import ThreadPoolExecutor
-
     found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
-    with ThreadPoolExecutor(32) as pool:
+    with threads(32) as pool:
         digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
     objects = [RemoteObject(key, str(paths[key]), *found[key], digest) for key, digest in zip(good, digests)]
     return objects, [key for key in found if paths[key] is None]
@@ -5431,7 +5533,8 @@ def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wante
         return str(s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds))
 
     return [
-        Wanted(one.path, one.size, one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'}) for one in objects
+        Wanted(one.path, one.size, one.digest or one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'})
+        for one in objects
     ]
 
 
@@ -5449,6 +5552,14 @@ class SyncProgress(Progress):
         super().redraw()
 
 
+def describe_fetched(done: Fetched, moved: int) -> str:
+    """Return a node's line."""
+    if not done.fetched:
+        return "has everything already"
+    there = f"; {done.present} there already" if done.present else ""
+    return f"fetched {format_count(done.fetched, 'file')}, {format_size(moved)}{there}"
+
+
 def sync_step(
     data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], progress: SyncProgress, remote: Remote
 ) -> str:
@@ -5461,68 +5572,57 @@ def sync_step(
     while True:
         try:
             done = fetch_step(data, wanted, show, remote)
-            break
+            return describe_fetched(done, before + done.moved)
         except Refused as error:  # signed addresses die with the session's credentials: boto3 may have new ones
             if progress.moved[remote.node.id] == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted, before = sign_again(), progress.moved[remote.node.id]
-    if not done.fetched:
-        return "has everything already"
-    there = f"; {done.present} there already" if done.present else ""
-    return f"fetched {format_count(done.fetched, 'file')}, {format_size(before + done.moved)}{there}"
 
 
 def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
     """Upload FILES as far as S3 lacks them, with a bar."""
-    size = sum(path.stat().st_size for path in files.values())
-    progress = Progress("Uploading", size)
-    lock = threading.Lock()
-
-    def count(sent: int) -> None:
-        with lock:
-            progress.done += sent
-
-    done = threading.Event()
-
-    def draw() -> None:
-        while not done.wait(0.2):
-            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
-
-    # The upload stays in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money.
-    painter = threading.Thread(target=draw, daemon=True)
-    painter.start()
-    try:
-        sent = upload(s3, bucket, files, count)
+    try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
+        with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
+            sent = upload(s3, bucket, files, count)
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    finally:
-        done.set()
-        painter.join()
     note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
 
 
-@cli.command("syncData")
-@click.argument("name")
-@group_argument
-@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
-@click.pass_obj
-def sync_data(app: App, name: str, group: str, yes: bool) -> None:
-    """Put data files on every node through S3.
+def read_files(files: dict[str, Path]) -> list[Wanted]:
+    """Return FILES as what the nodes shall have, once all are hashed."""
+    sizes = [path.stat().st_size for path in files.values()]
+    with counted("Reading", sum(sizes)) as count, threads(READERS) as pool:
+        digests = pool.map(lambda path: digest_file(path, "sha256", count), files.values())
+        return [Wanted(name, size, sha256, sha256, "", {}) for name, size, sha256 in zip(files, sizes, digests)]
 
-    NAME is a file or folder here, which is uploaded first, or the beginning of names under
-    S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
-    """
-    files = plan_files(name, app.settings, app.config)
-    if not yes:
-        confirm_size(name, files)
+
+def sync_from_here(app: App, group: str, files: dict[str, Path]) -> None:
+    """Send FILES once, to a node, and from node to node."""
+    nodes = app.open_group(group)
+    wanted = read_files(files)
+    size = sum(one.size for one in wanted)
+    note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
+    spread = Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes))
+    progress = SyncProgress(nodes, size)
+
+    def step(remote: Remote) -> str:
+        done = spread.bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
+        return describe_fetched(done, done.moved)
+
+    app.report(app.pool.each(nodes, step, progress), "Synchronized")
+
+
+def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
+    """Upload FILES, and let every node fetch all objects under S3_PATH/NAME."""
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
         send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
         name = os.path.basename(os.path.abspath(name))
-    objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
+    objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:
-        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
+        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {key!r}")
     if not objects:
         raise ClusterError(
             f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
@@ -5535,10 +5635,33 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     outcomes = app.pool.each(nodes, step, progress)
     for one in objects:
         if not one.digest:
-            note(f"{printable(one.path)}: complete by its size, but not verified by hash (it has none in S3)")
+            note(f"{one.path}: complete by its size, but not verified by hash (it has none in S3)")
     app.report(outcomes, "Synchronized")
     if refused:
         raise ClusterError(f"{format_count(len(refused), 'object')} left out")
+
+
+@cli.command("syncData")
+@click.argument("name")
+@group_argument
+@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
+@click.pass_obj
+def sync_data(app: App, name: str, group: str, yes: bool) -> None:
+    """Put data files on every node.
+
+    NAME is a file or folder here. It is uploaded to S3_PATH, from where every node fetches it; or NAME is the beginning
+    of names there, and every node gets all of those. Where S3_PATH is not set, NAME is sent to one node, and from there
+    to the others.
+    """
+    files = plan_files(name, app.settings, app.config)
+    if not yes:
+        confirm_size(name, files)
+    if app.settings.bucket[0]:
+        sync_by_s3(app, name, group, files)
+    elif files:
+        sync_from_here(app, group, files)
+    else:
+        raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in config.py")
 
 
 # --- terminateAll ------------------------------------------------------------
@@ -5636,7 +5759,7 @@ def terminate_in(ec2: Client, group: str) -> None:
     if cancelled:
         parts.append(f"{format_count(cancelled, 'spot request')} cancelled")
     cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    paid = f" They cost {format_money(cost)}." if cost is not None else ""
+    paid = f" They cost {at_least(nodes)}{format_money(cost)}." if cost is not None else ""
     return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
 
 
@@ -5781,7 +5904,8 @@ def command_step(line: str, remote: Remote) -> Ran:
     import tempfile
 
     output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
-    code, _ = remote.run(user_command("run-command", line), limit=SYNC_LIMIT, sink=output.write)
+    marked = f"[ ! -e {MARK_PATH} ] || exec 9< {MARK_PATH}; {line}"  # so the node's guard sees that it is at work
+    code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=output.write)
     return Ran(code, output)
 
 
@@ -5829,24 +5953,28 @@ def regions(app: App) -> None:
         result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
 
 
-# $1: seconds to add to the deadline.
-EXTEND = """
+# $1: seconds to add to the deadline, if there is one. The idle time begins anew.
+EXTEND = r"""
 set -euo pipefail
 unit=/etc/systemd/system/mitsuba-deadline
-[ -e $unit.timer ] || { echo 'this node has no deadline'; exit 1; }
+if [ -e /run/mitsuba-cluster/in-use ]; then touch /run/mitsuba-cluster/in-use; fi
+if [ ! -e $unit.timer ]; then exit 0; fi
 old=$(sed -n 's/^OnCalendar=//p' $unit.timer)
 at=$(date -u -d "@$(($(date -u -d "$old" +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
 sed -i "s/^OnCalendar=.*/OnCalendar=$at/" $unit.timer
 systemctl daemon-reload
 systemctl restart mitsuba-deadline.timer
-echo "$at"
+echo "ends at $at"
 """
 
 
 def extend_step(hours: float, remote: Remote) -> str:
-    """Move one node's own timer; return when it ends now."""
-    output = remote.check(root_command("extend", EXTEND, str(round(hours * 3600))))
-    return output.strip().splitlines()[-1]
+    """Move one node's own timer, and begin its idle time anew; return what that means."""
+    lines = remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))).strip().splitlines()
+    if remote.node.max_hours and not lines:
+        raise NodeError("has lost its time limit")
+    idle = f"may be idle for {remote.node.idle_minutes:g} minutes from now on" if remote.node.idle_minutes else ""
+    return ", ".join(filter(None, [*lines[-1:], idle]))
 
 
 @cli.command("extend")
@@ -5854,16 +5982,16 @@ def extend_step(hours: float, remote: Remote) -> str:
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
-    """Move the moment at which the nodes end themselves by HOURS."""
-    nodes = [node for node in app.open_group(group) if node.max_hours]
+    """Move the moment at which the nodes end themselves by HOURS, and begin their idle time anew."""
+    nodes = [node for node in app.open_group(group) if node.max_hours or node.idle_minutes]
     if not nodes:
         raise ClusterError(f"no running node of {app.where(group)} has a time limit")
-    progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: ends at {outcome.value}")
+    progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
     outcomes = app.pool.each(nodes, functools.partial(extend_step, hours), progress)
     by_hours: dict[float, list[Node]] = {}
     for outcome in outcomes:
-        if outcome.ok:
-            by_hours.setdefault((outcome.node.max_hours or 0) + hours, []).append(outcome.node)
+        if outcome.ok and outcome.node.max_hours:
+            by_hours.setdefault(outcome.node.max_hours + hours, []).append(outcome.node)
     for total_hours, same in by_hours.items():
         tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
     app.report(outcomes, f"Extended by {hours:g} hours")

@@ -59,6 +59,10 @@ ROOT_VOLUME_GB = 16
 # machine. 0: never, and they cost money until you run terminateAll.
 MAX_HOURS = 0
 
+# Nodes end themselves after so many minutes without use: nothing is rendered or sent, nobody
+# types, no client moves data. 0: never.
+IDLE_MINUTES = 60
+
 # --- Mitsuba ----------------------------------------------------------------
 
 # The apt repository that has a package called mitsuba, as a line of sources.list:
@@ -76,5 +80,6 @@ MITSUBA_PACKAGE = ""
 # Where data files lie on the nodes, and where the server runs.
 DATA_DIR = "/mnt"
 
-# Where syncData keeps your data files: "s3://your-bucket/some/prefix".
+# Where syncData keeps your data files: "s3://your-bucket/some/prefix". As it is here, without a bucket,
+# syncData sends a file once from your machine to a node, and on from node to node.
 S3_PATH = "s3://XXXXXX"

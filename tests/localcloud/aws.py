@@ -237,6 +237,9 @@ def mend_instances(cloud: Cloud) -> None:
 
         def _boot(self) -> None:
             wrong = cloud.options.launch_faults.pop(0) if cloud.options.launch_faults else ""
+            if wrong == "kms":  # a disk's key that the user may not use
+                self._end("Client.InternalError", "Client.InternalError: Client error on launch")
+                return
             if wrong == "dies":
                 self._end("Server.InternalError", "Server.InternalError: Internal error on launch")
                 return
