@@ -1061,6 +1061,7 @@ LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
+CLOUD_INIT_LIMIT = 600
 MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
@@ -1341,6 +1342,20 @@ echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2>
 echo "clock=$(date +%s.%N)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
+"""
+
+
+# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
+WAIT_FOR_BOOT = r"""
+set -euo pipefail
+command -v cloud-init > /dev/null || exit 0
+code=0
+timeout "$1" cloud-init status --wait > /dev/null || code=$?
+case $code in
+  0 | 2) ;;
+  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
+  *) cloud-init status --long; exit 1 ;;
+esac
 """
 
 
@@ -2101,7 +2116,7 @@ class Source:
     """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
 
     remote: Remote | None = None
-    serving: bool = False
+    channel: paramiko.Channel | None = None
     failures: int = 0
 
 
@@ -2129,7 +2144,7 @@ class Spread:
         with self.changed:
             self.until = self.until or time.monotonic() + SPREAD_PATIENCE
             self.unheard -= 1
-            self.changed.notify_all()
+            self.changed.notify()
 
     def choose(self, tried: Sequence[Source]) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
@@ -2149,7 +2164,7 @@ class Spread:
         """Wait for a source."""
         with self.changed:
             while not (source := self.choose(tried)):
-                self.changed.wait(0.2)
+                self.changed.wait(1)  # whoever was woken may have tried this source
         return source
 
     def give_back(self, source: Source, done: bool) -> None:
@@ -2161,7 +2176,7 @@ class Spread:
                 self.here = source
             elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
                 self.idle.append(source)
-            self.changed.notify_all()
+            self.changed.notify()
 
     @contextlib.contextmanager
     def address(self, source: Source, remote: Remote) -> Iterator[str]:
@@ -2169,8 +2184,11 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.serving:
-                self.start(source, source.remote)
+            if not source.channel or source.channel.exit_status_ready():  # not yet, or its time was up
+                try:
+                    source.channel = self.start(source.remote)
+                except SilentNode as error:  # the source's silence is not the receiver's
+                    raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
             return
         sizes = [one.size for one in self.wanted]
@@ -2189,8 +2207,8 @@ class Spread:
             with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
-    def start(self, source: Source, remote: Remote) -> None:
-        """Start a node's program that serves the files."""
+    def start(self, remote: Remote) -> paramiko.Channel:
+        """Start a node's program that serves the files; return the session whose end is its end."""
         seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
         job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
         arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
@@ -2203,7 +2221,7 @@ class Spread:
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             self.sessions.push(stack.pop_all())
-        source.serving = True
+        return channel
 
     def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
         """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
@@ -2220,7 +2238,8 @@ class Spread:
                     wanted = [
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
-                    done = fetch_step(self.folder, wanted, show, remote, PEER_TRIES, PEER_TIMEOUT)
+                    patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
+                    done = fetch_step(self.folder, wanted, show, remote, *patience)
                 complete = True
             except SilentNode:
                 raise
@@ -2232,7 +2251,7 @@ class Spread:
                 self.give_back(source, complete)
         with self.changed:
             self.idle.append(Source(remote))
-            self.changed.notify_all()
+            self.changed.notify()
         return done
 
 
@@ -3103,7 +3122,6 @@ QUOTAS = {
     "": ("L-1216C47A", "L-34B43A08"),
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
-CLOUD_INIT_LIMIT = 600
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
@@ -3239,20 +3257,6 @@ guarded=$?
 set_deadline "$1"
 exit $((guarded | $?))
 """
-
-# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
-WAIT_FOR_BOOT = """
-set -euo pipefail
-command -v cloud-init > /dev/null || exit 0
-code=0
-timeout "$1" cloud-init status --wait > /dev/null || code=$?
-case $code in
-  0 | 2) ;;
-  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
-  *) cloud-init status --long; exit 1 ;;
-esac
-"""
-
 
 # As root: fails where the guard of BOOT is not there.
 CHECK_GUARD = """
@@ -4461,7 +4465,10 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
-                spread.bring(lambda moved: None, remote)
+                try:
+                    spread.bring(lambda moved: None, remote)
+                except NodeError as error:
+                    raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
