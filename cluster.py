@@ -5868,7 +5868,7 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     for node in done.left:
         why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
         note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
-    parts = [f"{format_count(len(done.nodes), 'node')} terminated"]
+    parts = [f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"]
     if done.cancelled:
         parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
     if done.protected:

@@ -38,7 +38,7 @@ def see_and_end(cloud: LocalCloud, group: str, look: bool) -> None:
         wait_until(lambda: [node["id"] for node in cloud.nodes(group) if node["state"] != "terminated"] == living)
         assert bool(cloud.status(group)) == bool(living or security_groups)
     ended = cloud.cluster("terminateAll", group, limits={"UNSEEN_LIMIT": 1})
-    assert ended.code == (0 if living or security_groups else 1), ended.err
+    assert ended.code == 0 or not (living or security_groups), ended.err
     assert cloud.truth(group) == ([], 0)
 
 
