@@ -4060,11 +4060,11 @@ install_tree() {
   program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
   [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
   check_libraries "$(dirname "$fresh/$program")"
-  exec 9> "$state/lock"
-  flock 9
+  exec 8> "$state/lock"
+  flock 8
   rm -rf /opt/mitsuba
   mv "$fresh" /opt/mitsuba
-  exec 9>&-
+  exec 8>&-
   folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
     printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
