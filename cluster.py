@@ -741,11 +741,6 @@ class Rule(NamedTuple):
         ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
         return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
 
-    @property
-    def is_one_port(self) -> bool:
-        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
-        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
-
     def __str__(self) -> str:
         """Say "tcp 22 from 192.0.2.7/32"."""
         protocol = "every protocol" if self.protocol == "-1" else self.protocol
@@ -1005,7 +1000,9 @@ def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: I
     known = {rule.way for rule in wanted}
     others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
     mark = f"{RULE_MARK} {identity.fingerprint} "
-    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+    one_port = [r for r in others if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    alike = [rule for rule in one_port if rule.owner.startswith(mark)]
+    return others, len(alike) < len(others)
 
 
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
