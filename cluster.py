@@ -701,6 +701,13 @@ class Node(NamedTuple):
     idle_minutes: float | None = None
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
+    key_name: str = ""  # of the key pair that it was launched with
+    security_groups: tuple[str, ...] = ()  # their names
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name."""
+        return f"mitsuba-{self.group}" in self.security_groups
 
     @property
     def address(self) -> str:
@@ -814,6 +821,8 @@ def to_node(raw: dict[str, Any]) -> Node:
         idle_minutes=to_number(tags.get(TAG_IDLE)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
+        key_name=raw.get("KeyName", ""),
+        security_groups=tuple(one.get("GroupName", "") for one in raw.get("SecurityGroups", [])),
     )
 
 
@@ -923,8 +932,14 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
 
 def fetch_regions(settings: Settings) -> list[str]:
     """Return the names of the regions that the account can use; the one of config.py need not be among them."""
-    ec2 = open_client(settings, "ec2", find_partition(settings.AWS_REGION)[1])
-    return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
+    from botocore.exceptions import ClientError
+
+    first = open_client(settings, "ec2", find_partition(settings.AWS_REGION)[1])
+    try:
+        found = first.describe_regions()["Regions"]
+    except ClientError:  # a policy of the organization can close any region
+        found = open_client(settings, "ec2").describe_regions()["Regions"]
+    return sorted(one["RegionName"] for one in found)
 
 
 def fetch_client_cidr(settings: Settings) -> str:
@@ -1046,6 +1061,7 @@ LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
+CLOUD_INIT_LIMIT = 600
 MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
@@ -1326,6 +1342,20 @@ echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2>
 echo "clock=$(date +%s.%N)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
+"""
+
+
+# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
+WAIT_FOR_BOOT = r"""
+set -euo pipefail
+command -v cloud-init > /dev/null || exit 0
+code=0
+timeout "$1" cloud-init status --wait > /dev/null || code=$?
+case $code in
+  0 | 2) ;;
+  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
+  *) cloud-init status --long; exit 1 ;;
+esac
 """
 
 
@@ -2088,7 +2118,7 @@ class Source:
     """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
 
     remote: Remote | None = None
-    serving: bool = False
+    channel: paramiko.Channel | None = None
     failures: int = 0
 
 
@@ -2117,7 +2147,7 @@ class Spread:
         with self.changed:
             self.until = self.until or time.monotonic() + SPREAD_PATIENCE
             self.unheard -= 1
-            self.changed.notify_all()
+            self.changed.notify()
 
     def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
@@ -2139,7 +2169,7 @@ class Spread:
         with self.changed:
             self.waiting.append(lacking)
             while not (source := self.choose(tried, lacking)):
-                self.changed.wait(0.2)
+                self.changed.wait(1)  # whoever was woken may have tried this source
             self.waiting.remove(lacking)
         return source
 
@@ -2152,7 +2182,7 @@ class Spread:
                 self.here = source
             elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
                 self.idle.append(source)
-            self.changed.notify_all()
+            self.changed.notify()
 
     @contextlib.contextmanager
     def address(self, source: Source, remote: Remote) -> Iterator[str]:
@@ -2160,8 +2190,11 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.serving:
-                self.start(source, source.remote)
+            if not source.channel or source.channel.exit_status_ready():  # not yet, or its time was up
+                try:
+                    source.channel = self.start(source.remote)
+                except SilentNode as error:  # the source's silence is not the receiver's
+                    raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
             return
         sizes = [one.size for one in self.wanted]
@@ -2180,8 +2213,8 @@ class Spread:
             with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
-    def start(self, source: Source, remote: Remote) -> None:
-        """Start a node's program that serves the files."""
+    def start(self, remote: Remote) -> paramiko.Channel:
+        """Start a node's program that serves the files; return the session whose end is its end."""
         seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
         job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
         arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
@@ -2194,7 +2227,7 @@ class Spread:
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             self.sessions.push(stack.pop_all())
-        source.serving = True
+        return channel
 
     def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
         """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
@@ -2211,7 +2244,8 @@ class Spread:
                     wanted = [
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
-                    done = fetch_step(self.folder, wanted, show, remote, PEER_TRIES, PEER_TIMEOUT)
+                    patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
+                    done = fetch_step(self.folder, wanted, show, remote, *patience)
                 complete = True
             except SilentNode:
                 raise
@@ -2223,7 +2257,7 @@ class Spread:
                 self.give_back(source, complete)
         with self.changed:
             self.idle.append(Source(remote))
-            self.changed.notify_all()
+            self.changed.notify()
         return done
 
 
@@ -2258,6 +2292,7 @@ class App:
     def __init__(self, config: Path) -> None:
         self.config = config
         self.left = ""  # what Ctrl-C leaves behind, for the one line that says so
+        self.key_pairs: dict[str, bool] = {}  # region -> whether KEYPAIR_NAME is the user's key there
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -2295,6 +2330,7 @@ class App:
 
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
+        self.check_owner(group, nodes)
         ready = self.ours([node for node in nodes if node.state == "running"])
         waiting = [node for node in nodes if node.state == "pending"]
         if waiting:
@@ -2331,6 +2367,62 @@ class App:
             self.allow_access(groups, cidr)
         warn_of_rules(ec2, groups, self.settings, cidr, self.identity)
         return ready
+
+    def has_key_pair(self, ec2: Client) -> bool:
+        """Tell whether EC2's key pair KEYPAIR_NAME is the user's key; that of an encrypted one can't be compared."""
+        region = ec2.meta.region_name
+        if self.known_identity is None:
+            path = self.settings.key_file
+            return path.exists() and "PRIVATE KEY" in path.read_text("latin-1")
+        if region not in self.key_pairs:
+            self.key_pairs[region] = False
+            with tolerate():
+                asked = {"KeyNames": [self.settings.KEYPAIR_NAME], "IncludePublicKey": True}
+                public = [one.get("PublicKey", "").split()[:2] for one in ec2.describe_key_pairs(**asked)["KeyPairs"]]
+                self.key_pairs[region] = self.known_identity.public.split()[:2] in public
+        return self.key_pairs[region]
+
+    def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
+        """Return those of NODES that the user launched: by the signature in their tags, which others could spoil,
+        or by their key pair, which nobody can change.
+        """
+        key, name = self.known_identity, self.settings.KEYPAIR_NAME
+        return [
+            node
+            for node in nodes
+            if (key and is_ours(node, key)) or (node.key_name == name and self.has_key_pair(ec2 or self.ec2))
+        ]
+
+    def check_owner(self, group: str, nodes: Sequence[Node], others: bool = False, ec2: Client | None = None) -> None:
+        """Refuse GROUP where all of its NODES were launched with another key, unless OTHERS' nodes are meant, too."""
+        ec2 = ec2 or self.ec2
+        living = [node for node in nodes if node.is_inside and node.state in ALIVE]
+        if others or not living or self.launched(living, ec2):
+            return
+        rules = [rule for one in fetch_security_groups(ec2, group) for rule in one.rules]
+        marks = sorted({word for rule in rules for word in rule.owner.split()[-1:]})
+        keys = ", ".join(sorted({node.key_name or "none" for node in living}))
+        raise ClusterError(
+            f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
+            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). Name a group of your own, e.g. "
+            f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
+            "do it all the same with --others"
+        )
+
+    def in_all_regions(self, look: Callable[[Client], T], problems: list[str]) -> dict[str, T]:
+        """LOOK at every region, side by side, config.py's first; add to PROBLEMS those that refuse, in words."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        home, found = self.settings.AWS_REGION, {}
+
+        def ask(region: str) -> None:
+            try:
+                found[region] = look(self.ec2 if region == home else open_client(self.settings, "ec2", region))
+            except (BotoCoreError, ClientError) as error:
+                problems.append(f"{region}: {explain(error)}")
+
+        side_by_side(*(functools.partial(ask, region) for region in fetch_regions(self.settings)))
+        return {region: found[region] for region in sorted(found, key=lambda name: (name != home, name))}
 
     def ours(self, nodes: Sequence[Node]) -> list[Node]:
         """Return those of NODES that were launched with the user's key; name the others."""
@@ -2476,6 +2568,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
         click.echo(ctx.get_help())
 
 
+others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
 count_argument = click.argument("count", type=click.IntRange(1, 5000))
 type_argument = click.argument("machine", metavar="TYPE")
 hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
@@ -3035,7 +3128,6 @@ QUOTAS = {
     "": ("L-1216C47A", "L-34B43A08"),
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
-CLOUD_INIT_LIMIT = 600
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
@@ -3088,6 +3180,7 @@ class LaunchRequest(NamedTuple):
     max_hours: float | None = None
     idle_minutes: float | None = None
     without_mitsuba: bool = False
+    others: bool = False  # even into somebody else's group
 
 
 class Subnet(NamedTuple):
@@ -3170,20 +3263,6 @@ guarded=$?
 set_deadline "$1"
 exit $((guarded | $?))
 """
-
-# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
-WAIT_FOR_BOOT = """
-set -euo pipefail
-command -v cloud-init > /dev/null || exit 0
-code=0
-timeout "$1" cloud-init status --wait > /dev/null || code=$?
-case $code in
-  0 | 2) ;;
-  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
-  *) cloud-init status --long; exit 1 ;;
-esac
-"""
-
 
 # As root: fails where the guard of BOOT is not there.
 CHECK_GUARD = """
@@ -3491,6 +3570,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         lambda: check_package(settings, request.without_mitsuba),
         lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
     )
+    app.check_owner(request.group, before, request.others)
     check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
     subnets = by_price(subnets, spot if request.spot else {} if on_demand is None else {"": on_demand})
     lowest = subnets[0].price
@@ -3908,6 +3988,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
 @click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 @hours_option
 @idle_option
+@others_option
 @click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
 @click.pass_obj
@@ -3923,6 +4004,7 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @group_argument
 @hours_option
 @idle_option
+@others_option
 @click.pass_obj
 def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
@@ -4389,7 +4471,10 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
-                spread.bring(lambda moved: None, remote)
+                try:
+                    spread.bring(lambda moved: None, remote)
+                except NodeError as error:
+                    raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
@@ -5086,7 +5171,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     except NodeError as error:
         note(f"Given up: {error}")
     if then_terminate:
-        terminate_in(app.ec2, request.group)
+        terminate_in(app, app.ec2, request.group, others=False)
     if missing:
         raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
@@ -5664,19 +5749,47 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
 
 
 # --- terminateAll ------------------------------------------------------------
-# Ending a group or a node, and verifying it. Touches EC2 only.
+# Ending groups and single nodes, and verifying it. Touches EC2 only.
 
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
-TERMINATE_LIMIT = 600  # until EC2 says terminated
-UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
+TERMINATE_LIMIT = 600  # until one more node has ended; 150 s are ordinary
+HOLD_LIMIT = 300  # for the security group: ended nodes hold it a minute more, young ones before any list shows them
+UNSEEN_LIMIT = 5  # for lists to show something of a group: what is new they show late
 
 
-def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
-    """Start the end of NODES, a thousand a call; a list that lags may name one that EC2 forgot."""
-    ids = [node.id for node in nodes if node.state != "shutting-down"]
-    for start in range(0, len(ids), TERMINATE_BATCH):
-        with tolerate("InvalidInstanceID.NotFound"):
-            ec2.terminate_instances(InstanceIds=ids[start : start + TERMINATE_BATCH])
+class Ended(NamedTuple):
+    """What came of ending one group in one region."""
+
+    nodes: list[Node]
+    protected: list[Node]  # EC2 refuses to end them
+    left: list[Node]  # that have the group's tag, and are not the user's to end
+    cancelled: int  # spot requests
+    found: bool  # whether there was anything of the group
+
+
+def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
+    """Start the end of NODES, a thousand a call; return those that are protected from it.
+
+    For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: the others
+    are sent again. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    """
+    from botocore.exceptions import ClientError
+
+    ids = [node.id for node in nodes]
+    requests = [ids[start : start + TERMINATE_BATCH] for start in range(0, len(ids), TERMINATE_BATCH)]
+    protected: set[str] = set()
+    while requests:
+        request = requests.pop()
+        try:
+            ec2.terminate_instances(InstanceIds=request)
+        except ClientError as error:
+            if error_code(error) not in ("InvalidInstanceID.NotFound", "OperationNotPermitted"):
+                raise
+            named = {name for name in request if len(request) == 1 or name in str(error)}
+            protected |= named if error_code(error) == "OperationNotPermitted" else set()
+            rest = [name for name in request if name not in named]
+            requests += [[name] for name in rest] if not named else [rest] if rest else []
+    return [node for node in nodes if node.id in protected]
 
 
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
@@ -5685,27 +5798,6 @@ def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[s
     if ids:
         ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=ids)
     return ids
-
-
-def wait_until_terminated(ec2: Client, group: str, show: Callable[[str], None]) -> list[Node]:
-    """Terminate all of GROUP and wait until EC2 says so; return every node that was seen.
-
-    Each look terminates what it finds: a list can show a node late. TimeoutError with the
-    names of those that remain.
-    """
-    seen: dict[str, Node] = {}
-    deadline = time.monotonic() + TERMINATE_LIMIT
-    while True:
-        living = [node for node in fetch_nodes(ec2, group) if node.state in ALIVE]
-        fresh = [node for node in living if node.id not in seen]
-        terminate_nodes(ec2, fresh)
-        seen |= {node.id: node for node in fresh}
-        if not living:
-            return list(seen.values())
-        if time.monotonic() > deadline:
-            raise TimeoutError(", ".join(node.id for node in living))
-        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended")
-        time.sleep(POLL)
 
 
 def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
@@ -5717,80 +5809,173 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def terminate_group(ec2: Client, group: str, show: Callable[[str], None]) -> tuple[list[Node], int, bool]:
-    """End everything of GROUP; return (its nodes, cancelled spot requests, whether there was anything).
+def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
+    """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
 
-    The security group is the anchor: while it can't be deleted there are nodes that the list
-    does not show yet, so look again, for UNSEEN_LIMIT. ClusterError where something remains.
+    The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
+    ends whatever runs by then. ClusterError where something remains.
     """
-    before = fetch_overview(ec2, group)
-    cancelled = len(cancel_spot_requests(ec2, before.requests))
-    ended: dict[str, Node] = {}
-    deadline = time.monotonic() + UNSEEN_LIMIT
-    waiting = list(before.security_groups)
+    seen: dict[str, Node] = {}
+    protected: dict[str, Node] = {}
+    cancelled: list[str] = []
+    before: Any = None
+    since = time.monotonic()
     while True:
-        try:
-            ended |= {node.id: node for node in wait_until_terminated(ec2, group, show)}
-        except TimeoutError as error:
-            raise ClusterError(f"EC2 does not say terminated of {error} yet; run terminateAll {group} again") from None
-        waiting = [one for one in waiting if not remove_security_group(ec2, one)]
-        if not waiting:
-            return list(ended.values()), cancelled, bool(ended or cancelled or before.security_groups)
-        if time.monotonic() > deadline:
+        listed = fetch_nodes(ec2, group)
+        nodes = [node for node in listed if node.state in ALIVE]
+        inside = [node for node in nodes if node.is_inside]
+        targets = inside if others else app.launched(inside, ec2)
+        running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
+        protected |= {node.id: node for node in terminate_nodes(ec2, running)}
+        living = [node for node in targets if node.id not in protected]
+        seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+        if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
+            with excused("their spot requests are not cancelled"):
+                cancelled = cancel_spot_requests(ec2, fetch_spot_requests(ec2, group))
+        present = (len(seen), {node.id for node in living})
+        since, before = (since if present == before else time.monotonic()), present
+        held = len(protected) + len(inside) > len(targets)
+        groups = [] if living or held else fetch_security_groups(ec2, group)
+        waiting = [one for one in groups if not remove_security_group(ec2, one)]
+        waited = time.monotonic() - since
+        something = bool(seen or groups or len(listed) > len(nodes))
+        if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
+            left = [node for node in nodes if node not in targets]
+            return Ended(list(seen.values()), list(protected.values()), left, len(cancelled), something or bool(nodes))
+        again = f"run {command('terminateAll', group)} again"
+        if living and waited > TERMINATE_LIMIT:
+            raise ClusterError(f"EC2 does not say terminated of {', '.join(n.id for n in living)} yet; {again}")
+        if waiting and waited > HOLD_LIMIT:
             raise ClusterError(
                 f"security group {waiting[0].id} is still in use by something that EC2 does not list as a node of "
-                f"{group!r}; run terminateAll {group} again, and look at it in the EC2 console"
+                f"{group!r}; {again}, and look at it in the EC2 console"
             )
-        show("the security group is still in use; looking again")
+        held_up = "; the security group is still in use" if waiting else ""
+        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended{held_up}")
         time.sleep(POLL)
 
 
-def terminate_in(ec2: Client, group: str) -> None:
-    """Terminate GROUP in one region and say what was proved."""
+def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
+    """Return the error that names NODES which EC2 refuses to end, and the way to end them."""
+    unprotect = f"aws ec2 modify-instance-attribute --region {ec2.meta.region_name} --no-disable-api-termination"
+    return ClusterError(
+        f"protected from termination, so they run on and cost money: {', '.join(node.id for node in nodes)}. "
+        f"For each: {unprotect} --instance-id ID; then {command('terminateAll', nodes[0].group)}"
+    )
+
+
+def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
+    """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    nodes, cancelled, anything = terminate_group(ec2, group, progress.show)
-    if not anything:
-        return note(f"Nothing to terminate: group {group!r} does not exist in {region}")
-    for node in nodes:
+    done = end_group(app, ec2, group, others, progress.show)
+    for node in done.nodes:
         result(f"{node.name}: terminated")
-    parts = [f"{format_count(len(nodes), 'node')} terminated"]
-    if cancelled:
-        parts.append(f"{format_count(cancelled, 'spot request')} cancelled")
-    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    paid = f" They cost {at_least(nodes)}{format_money(cost)}." if cost is not None else ""
-    return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
+    for node in done.left:
+        why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
+        note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
+    parts = [f"{format_count(len(done.nodes), 'node')} terminated"]
+    if done.cancelled:
+        parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
+    if done.protected:
+        note(f"{', '.join(parts)} in {region}")
+        raise protected_error(ec2, done.protected)
+    if done.found:
+        cost = total(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
+        paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
+        end = "" if done.left else f", security group removed: nothing of group {group!r} is left in {region}"
+        note(f"{', '.join(parts)}{end}.{paid}")
+    return done.found
+
+
+class Present(NamedTuple):
+    """What terminateAll finds in a region."""
+
+    ec2: Client
+    nodes: list[Node]  # not terminated, of all groups
+    security_groups: list[SecurityGroup]
+
+
+def fetch_present(ec2: Client) -> Present:
+    """Return all that could be ended in a region."""
+    nodes, groups = side_by_side(lambda: fetch_nodes(ec2), lambda: fetch_security_groups(ec2))
+    return Present(ec2, [node for node in nodes if node.state in ALIVE], groups)
+
+
+def own_groups(app: App, present: Present) -> list[str]:
+    """Return the groups in which the user has nodes, or that a launch of the user's left behind empty."""
+    taken = {node.group for node in present.nodes}
+    key = app.known_identity.fingerprint if app.known_identity else " "
+    empty = [one for one in present.security_groups if one.group not in taken]
+    mine = {one.group for one in empty if any(key in rule.owner for rule in one.rules)}
+    return sorted(mine | {node.group for node in app.launched(present.nodes, present.ec2) if node.is_inside})
+
+
+def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
+    """Name the user's other groups that run on, with their cost."""
+    nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
+    for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
+        same = [node for node in nodes if node.group == group]
+        price = total(node.price for node in same)
+        cost = f", {at_least(same)}{format_money(price)} an hour" if price else ""
+        region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
+        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost}")
 
 
 @cli.command("terminateAll")
 @group_argument
+@click.option("--all-groups", is_flag=True, help="End all groups that were launched with your key.")
 @click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
-@click.pass_obj
-def terminate_all(app: App, group: str, all_regions: bool) -> None:
-    """Shut all nodes of the group down, and prove it."""
-    app.left = f"Some nodes of group {group!r} may still run; end them with {command('terminateAll', group)}."
-    regions = fetch_regions(app.settings) if all_regions else [app.settings.AWS_REGION]
-    if not all_regions:
-        return terminate_in(app.ec2, group)
-    troubles = []
-    for region in regions:
-        try:
-            terminate_in(open_client(app.settings, "ec2", region), group)
-        except ClusterError as error:
-            troubles.append(f"{region}: {error.message}")
-    if troubles:
-        raise ClusterError("; ".join(troubles))
-    return None
+@others_option
+@click.pass_context
+def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions: bool, others: bool) -> None:
+    """Shut all nodes of the group down, and verify it."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    app: App = ctx.obj
+    if all_groups and ctx.get_parameter_source("group") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--all-groups ends all of your groups; name none beside it")
+    options = [*(["--all-groups"] if all_groups else [group]), *(["--all-regions"] if all_regions else [])]
+    app.left = f"Some nodes may still run; end them with {command('terminateAll', *options)}."
+    home = app.settings.AWS_REGION
+    problems: list[str] = []
+    regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
+    found = False
+    for region, present in regions.items():
+        groups = own_groups(app, present) if all_groups else [group]
+        if region != home:
+            there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
+            groups = [one for one in groups if one in there]
+        for one in groups:
+            try:
+                app.check_owner(one, [node for node in present.nodes if node.group == one], others, present.ec2)
+                found = terminate_in(app, present.ec2, one, others) or found
+            except (ClusterError, BotoCoreError, ClientError) as error:
+                problem = error.message if isinstance(error, ClusterError) else explain(error)
+                problems.append(f"{region}: {problem}" if all_regions else problem)
+        name_running(app, present, groups)
+    if not found and not problems:
+        where = "any region" if all_regions else home
+        if not all_groups:
+            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}")
+        note(f"Nothing to terminate: you have no group in {where}")
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
 @cli.command("terminate")
 @click.argument("name", metavar="NODE")
+@others_option
 @click.pass_obj
-def terminate(app: App, name: str) -> None:
+def terminate(app: App, name: str, others: bool) -> None:
     """Shut one node down, by its name, address or instance id."""
     node = find_node(app, name)
+    if not node.is_inside:
+        raise ClusterError(f"{node.id} is not in security group mitsuba-{node.group}: this tool did not launch it")
+    app.check_owner(node.group, [node], others)
     app.left = f"{node.name} may still run; {command('status')} shows it."
-    terminate_nodes(app.ec2, [node])
+    if protected := terminate_nodes(app.ec2, [node]):
+        raise protected_error(app.ec2, protected)
     result(f"{node.name} ({node.id}) is being terminated")
     if node.role == "head":
         note(f"It was the head node: run {command('start', node.group)} to make another one the head")
