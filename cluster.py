@@ -3756,14 +3756,16 @@ def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) ->
     disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
     if plan.type.encrypts:
         disk["Encrypted"] = True
-    network = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
-    parameters: dict[str, Any] = {
+    network: dict[str, Any] = {"SubnetId": subnet.id, "SecurityGroupIds": [launch.security_group]}
+    if subnet.gives_addresses == launch.private:  # the subnet does by itself what is not wanted
+        interface = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
+        network = {"NetworkInterfaces": [interface | {"AssociatePublicIpAddress": not launch.private}]}
+    parameters: dict[str, Any] = network | {
         "ImageId": plan.image.id,
         "InstanceType": plan.type.type,
         "MinCount": 1,
         "MaxCount": count,
         "KeyName": launch.key_name,
-        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not launch.private}],
         "UserData": launch.user_data,
         "ClientToken": token,
         "InstanceInitiatedShutdownBehavior": "terminate",
