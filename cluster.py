@@ -752,11 +752,6 @@ class Rule(NamedTuple):
         ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
         return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
 
-    @property
-    def is_one_port(self) -> bool:
-        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
-        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
-
     def __str__(self) -> str:
         """Say "tcp 22 from 192.0.2.7/32"."""
         protocol = "every protocol" if self.protocol == "-1" else self.protocol
@@ -1030,7 +1025,9 @@ def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: I
     known = {rule.way for rule in wanted}
     others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
     mark = f"{RULE_MARK} {identity.fingerprint} "
-    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+    one_port = [r for r in others if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    alike = [rule for rule in one_port if rule.owner.startswith(mark)]
+    return others, len(alike) < len(others)
 
 
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
@@ -1873,8 +1870,8 @@ class Fetcher:
         os.close(folder)
         return self.entry(one)
 
-    def make_room(self, missing: Sequence[Wanted]) -> None:
-        """Remove parts that nobody will complete; FetchFailed where there is no room for what is MISSING."""
+    def make_room(self, missing: Sequence[Wanted]) -> int:
+        """Remove parts that nobody will complete; return the bytes that are MISSING, FetchFailed if they do not fit."""
         wanted, there = {self.part_name(one) for one in missing}, 0
         for name in os.listdir(self.state):
             if name in wanted:
@@ -1885,6 +1882,7 @@ class Fetcher:
         need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
         if need > free:
             raise FetchFailed(f"{need // MIB} MB are needed, {free // MIB} MB are free")
+        return need
 
     def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
         """Fetch those of WANTED that are not here and have a source; return what was done, as numbers."""
@@ -1895,7 +1893,7 @@ class Fetcher:
             record = self.load("record.json")
             record = record if isinstance(record, dict) else {}
             missing = [one for one in wanted if not self.is_here(one, record)]
-            self.make_room(missing)
+            lacking = self.make_room(missing)
             files, saved = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS), time.monotonic()
             jobs = {files.submit(self.fetch, one): one.path for one in missing if one.url}
             try:
@@ -1914,7 +1912,7 @@ class Fetcher:
                 self.ranges.shutdown(wait=False, cancel_futures=True)
                 self.save("record.json", record)
             done = {"fetched": len(jobs), "present": len(wanted) - len(missing), "missing": len(missing) - len(jobs)}
-            return done | {"moved": self.moved}
+            return done | {"moved": self.moved, "lacking": 0 if jobs else lacking}
 
 
 def fetch_files(arguments: list[str]) -> None:
@@ -1964,6 +1962,7 @@ class Fetched(NamedTuple):
     present: int  # were there already
     missing: int  # have no source yet
     moved: int  # bytes
+    lacking: int  # bytes of what is missing, without what an earlier try has brought
 
 
 class Refused(NodeError):
@@ -2136,6 +2135,7 @@ class Spread:
         self.here: Source | None = Source()  # while nobody fetches from it
         self.idle: list[Source] = []  # nodes that serve nobody
         self.fetching = 0  # nodes
+        self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
         self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
 
@@ -2146,7 +2146,7 @@ class Spread:
             self.unheard -= 1
             self.changed.notify()
 
-    def choose(self, tried: Sequence[Source]) -> Source | None:
+    def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
         fresh = [source for source in self.idle if source not in tried]
         if len(tried) < PEERS_TRIED and fresh:
@@ -2154,17 +2154,20 @@ class Spread:
             self.idle.remove(source)
         else:
             alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
+            alone = alone and lacking <= min(self.waiting, default=lacking)  # so least comes from here
             if not self.here or not (alone or len(tried) >= PEERS_TRIED):
                 return None
             source, self.here = self.here, None
         self.fetching += 1
         return source
 
-    def take(self, tried: Sequence[Source]) -> Source:
+    def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
         with self.changed:
-            while not (source := self.choose(tried)):
+            self.waiting.append(lacking)
+            while not (source := self.choose(tried, lacking)):
                 self.changed.wait(1)  # whoever was woken may have tried this source
+            self.waiting.remove(lacking)
         return source
 
     def give_back(self, source: Source, done: bool) -> None:
@@ -2231,7 +2234,7 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, complete = self.take(tried), False
+            source, complete = self.take(tried, done.lacking), False
             try:
                 with self.address(source, remote) as url:
                     headers = {"Authorization": f"Bearer {self.token}"}
@@ -3657,14 +3660,16 @@ def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) ->
     disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
     if plan.type.encrypts:
         disk["Encrypted"] = True
-    network = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
-    parameters: dict[str, Any] = {
+    network: dict[str, Any] = {"SubnetId": subnet.id, "SecurityGroupIds": [launch.security_group]}
+    if subnet.gives_addresses == launch.private:  # the subnet does by itself what is not wanted
+        interface = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
+        network = {"NetworkInterfaces": [interface | {"AssociatePublicIpAddress": not launch.private}]}
+    parameters: dict[str, Any] = network | {
         "ImageId": plan.image.id,
         "InstanceType": plan.type.type,
         "MinCount": 1,
         "MaxCount": count,
         "KeyName": launch.key_name,
-        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not launch.private}],
         "UserData": launch.user_data,
         "ClientToken": token,
         "InstanceInitiatedShutdownBehavior": "terminate",
