@@ -123,7 +123,7 @@ def test_calls_do_not_grow_with_the_number_of_nodes(cloud: LocalCloud, group: st
     assert counts[0][0] == {"DescribeInstances": 1, "DescribeSpotInstanceRequests": 1, "DescribeSecurityGroups": 1}
 
 
-POLLS = ("DescribeInstances", "DeleteSecurityGroup")
+POLLS = ("DescribeInstances", "DescribeSecurityGroups", "DeleteSecurityGroup", "TerminateInstances")
 
 
 def test_foreign_instances_are_never_touched(cloud: LocalCloud, group: str) -> None:
