@@ -3513,8 +3513,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
             "PRIVATE_NODES: they get no public address, so this machine must reach the private ones (by a VPN), "
             "and install needs a NAT gateway"
         )
-    elif not all(subnet.gives_addresses for subnet in plan.subnets):
-        yield f"{settings.SUBNET_ID} gives no public addresses unasked; the nodes ask for one each, to be reached by it"
+    elif closed := [subnet.id for subnet in plan.subnets if not subnet.gives_addresses]:
+        yield f"Without public addresses of its own: {', '.join(closed)}; the nodes ask for one each"
     limits = format_limits(plan.hours, plan.idle)
     yield limits or f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
     if plan.package:
