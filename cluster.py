@@ -752,11 +752,6 @@ class Rule(NamedTuple):
         ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
         return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
 
-    @property
-    def is_one_port(self) -> bool:
-        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
-        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
-
     def __str__(self) -> str:
         """Say "tcp 22 from 192.0.2.7/32"."""
         protocol = "every protocol" if self.protocol == "-1" else self.protocol
@@ -1030,7 +1025,9 @@ def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: I
     known = {rule.way for rule in wanted}
     others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
     mark = f"{RULE_MARK} {identity.fingerprint} "
-    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+    one_port = [r for r in others if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    alike = [rule for rule in one_port if rule.owner.startswith(mark)]
+    return others, len(alike) < len(others)
 
 
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
@@ -3137,7 +3134,6 @@ KMS_HINT = (
     " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
     "kms:GenerateDataKeyWithoutPlaintext and kms:ReEncrypt* are needed)"
 )
-GONE = (404, 410)  # HTTP's codes for what does not exist
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
@@ -3454,98 +3450,6 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
     return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
-
-
-def to_request(address: str, method: str = "GET") -> urllib.request.Request:
-    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
-    import base64
-    import urllib.parse
-    import urllib.request
-
-    parts = urllib.parse.urlsplit(address)
-    user, at, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
-    if at:
-        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        request.add_header("Authorization", f"Basic {token}")
-    return request
-
-
-def package_risks(settings: Settings, package: Package) -> list[str]:
-    """Say how somebody in between could replace Mitsuba, which root installs."""
-    if "://" in package.source:
-        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
-        return [] if package.sha256 else [unchecked]
-    unsigned = re.match(
-        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
-    )
-    if unsigned and not package.is_file:
-        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
-    return []
-
-
-def index_has(apt_line: str, package: str) -> bool:
-    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
-    import gzip
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
-    if not found:
-        raise ValueError("this is no apt line")
-    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
-    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
-    if suite.endswith("/"):
-        folders = [f"{base}/{suite}".rstrip("/")]
-    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    indexes: dict[str, Callable[[bytes], bytes]]
-    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
-    missing: urllib.error.HTTPError | None = None
-    for folder in folders:
-        for name, unpack in indexes.items():
-            try:
-                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-                    if wanted.search(unpack(answer.read())):
-                        return True
-                missing = None
-                break
-            except urllib.error.HTTPError as error:
-                if error.code not in GONE:
-                    raise
-                missing = error
-    if missing:
-        raise missing
-    return False
-
-
-def check_package(settings: Settings, without: bool) -> str:
-    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    title, doubt, proved = "", "", True
-    try:
-        package = plan_package(settings)
-        title = package.title
-        for risk in package_risks(settings, package):
-            warn(risk)
-        if "://" in package.source:
-            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
-    except ClusterError as error:
-        doubt = error.message
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
-        doubt = f"{title} can't be read ({error})"
-    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
-    if doubt and proved and not without:
-        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
-    if doubt:
-        warn(f"{doubt} before you run install" if title else doubt)
-    return title
 
 
 def format_limits(hours: float, idle: float) -> str:
@@ -4018,6 +3922,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options:
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
@@ -4146,11 +4051,11 @@ install_tree() {
   program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
   [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
   check_libraries "$(dirname "$fresh/$program")"
-  exec 9> "$state/lock"
-  flock 9
+  exec 8> "$state/lock"
+  flock 8
   rm -rf /opt/mitsuba
   mv "$fresh" /opt/mitsuba
-  exec 9>&-
+  exec 8>&-
   folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
     printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
@@ -4447,6 +4352,98 @@ def plan_package(settings: Settings) -> Package:
     if sha256 not in ("", found):
         raise ClusterError(f"MITSUBA_PACKAGE: the SHA-256 of {path} is {found}, not {sha256}")
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
+
+
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
+
+
+def index_has(apt_line: str, package: str) -> bool:
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
+    import gzip
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
+    if not found:
+        raise ValueError("this is no apt line")
+    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
+    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
+    if suite.endswith("/"):
+        folders = [f"{base}/{suite}".rstrip("/")]
+    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
+    indexes: dict[str, Callable[[bytes], bytes]]
+    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
+    missing: urllib.error.HTTPError | None = None
+    for folder in folders:
+        for name, unpack in indexes.items():
+            try:
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                    if wanted.search(unpack(answer.read())):
+                        return True
+                missing = None
+                break
+            except urllib.error.HTTPError as error:
+                if error.code not in GONE:
+                    raise
+                missing = error
+    if missing:
+        raise missing
+    return False
+
+
+def check_package(settings: Settings, without: bool) -> str:
+    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    title, doubt, proved = "", "", True
+    try:
+        package = plan_package(settings)
+        title = package.title
+        for risk in package_risks(settings, package):
+            warn(risk)
+        if "://" in package.source:
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
+        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
+    except ClusterError as error:
+        doubt = error.message
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        doubt = f"{title} can't be read ({error})"
+    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
+    if doubt and proved and not without:
+        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
+    if doubt:
+        warn(f"{doubt} before you run install" if title else doubt)
+    return title
 
 
 def make_spread(package: Package, nodes: int) -> Spread | None:
