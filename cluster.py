@@ -752,11 +752,6 @@ class Rule(NamedTuple):
         ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
         return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
 
-    @property
-    def is_one_port(self) -> bool:
-        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
-        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
-
     def __str__(self) -> str:
         """Say "tcp 22 from 192.0.2.7/32"."""
         protocol = "every protocol" if self.protocol == "-1" else self.protocol
@@ -1030,7 +1025,9 @@ def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: I
     known = {rule.way for rule in wanted}
     others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
     mark = f"{RULE_MARK} {identity.fingerprint} "
-    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+    one_port = [r for r in others if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    alike = [rule for rule in one_port if rule.owner.startswith(mark)]
+    return others, len(alike) < len(others)
 
 
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
@@ -1873,8 +1870,8 @@ class Fetcher:
         os.close(folder)
         return self.entry(one)
 
-    def make_room(self, missing: Sequence[Wanted]) -> None:
-        """Remove parts that nobody will complete; FetchFailed where there is no room for what is MISSING."""
+    def make_room(self, missing: Sequence[Wanted]) -> int:
+        """Remove parts that nobody will complete; return the bytes that are MISSING, FetchFailed if they do not fit."""
         wanted, there = {self.part_name(one) for one in missing}, 0
         for name in os.listdir(self.state):
             if name in wanted:
@@ -1885,6 +1882,7 @@ class Fetcher:
         need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
         if need > free:
             raise FetchFailed(f"{need // MIB} MB are needed, {free // MIB} MB are free")
+        return need
 
     def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
         """Fetch those of WANTED that are not here and have a source; return what was done, as numbers."""
@@ -1895,7 +1893,7 @@ class Fetcher:
             record = self.load("record.json")
             record = record if isinstance(record, dict) else {}
             missing = [one for one in wanted if not self.is_here(one, record)]
-            self.make_room(missing)
+            lacking = self.make_room(missing)
             files, saved = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS), time.monotonic()
             jobs = {files.submit(self.fetch, one): one.path for one in missing if one.url}
             try:
@@ -1914,7 +1912,7 @@ class Fetcher:
                 self.ranges.shutdown(wait=False, cancel_futures=True)
                 self.save("record.json", record)
             done = {"fetched": len(jobs), "present": len(wanted) - len(missing), "missing": len(missing) - len(jobs)}
-            return done | {"moved": self.moved}
+            return done | {"moved": self.moved, "lacking": 0 if jobs else lacking}
 
 
 def fetch_files(arguments: list[str]) -> None:
@@ -1964,6 +1962,7 @@ class Fetched(NamedTuple):
     present: int  # were there already
     missing: int  # have no source yet
     moved: int  # bytes
+    lacking: int  # bytes of what is missing, without what an earlier try has brought
 
 
 class Refused(NodeError):
@@ -2136,6 +2135,7 @@ class Spread:
         self.here: Source | None = Source()  # while nobody fetches from it
         self.idle: list[Source] = []  # nodes that serve nobody
         self.fetching = 0  # nodes
+        self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
         self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
 
@@ -2146,7 +2146,7 @@ class Spread:
             self.unheard -= 1
             self.changed.notify()
 
-    def choose(self, tried: Sequence[Source]) -> Source | None:
+    def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
         fresh = [source for source in self.idle if source not in tried]
         if len(tried) < PEERS_TRIED and fresh:
@@ -2154,17 +2154,20 @@ class Spread:
             self.idle.remove(source)
         else:
             alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
+            alone = alone and lacking <= min(self.waiting, default=lacking)  # so least comes from here
             if not self.here or not (alone or len(tried) >= PEERS_TRIED):
                 return None
             source, self.here = self.here, None
         self.fetching += 1
         return source
 
-    def take(self, tried: Sequence[Source]) -> Source:
+    def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
         with self.changed:
-            while not (source := self.choose(tried)):
+            self.waiting.append(lacking)
+            while not (source := self.choose(tried, lacking)):
                 self.changed.wait(1)  # whoever was woken may have tried this source
+            self.waiting.remove(lacking)
         return source
 
     def give_back(self, source: Source, done: bool) -> None:
@@ -2231,7 +2234,7 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, complete = self.take(tried), False
+            source, complete = self.take(tried, done.lacking), False
             try:
                 with self.address(source, remote) as url:
                     headers = {"Authorization": f"Bearer {self.token}"}
@@ -3131,7 +3134,6 @@ KMS_HINT = (
     " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
     "kms:GenerateDataKeyWithoutPlaintext and kms:ReEncrypt* are needed)"
 )
-GONE = (404, 410)  # HTTP's codes for what does not exist
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
@@ -3450,98 +3452,6 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
 
 
-def to_request(address: str, method: str = "GET") -> urllib.request.Request:
-    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
-    import base64
-    import urllib.parse
-    import urllib.request
-
-    parts = urllib.parse.urlsplit(address)
-    user, at, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
-    if at:
-        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        request.add_header("Authorization", f"Basic {token}")
-    return request
-
-
-def package_risks(settings: Settings, package: Package) -> list[str]:
-    """Say how somebody in between could replace Mitsuba, which root installs."""
-    if "://" in package.source:
-        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
-        return [] if package.sha256 else [unchecked]
-    unsigned = re.match(
-        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
-    )
-    if unsigned and not package.is_file:
-        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
-    return []
-
-
-def index_has(apt_line: str, package: str) -> bool:
-    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
-    import gzip
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
-    if not found:
-        raise ValueError("this is no apt line")
-    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
-    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
-    if suite.endswith("/"):
-        folders = [f"{base}/{suite}".rstrip("/")]
-    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    indexes: dict[str, Callable[[bytes], bytes]]
-    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
-    missing: urllib.error.HTTPError | None = None
-    for folder in folders:
-        for name, unpack in indexes.items():
-            try:
-                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-                    if wanted.search(unpack(answer.read())):
-                        return True
-                missing = None
-                break
-            except urllib.error.HTTPError as error:
-                if error.code not in GONE:
-                    raise
-                missing = error
-    if missing:
-        raise missing
-    return False
-
-
-def check_package(settings: Settings, without: bool) -> str:
-    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    title, doubt, proved = "", "", True
-    try:
-        package = plan_package(settings)
-        title = package.title
-        for risk in package_risks(settings, package):
-            warn(risk)
-        if "://" in package.source:
-            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
-    except ClusterError as error:
-        doubt = error.message
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
-        doubt = f"{title} can't be read ({error})"
-    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
-    if doubt and proved and not without:
-        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
-    if doubt:
-        warn(f"{doubt} before you run install" if title else doubt)
-    return title
-
-
 def format_limits(hours: float, idle: float) -> str:
     """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
     limits = [f"{hours:g} hours"] if hours else []
@@ -3603,8 +3513,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
             "PRIVATE_NODES: they get no public address, so this machine must reach the private ones (by a VPN), "
             "and install needs a NAT gateway"
         )
-    elif not all(subnet.gives_addresses for subnet in plan.subnets):
-        yield f"{settings.SUBNET_ID} gives no public addresses unasked; the nodes ask for one each, to be reached by it"
+    elif closed := [subnet.id for subnet in plan.subnets if not subnet.gives_addresses]:
+        yield f"Without public addresses of its own: {', '.join(closed)}; the nodes ask for one each"
     limits = format_limits(plan.hours, plan.idle)
     yield limits or f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
     if plan.package:
@@ -3750,14 +3660,16 @@ def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) ->
     disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
     if plan.type.encrypts:
         disk["Encrypted"] = True
-    network = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
-    parameters: dict[str, Any] = {
+    network: dict[str, Any] = {"SubnetId": subnet.id, "SecurityGroupIds": [launch.security_group]}
+    if subnet.gives_addresses == launch.private:  # the subnet does by itself what is not wanted
+        interface = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
+        network = {"NetworkInterfaces": [interface | {"AssociatePublicIpAddress": not launch.private}]}
+    parameters: dict[str, Any] = network | {
         "ImageId": plan.image.id,
         "InstanceType": plan.type.type,
         "MinCount": 1,
         "MaxCount": count,
         "KeyName": launch.key_name,
-        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not launch.private}],
         "UserData": launch.user_data,
         "ClientToken": token,
         "InstanceInitiatedShutdownBehavior": "terminate",
@@ -4010,6 +3922,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options:
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
@@ -4138,11 +4051,11 @@ install_tree() {
   program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
   [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
   check_libraries "$(dirname "$fresh/$program")"
-  exec 9> "$state/lock"
-  flock 9
+  exec 8> "$state/lock"
+  flock 8
   rm -rf /opt/mitsuba
   mv "$fresh" /opt/mitsuba
-  exec 9>&-
+  exec 8>&-
   folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
     printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
@@ -4439,6 +4352,98 @@ def plan_package(settings: Settings) -> Package:
     if sha256 not in ("", found):
         raise ClusterError(f"MITSUBA_PACKAGE: the SHA-256 of {path} is {found}, not {sha256}")
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
+
+
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
+
+
+def index_has(apt_line: str, package: str) -> bool:
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
+    import gzip
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
+    if not found:
+        raise ValueError("this is no apt line")
+    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
+    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
+    if suite.endswith("/"):
+        folders = [f"{base}/{suite}".rstrip("/")]
+    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
+    indexes: dict[str, Callable[[bytes], bytes]]
+    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
+    missing: urllib.error.HTTPError | None = None
+    for folder in folders:
+        for name, unpack in indexes.items():
+            try:
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                    if wanted.search(unpack(answer.read())):
+                        return True
+                missing = None
+                break
+            except urllib.error.HTTPError as error:
+                if error.code not in GONE:
+                    raise
+                missing = error
+    if missing:
+        raise missing
+    return False
+
+
+def check_package(settings: Settings, without: bool) -> str:
+    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    title, doubt, proved = "", "", True
+    try:
+        package = plan_package(settings)
+        title = package.title
+        for risk in package_risks(settings, package):
+            warn(risk)
+        if "://" in package.source:
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
+        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
+    except ClusterError as error:
+        doubt = error.message
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        doubt = f"{title} can't be read ({error})"
+    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
+    if doubt and proved and not without:
+        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
+    if doubt:
+        warn(f"{doubt} before you run install" if title else doubt)
+    return title
 
 
 def make_spread(package: Package, nodes: int) -> Spread | None:
@@ -5539,17 +5544,20 @@ def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def counted(label: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar of SIZE bytes while the body works; any thread may add bytes by what this yields."""
-    progress, lock, done = Progress(label, size), threading.Lock(), threading.Event()
+def counted(label: str, size: int) -> Iterator[Callable[..., None]]:
+    """Show a bar of SIZE bytes while the body works; any thread may count bytes, also such as are only READ."""
+    progress, lock, done, seen = Progress(label, size), threading.Lock(), threading.Event(), 0
 
-    def count(more: int) -> None:
+    def count(more: int, read: int = 0) -> None:
+        nonlocal seen
         with lock:
             progress.done += more
+            seen += read
 
     def draw() -> None:
         while not done.wait(0.2):
-            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
+            reading = f", {format_size(seen)} checked" if 0 < seen < size else ""
+            progress.show(f"{format_size(progress.done)} of {format_size(size)}{reading}")
 
     painter = threading.Thread(target=draw, daemon=True)
     painter.start()
@@ -5568,7 +5576,7 @@ def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, pa
     return digest == sha256 or (len(digest) == 32 and digest_file(path, "md5") == digest)
 
 
-def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int], None]) -> int:
+def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[..., None]) -> int:
     """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
 
     While one file is sent, the next is being hashed.
@@ -5579,7 +5587,8 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     sent = 0
     with threads(1) as hasher:
-        hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
+        read = functools.partial(count, 0)
+        hashes = hasher.map(lambda path: digest_file(path, "sha256", read), files.values())
         for (key, path), sha256 in zip(files.items(), hashes):
             if is_same(s3, bucket, key, there.get(key), path, sha256):
                 count(path.stat().st_size)
@@ -5657,14 +5666,16 @@ def sync_step(
             wanted, before = sign_again(), progress.moved[remote.node.id]
 
 
-def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
+def send_files(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
     """Upload FILES as far as S3 lacks them, with a bar."""
+    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
+    files = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
     try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
         with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
             sent = upload(s3, bucket, files, count)
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
+    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to {where} ({len(files) - sent} there already)")
 
 
 def read_files(files: dict[str, Path]) -> list[Wanted]:
@@ -5696,7 +5707,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
-        send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
+        send_files(s3, bucket, prefix, files)
         name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:

@@ -65,7 +65,7 @@ def test_a_file_is_sent_once(bucket: Bucket, tmp_path: Path) -> None:
     data.write_bytes(os.urandom(40 << 20))
     first = bucket.sync(str(data))
     assert first.code == 0, first.err
-    assert "Uploaded 1 of 1 file to s3://scenes" in first.err
+    assert "Uploaded 1 of 1 file to s3://scenes/data (0 there already)" in first.err
     assert first.out.count("fetched 1 file, 41.9 MB") == 2
     assert bucket.on_nodes(data.name) == 2 * [data.read_bytes()]
     second = bucket.sync(str(data))
@@ -172,9 +172,21 @@ def test_an_object_that_changes_meanwhile(tmp_path: Path) -> None:
 def test_many_small_files(tmp_path: Path) -> None:
     names = [f"frames/{number:04}.png" for number in range(300)]
     with range_server(b"tiny") as server:
-        assert run_sync(tmp_path, server.job(*names)) == {"moved": 1200, "fetched": 300, "present": 0, "missing": 0}
+        assert run_sync(tmp_path, server.job(*names)) == {
+            "moved": 1200,
+            "fetched": 300,
+            "present": 0,
+            "missing": 0,
+            "lacking": 0,
+        }
         (tmp_path / names[7]).write_bytes(b"edited")
-        assert run_sync(tmp_path, server.job(*names)) == {"moved": 4, "fetched": 1, "present": 299, "missing": 0}
+        assert run_sync(tmp_path, server.job(*names)) == {
+            "moved": 4,
+            "fetched": 1,
+            "present": 299,
+            "missing": 0,
+            "lacking": 0,
+        }
     assert {(tmp_path / name).read_bytes() for name in names} == {b"tiny"}
 
 
