@@ -169,28 +169,36 @@ def format_money(dollars: float) -> str:
     return f"${dollars:.2f}" if dollars >= 0.1 or not dollars else f"${dollars:.4f}"
 
 
-def wrap(words: Sequence[str], width: int) -> list[str]:
-    """Join WORDS by commas into lines of at most WIDTH (one word a line at least)."""
-    lines: list[str] = []
-    for word in words:
-        if lines and len(lines[-1]) + 2 + len(word) <= width:
-            lines[-1] += ", " + word
-        else:
-            lines.append(word)
-    return lines
+def visible(cell: str) -> int:
+    """Return the width of a cell on the screen: colours take none."""
+    return len(click.unstyle(cell))
 
 
-def format_table(rows: Sequence[Sequence[str]], width: int) -> str:
-    """Align ROWS (the first is the header) in columns; stack the cells where WIDTH is too small."""
-    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    if sum(columns) + 2 * (len(columns) - 1) <= width:
-        lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, columns)) for row in rows)
+def fit_columns(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]) -> Sequence[Sequence[str]]:
+    """Leave out the columns SPARE, one after the other, until ROWS fit into WIDTH; of NAME only the common tail."""
+    for title in spare:
+        if sum(max(map(visible, column)) + 2 for column in zip(*rows)) - 2 <= width:
+            break
+        if title == "NAME":  # of the form ec2-203-0-113-1.compute-1.amazonaws.com
+            rows = [[re.sub(r"(ec2-[\d-]+)\.[\w.-]+", r"\1…", cell) for cell in row] for row in rows]
+        elif title in rows[0]:
+            at = rows[0].index(title)
+            rows = [[cell for i, cell in enumerate(row) if i != at] for row in rows]
+    return rows
+
+
+def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str] = ()) -> str:
+    """Align ROWS (the first is the header) in columns; where WIDTH is too small leave SPARE ones out, then stack."""
+    rows = fit_columns(rows, width, spare)
+    sizes = [max(map(visible, column)) for column in zip(*rows)]
+    if sum(sizes) + 2 * (len(sizes) - 1) <= width:
+        lines = ("  ".join(cell + " " * (size - visible(cell)) for cell, size in zip(row, sizes)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
     header, *body = rows
     blocks = []
     for row in body:
         pairs = [f"{name.lower()} {cell}" for name, cell in zip(header[1:], row[1:]) if cell]
-        blocks.append("\n  ".join([row[0], *wrap(pairs, width - 2)]))
+        blocks.append("\n  ".join([row[0], *pairs]))
     return "\n".join(blocks)
 
 
@@ -595,6 +603,11 @@ class Node(NamedTuple):
     def name(self) -> str:
         """What to print: the public name, else the address, else the id."""
         return self.public_name or self.address or self.id
+
+    @property
+    def short(self) -> str:
+        """The last two numbers of the private address, as "4-17": it stays the same for a node's life."""
+        return "-".join(self.private_ip.split(".")[-2:])
 
 
 class SpotRequest(NamedTuple):
