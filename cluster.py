@@ -81,6 +81,7 @@ Client = Any  # boto3 makes its clients' classes at run time
 TAG_GROUP = "mitsuba-group"
 TAG_ROLE = "mitsuba-role"
 TAG_HOST_KEY = "mitsuba-host-key"
+TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of the group and the host key
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 SERVER_PORT = 7554  # mtssrv's own default
@@ -435,6 +436,8 @@ def load_settings(path: Path) -> Settings:
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
+SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
+TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
@@ -589,6 +592,7 @@ class Node(NamedTuple):
     market: str = "on-demand"
     role: str | None = None
     host_key: str = ""
+    signature: str = ""  # see is_ours
     price: float | None = None  # $ an hour
     max_hours: float | None = None
     spot_request: str = ""
@@ -679,6 +683,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         market="spot" if raw.get("InstanceLifecycle") == "spot" else "on-demand",
         role=tags.get(TAG_ROLE) if tags.get(TAG_ROLE) in ("head", "worker") else None,
         host_key=tags.get(TAG_HOST_KEY, ""),
+        signature="".join(tags.get(name, "") for name in SIGNATURE_TAGS),
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
@@ -897,33 +902,39 @@ class Identity(NamedTuple):
         return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
+def clean_environment() -> dict[str, str]:
+    """Return the environment for child processes: without AWS credentials."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+
+
+def to_identity(key: paramiko.PKey) -> Identity:
+    """Return a key with its public half."""
+    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+
+
 def agent_identity(path: Path, public: str) -> Identity:
     """Return the ssh-agent's key with this PUBLIC half."""
     import paramiko
 
     for key in paramiko.Agent().get_keys():
-        if f"{key.get_name()} {key.get_base64()}" == public:
-            return Identity(key, public)
+        if (identity := to_identity(key)).public == public:
+            return identity
     raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
 
 
-def unlock_identity(path: Path, text: str) -> Identity:
+def unlock_identity(path: Path, may_ask: bool) -> Identity:
     """Return an encrypted key: the agent's, if it has it, else by asking for the passphrase."""
-    import base64
+    import subprocess
 
     import paramiko
 
-    if "OPENSSH" in text:  # the public half stands in front, unencrypted (PROTOCOL.key of OpenSSH)
-        body = base64.b64decode("".join(line for line in text.splitlines() if not line.startswith("-")))
-        message = paramiko.Message(body[len(b"openssh-key-v1\0") :])
-        for _ in ("cipher", "kdf", "kdf options"):
-            message.get_binary()
-        message.get_int()
-        blob = message.get_binary()
-        with contextlib.suppress(ClusterError):
-            name = paramiko.Message(blob).get_text()
-            return agent_identity(path, f"{name} {base64.b64encode(blob).decode()}")
-    if not sys.stdin.isatty():
+    with contextlib.suppress(FileNotFoundError):  # ssh-keygen can tell an encrypted key's fingerprint
+        words = ["ssh-keygen", "-l", "-E", "sha256", "-f", str(path)]
+        shown = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False).stdout
+        for held in paramiko.Agent().get_keys():
+            if held.fingerprint in shown.split():
+                return to_identity(held)
+    if not (may_ask and sys.stdin.isatty()):
         raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
     passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
     try:
@@ -931,10 +942,10 @@ def unlock_identity(path: Path, text: str) -> Identity:
         key = paramiko.PKey.from_path(path, passphrase.encode())  # type: ignore[arg-type]
     except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+    return to_identity(key)
 
 
-def load_identity(path: Path) -> Identity:
+def load_identity(path: Path, may_ask: bool = True) -> Identity:
     """Load the user's SSH key; ClusterError says what is wrong with the file."""
     import paramiko
 
@@ -948,15 +959,62 @@ def load_identity(path: Path) -> Identity:
     try:
         key = paramiko.PKey.from_path(path)
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
-        return unlock_identity(path, text)
+        return unlock_identity(path, may_ask)
     except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
+    return to_identity(key)
 
 
-def clean_environment() -> dict[str, str]:
-    """Return the environment for child processes: without AWS credentials."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+def signed_text(group: str, host_key: str) -> bytes:
+    """Return what the user's key signs for a launch; no SSH login has to sign such a text."""
+    return f"mitsuba-cluster\ngroup {group}\nhost key {host_key}\n".encode()
+
+
+def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]:
+    """Return the tags of nodes that the user's key (or ssh-agent) vouches for."""
+    import base64
+
+    import paramiko
+
+    algorithm = "rsa-sha2-512" if identity.public.startswith("ssh-rsa ") else None
+    try:
+        signed = identity.key.sign_ssh_data(signed_text(group, host_key), algorithm)
+    except paramiko.SSHException as error:
+        raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
+    text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
+    parts = (text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH))
+    return dict(zip(SIGNATURE_TAGS, parts))
+
+
+@functools.cache
+def is_signed(public: str, group: str, host_key: str, signature: str) -> bool:
+    """Tell whether the key with this PUBLIC half made SIGNATURE; checked once for all nodes of a launch."""
+    import base64
+
+    import paramiko
+
+    name, blob = public.split()[:2]
+    with contextlib.suppress(ValueError, paramiko.SSHException):
+        key = paramiko.PKey.from_type_string(name, base64.b64decode(blob))
+        message = paramiko.Message(base64.b64decode(signature, validate=True))
+        return bool(key.verify_ssh_sig(signed_text(group, host_key), message))
+    return False
+
+
+def is_ours(node: Node, identity: Identity) -> bool:
+    """Tell whether NODE was launched with the user's key: anybody in the account may write tags, but not sign them."""
+    return is_signed(identity.public, node.group, node.host_key, node.signature)
+
+
+def not_ours(node: Node) -> str:
+    """Say why nothing connects to a NODE that is not ours, and what to do."""
+    if node.signature:
+        return "not launched with this key (SSH_PRIVATE_KEY_FILE): use the key that launched it, or another group"
+    end = command("terminateAll", node.group)
+    return (
+        "not launched with this key: it has no signature, as nodes of older versions have none "
+        f"(if it is yours: {end}, and launch it anew)"
+    )
 
 
 def hide_from_git(path: Path) -> None:
@@ -1258,18 +1316,6 @@ class Remote:
             time.sleep(0.1)
 
 
-def fetch_host_key(node: Node, settings: Settings) -> paramiko.PKey:
-    """Return the host key that a node shows now."""
-    import paramiko
-
-    try:
-        with dial(node.address, settings.SSH_PORT) as plain, paramiko.Transport(plain) as transport:
-            transport.start_client(timeout=EXCHANGE_LIMIT)
-            return transport.get_remote_server_key()
-    except (paramiko.SSHException, OSError, EOFError) as error:
-        raise ClusterError(unreachable(node, settings, error)) from error
-
-
 def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
     """Connect once: dial, exchange keys, check the host key, log in."""
     import paramiko
@@ -1313,12 +1359,6 @@ def unreachable(node: Node, settings: Settings, error: Exception) -> str:
     )
 
 
-def no_host_key(node: Node) -> str:
-    """Say that a node's host key can't be checked."""
-    advice = f"if you made it yourself: {command('login', '--trust', node.id)}"
-    return f"has no {TAG_HOST_KEY} tag to check its host key by; {advice}"
-
-
 def open_remote(node: Node, settings: Settings, identity: Identity, limit: float, first_boot: bool = False) -> Remote:
     """Connect to a node, trying again for LIMIT seconds while it is silent, refuses or resets.
 
@@ -1327,8 +1367,8 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
     """
     import paramiko
 
-    if not node.host_key:
-        raise NodeError(no_host_key(node))
+    if not is_ours(node, identity):
+        raise NodeError(not_ours(node))
     deadline = time.monotonic() + limit
     answered: float | None = None
     while True:
@@ -1462,6 +1502,14 @@ class App:
         return load_identity(self.settings.key_file)
 
     @functools.cached_property
+    def known_identity(self) -> Identity | None:
+        """The user's SSH key, or None where it can't be had without asking for a passphrase: enough for a look."""
+        try:
+            return vars(self).get("identity") or load_identity(self.settings.key_file, may_ask=False)
+        except ClusterError:
+            return None
+
+    @functools.cached_property
     def fleet(self) -> Fleet:
         """The connections to the nodes."""
         return Fleet(self.settings, self.identity)
@@ -1484,7 +1532,7 @@ class App:
             lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
         )
         warn(warnings)
-        ready = [node for node in nodes if node.state == "running"]
+        ready = self.ours([node for node in nodes if node.state == "running"])
         waiting = [node for node in nodes if node.state == "pending"]
         if waiting:
             note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
@@ -1496,6 +1544,16 @@ class App:
             if repair_rules(self.ec2, security_group, self.settings, cidr, rule_owner(self.identity)):
                 note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
         return ready
+
+    def ours(self, nodes: Sequence[Node]) -> list[Node]:
+        """Return those of NODES that were launched with the user's key; name the others."""
+        others: dict[str, list[str]] = {}
+        for node in nodes:
+            if not is_ours(node, self.identity):
+                others.setdefault(not_ours(node), []).append(node.id)
+        for reason, names in others.items():
+            note(f"Left out: {', '.join(names)}: {reason}")
+        return [node for node in nodes if is_ours(node, self.identity)]
 
     def report(self, outcomes: Sequence[Outcome], what: str) -> None:
         """End with a summary on stderr, and with exit code 1 if any node failed."""
@@ -1632,7 +1690,8 @@ def find_node(app: App, name: str) -> Node:
 
 def find_head(app: App, group: str) -> Node:
     """Return GROUP's head node."""
-    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
+    nodes = app.ours([node for node in fetch_nodes(app.ec2, group) if node.state == "running"])
+    heads = [node for node in nodes if node.role == "head"]
     if not heads:
         raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
     return heads[0]
@@ -2085,7 +2144,7 @@ def prepare(app: App, order: Order) -> Launch:
     group = ensure_security_group(ec2, order.group, subnets[0][2])
     repair_rules(ec2, group, settings, cidr, rule_owner(identity))
     private, public = make_ed25519()
-    tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public}
+    tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
     tags |= {TAG_PRICE: f"{price:.6f}"} if price is not None else {}
     tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
     user_data = make_user_data(private, public, hours)
@@ -2930,7 +2989,9 @@ def format_cost(nodes: Sequence[Node]) -> str:
 def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
-    return node._asdict() | {
+    shown = node._asdict()
+    del shown["signature"]
+    return shown | {
         "name": node.name,
         "address": node.address,
         "launched": node.launched.isoformat().replace("+00:00", "Z"),
@@ -2983,6 +3044,8 @@ def show_group(
     for node in nodes:
         if node.reason:
             result(f"{node.name}: {node.state}: {node.reason}")
+        elif app.known_identity and not is_ours(node, app.known_identity):
+            result(f"{node.name}: {not_ours(node)}")
         if node.id in details:
             result(f"{node.name}: {details[node.id]['server']}")
     for request in requests:
@@ -2996,11 +3059,16 @@ def show_group(
 
 
 def group_json(
-    group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
+    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Return one group as `status --json` shows it."""
+    key = app.known_identity
     return {
-        "nodes": [node_json(node) | details.get(node.id, {}) for node in nodes if node.group == group],
+        "nodes": [
+            node_json(node) | {"launched_with_this_key": is_ours(node, key) if key else None} | details.get(node.id, {})
+            for node in nodes
+            if node.group == group
+        ],
         "spot_requests": [request._asdict() for request in requests if request.group == group],
     }
 
@@ -3012,14 +3080,16 @@ def group_json(
 @click.pass_obj
 def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
     """Show what is running, since when, and what it costs."""
-    overview = fetch_overview(app.ec2, group)
+    overview, _ = side_by_side(
+        lambda: fetch_overview(app.ec2, group), lambda: importlib.import_module("paramiko")
+    )  # a sixth of a second that AWS's answers take anyway
     alive = [node for node in overview.nodes if node.state in ALIVE]
     ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
     groups = sorted({one.group for one in ours})
     nodes = [one for one in overview.nodes if one.state in ALIVE or (one.reason and one.group in groups)]
     details = ask_servers(app, nodes) if servers else {}
     if as_json:
-        shown = {name: group_json(name, nodes, overview.requests, details) for name in groups}
+        shown = {name: group_json(app, name, nodes, overview.requests, details) for name in groups}
         return result(json.dumps({"region": app.settings.AWS_REGION, "groups": shown}, indent=2))
     for name in groups:
         show_group(app, name, [node for node in nodes if node.group == name], live(overview.requests), details)
@@ -3712,34 +3782,18 @@ def cancel_all_spot(app: App) -> None:
 # login, runCommand, regions, extend.
 
 
-def trust(app: App, node: Node) -> Node:
-    """Note, if the user agrees, the host key that NODE shows now; once, for a node that has none noted."""
-    if node.host_key:
-        raise ClusterError(f"{node.name} has a host key from its launch; --trust is for nodes made by hand")
-    key = fetch_host_key(node, app.settings)
-    click.confirm(
-        f"{node.name} shows the {key.get_name()} key {key.fingerprint}. Is it the node's?", abort=True, err=True
-    )
-    line = f"{key.get_name()} {key.get_base64()}"
-    tag_nodes(app.ec2, [node], TAG_HOST_KEY, line)
-    return node._replace(host_key=line)
-
-
 @cli.command("login")
 @click.argument("name", metavar="[NODE]", required=False)
-@click.option("--trust", "trusting", is_flag=True, help="Ask about, and note, the host key of a node made by hand.")
 @click.pass_obj
-def login(app: App, name: str | None, trusting: bool) -> None:
+def login(app: App, name: str | None) -> None:
     """Open a shell on a node (the head, if none is named)."""
     import subprocess
     import tempfile
 
     node = find_node(app, name) if name else find_head(app, "default")
+    if not is_ours(node, app.identity):
+        raise ClusterError(f"{node.name}: {not_ours(node)}")
     app.running(node.group)
-    if trusting:
-        node = trust(app, node)
-    elif not node.host_key:
-        raise ClusterError(no_host_key(node))
     settings = app.settings
     host = node.address if settings.SSH_PORT == 22 else f"[{node.address}]:{settings.SSH_PORT}"
     with tempfile.NamedTemporaryFile("w", prefix="mitsuba-known-hosts-") as known:

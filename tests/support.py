@@ -19,6 +19,7 @@ from typing import Any
 
 import boto3
 
+import cluster
 from tests.localcloud.__main__ import ask, environment, inside
 from tests.localcloud.places import PROJECT, Places
 
@@ -139,6 +140,12 @@ class LocalCloud:
         key, secret = given["AWS_ACCESS_KEY_ID"], given["AWS_SECRET_ACCESS_KEY"]
         session = boto3.Session(key, secret, region_name=region)
         return session.client(service.removeprefix("exact "), endpoint_url=url)
+
+    def signed(self, group: str, host_key: str) -> list[dict[str, str]]:
+        """Return the tags of a node of GROUP with this HOST_KEY, signed with the user's key."""
+        identity = cluster.load_identity(self.where.root / "key.pem")
+        tags = {cluster.TAG_HOST_KEY: host_key} | cluster.sign_launch(identity, group, host_key)
+        return [{"Key": name, "Value": value} for name, value in tags.items()]
 
     def end(self, group: str) -> None:
         """End a group past the tool, as far as there is something left of it."""

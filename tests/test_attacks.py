@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -124,18 +123,21 @@ def test_man_in_the_middle_later(cloud: LocalCloud) -> None:
         assert f"{node['name']}: shows another host key than the one it was launched with" in done.err
         assert "Host key verification failed" in cloud.cluster("login", node["id"]).err
         assert impostors_log(cloud) == before
-        retag(cloud, node, (cloud.where.root / "impostor.pub").read_text().strip())
+        line = (cloud.where.root / "impostor.pub").read_text().strip()
+        retag(cloud, node, [{"Key": cluster.TAG_HOST_KEY, "Value": line}])
+        assert "not launched with this key" in cloud.cluster("runCommand", "echo a secret", GROUP).err
+        assert impostors_log(cloud) == before
+        retag(cloud, node, cloud.signed(GROUP, line))
         assert cloud.cluster("runCommand", "echo a secret", GROUP).code == 0
-        assert "a secret" in impostors_log(cloud)  # so the tag is what stood between
+        assert "a secret" in impostors_log(cloud)  # so the signed tag is what stood between
     finally:
-        retag(cloud, node, node["host_key"])
+        retag(cloud, node, cloud.signed(GROUP, node["host_key"]))
         cloud.fault("give-back", node)
     assert cloud.cluster("runCommand", "true", GROUP).code == 0
 
 
-def retag(cloud: LocalCloud, node: dict[str, Any], line: str) -> None:
-    """Change the host key in a node's tag."""
-    tags = json.dumps([{"Key": cluster.TAG_HOST_KEY, "Value": line}])
+def retag(cloud: LocalCloud, node: dict[str, Any], tags: list[dict[str, str]]) -> None:
+    """Change a node's tags."""
     program = f"import boto3; boto3.client('ec2', 'us-east-1').create_tags(Resources=['{node['id']}'], Tags={tags})"
     assert cloud.run(sys.executable, "-c", program).code == 0
 

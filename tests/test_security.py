@@ -8,20 +8,24 @@ from __future__ import annotations
 import copy
 import http.server
 import json
+import os
 import re
 import secrets
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import cluster
 from tests.localcloud.places import ACCESS_KEY, ROUTER
 from tests.readme import README
-from tests.support import LocalCloud, Result
+from tests.support import LocalCloud, Result, wait_until
 
 GROUP = "least"
 BUCKET = "least-bucket"
@@ -186,25 +190,96 @@ def test_an_address_that_cannot_be_let_in(cloud: LocalCloud, answer: str) -> Non
     assert says in done.last_line
 
 
-def test_a_node_made_by_hand_is_trusted_once(cloud: LocalCloud, group: str) -> None:
+# Nodes that others have tagged
+
+
+def plant(cloud: LocalCloud, group: str, like: str, **tags: str) -> tuple[str, str]:
+    """Launch an instance past the tool, tagged as a node of GROUP; return its id and its host key."""
+    ec2 = cloud.client("ec2")
+    model = ec2.describe_instances(InstanceIds=[like])["Reservations"][0]["Instances"][0]
+    private, public = cluster.make_ed25519()
+    known = {"mitsuba-group": group, "mitsuba-host-key": public} | tags
+    kept = {name: model[name] for name in ("ImageId", "InstanceType", "KeyName", "SubnetId")}
+    about = {"ResourceType": "instance", "Tags": [{"Key": name, "Value": value} for name, value in known.items()]}
+    data = cluster.make_user_data(private, public, 0)
+    made = ec2.run_instances(MinCount=1, MaxCount=1, UserData=data, TagSpecifications=[about], **kept)
+    name = str(made["Instances"][0]["InstanceId"])
+    wait_until(lambda: cloud.ask_state(name) == "running")
+    return name, public
+
+
+def test_a_planted_instance(cloud: LocalCloud, group: str) -> None:
+    """It has all tags and really answers, but no signature, or that of another node."""
+    assert cloud.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+    (own,) = cloud.nodes(group)
+    ec2 = cloud.client("ec2")
+    described = ec2.describe_instances(InstanceIds=[own["id"]])["Reservations"][0]["Instances"][0]
+    copied = {tag["Key"]: tag["Value"] for tag in described["Tags"] if "signature" in tag["Key"]}
+    assert copied
+    bare, key = plant(cloud, group, own["id"], **{"mitsuba-role": "head"})
+    copy, _ = plant(cloud, group, own["id"], **copied)
+    for words in (["runCommand", "echo $NODE", group], ["install", group], ["start", group]):
+        done = cloud.cluster(*words)
+        assert done.code == 0, done.err
+        assert f"Left out: {bare}: not launched with this key: it has no signature" in done.err
+        assert f"Left out: {copy}: not launched with this key" in done.err
+    assert done.out.endswith(f"Head node: {own['name']}\n")
+    shown = {node["id"]: node["launched_with_this_key"] for node in cloud.nodes(group)}
+    assert shown == {own["id"]: True, bare: False, copy: False}
+    assert cloud.cluster("status", group).out.count(": not launched with this key") == 2
+    refused = cloud.cluster("login", bare)
+    assert refused.code == 1
+    assert ": not launched with this key" in refused.last_line
+    ec2.create_tags(Resources=[bare], Tags=cloud.signed(group, key))
+    reached = cloud.cluster("runCommand", "echo $NODE", group)
+    assert reached.out.count("--- ") == 2, reached.err  # so the signature is what stood between
+
+
+def test_a_host_key_that_is_changed_during_the_launch(cloud: LocalCloud, group: str) -> None:
     assert cloud.cluster("createNodes", "c1.xlarge", "1", group).code == 0
     (node,) = cloud.nodes(group)
-    cloud.client("ec2").delete_tags(Resources=[node["id"]], Tags=[{"Key": "mitsuba-host-key"}])
-    refused = cloud.cluster("runCommand", "true", group)
-    advice = f"if you made it yourself: ./cluster.py login --trust {node['id']}"
-    assert (refused.code, advice in refused.err) == (1, True)
-    assert advice in cloud.cluster("login", node["id"]).last_line
+    cloud.client("ec2").create_tags(
+        Resources=[node["id"]], Tags=[{"Key": "mitsuba-host-key", "Value": "ssh-ed25519 A"}]
+    )
+    identity = cluster.load_identity(cloud.where.root / "key.pem")
+    seen = cluster.Node(node["id"], group, "", "running", datetime.now(timezone.utc), host_key="ssh-ed25519 A")
+    with pytest.raises(cluster.NodeError, match="not launched with this key"):
+        cluster.open_remote(seen, cluster.Settings(), identity, 1, first_boot=True)
 
-    def answer(text: str) -> Result:
-        words = ["sh", "-c", f"printf '{text}\\nexit\\n' | {sys.executable} cluster.py login --trust {node['id']}"]
-        return cloud.run(*words)
 
-    assert answer("n").code == 130
-    assert "host_key" in node
-    assert cloud.nodes(group)[0]["host_key"] == ""
-    said = answer("y")
-    assert "key SHA256:" in said.err
-    assert cloud.nodes(group)[0]["host_key"] == node["host_key"]
-    assert cloud.cluster("runCommand", "true", group).code == 0
-    again = cloud.cluster("login", "--trust", node["id"])
-    assert "has a host key from its launch; --trust is for nodes made by hand" in again.last_line
+def test_an_rsa_key_in_the_agent_signs(cloud: LocalCloud, tmp_path: Path) -> None:
+    """The signature of an RSA key needs two tags; the file has the public half only."""
+    group, path, agent = "signed-by-rsa", tmp_path / "key", tmp_path / "agent"
+    subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "2048", "-N", "", "-f", str(path)], check=True)
+    use = {"SSH_PRIVATE_KEY_FILE": f"{path}.pub", "KEYPAIR_NAME": "rsa-of-the-agent"}
+    env = {"SSH_AUTH_SOCK": str(agent)}
+    with subprocess.Popen(["ssh-agent", "-D", "-a", str(agent)], stdout=subprocess.DEVNULL) as running:
+        try:
+            wait_until(agent.exists)
+            subprocess.run(["ssh-add", "-q", str(path)], env=os.environ | env, check=True)
+            made = cloud.cluster("createNodes", "c1.xlarge", "1", group, settings=use, env=env)
+            assert made.code == 0, made.err
+            done = cloud.cluster("runCommand", "echo hi", group, settings=use, env=env)
+            assert done.out.endswith("\nhi\n"), done.err
+            other = cloud.cluster("runCommand", "echo hi", group)
+            assert other.code == 1
+            assert "not launched with this key (SSH_PRIVATE_KEY_FILE)" in other.err
+        finally:
+            running.terminate()
+            cloud.end(group)
+
+
+@pytest.mark.parametrize("signature", ["", "no base64!", "AAAA", "////", "AAAAC3NzaC1lZDI1NTE5AAAAQP//", "AAAAA" * 50])
+def test_a_signature_that_is_none(tmp_path: Path, signature: str) -> None:
+    cluster.ensure_key_file(tmp_path / "key")
+    identity = cluster.load_identity(tmp_path / "key")
+    assert not cluster.is_signed(identity.public, "default", "ssh-ed25519 AAAA", signature)
+
+
+def test_a_signature_is_for_one_group_and_one_host_key(tmp_path: Path) -> None:
+    cluster.ensure_key_file(tmp_path / "key")
+    identity = cluster.load_identity(tmp_path / "key")
+    signature = "".join(cluster.sign_launch(identity, "default", "ssh-ed25519 AAAA").values())
+    assert cluster.is_signed(identity.public, "default", "ssh-ed25519 AAAA", signature)
+    assert not cluster.is_signed(identity.public, "other", "ssh-ed25519 AAAA", signature)
+    assert not cluster.is_signed(identity.public, "default", "ssh-ed25519 BBBB", signature)

@@ -98,9 +98,11 @@ def prepared(cloud: LocalCloud, sizes: tuple[int, ...]) -> Iterator[Fanout]:
     key = cloud.where.root / "key.pem"
     public = subprocess.run(["ssh-keygen", "-y", "-f", str(key)], check=True, capture_output=True, text=True).stdout
     with real_sshd(cloud.where.root / "sshd", public) as (port, host_key, pid):
-        ids = [node["id"] for size in sizes for node in cloud.nodes(f"g{size}")]
-        tags = [{"Key": "mitsuba-host-key", "Value": host_key}]
-        cloud.client("ec2").create_tags(Resources=ids, Tags=tags)
+        ids = []
+        for size in sizes:
+            group = [node["id"] for node in cloud.nodes(f"g{size}")]
+            cloud.client("ec2").create_tags(Resources=group, Tags=cloud.signed(f"g{size}", host_key))
+            ids += group
         settings = cloud.config({"SSH_PORT": port, "SSH_USER": getpass.getuser()})
         env = cloud.environment(MITSUBA_CLUSTER_CONFIG=str(settings))
         yield Fanout(cloud, port, pid, env, str(key))
