@@ -93,6 +93,7 @@ POLL = 1.0  # between two looks at EC2, one call for all nodes
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
 SYNC_LIMIT = 24 * 3600
 MIB = 1 << 20
+VERSION = "1.0.0"
 
 RETRY_CODES = (
     "RequestLimitExceeded Throttling ThrottlingException InternalError InternalFailure Unavailable ServiceUnavailable "
@@ -122,12 +123,34 @@ class Terminated(BaseException):
     """SIGTERM has come; unwinds like Ctrl-C's KeyboardInterrupt."""
 
 
-PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added where it was given
+class Call:
+    """How the user called this program: messages say what can be typed, and which file can be edited."""
+
+    program = "./cluster.py"
+    options: tuple[str, ...] = ()  # --config FILE, where it was given
+    settings = "config.py"  # the file that is read
 
 
 def command(name: str, *arguments: str) -> str:
     """Return a command line that the user can type; the default group need not be named."""
-    return " ".join([*PROGRAM, name, *(one for one in arguments if one != "default")])
+    return " ".join([Call.program, *Call.options, name, *(one for one in arguments if one != "default")])
+
+
+def called_as(path: str) -> str:
+    """Return how to call the program at PATH again: by its name where PATH finds it, else by its path."""
+    name = os.path.basename(path)
+    found = shutil.which(name)
+    if found and os.path.realpath(found) == os.path.realpath(path):
+        return shlex.quote(name)
+    return shlex.quote(path if os.sep in path else f"./{path}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" where WORD is nearly one of those that are KNOWN, else ""."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def printable(text: str) -> str:
@@ -387,6 +410,8 @@ SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
+    if path.is_dir():
+        raise ClusterError(f"{path} is a folder, no settings file; did you mean {path / 'config.py'}?")
     try:
         return runpy.run_path(str(path))
     except FileNotFoundError:
@@ -394,7 +419,12 @@ def run_config(path: Path) -> dict[str, Any]:
     except SyntaxError as error:
         raise ClusterError(f"{path.name}, line {error.lineno}: {error.msg}") from None
     except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
-        raise ClusterError(f"{path.name} can't be read: {type(error).__name__}: {error}") from None
+        import traceback
+
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f", line {lines[-1]}," if lines else ""
+        advice = "; a text needs quotes around it" if isinstance(error, NameError) else ""
+        raise ClusterError(f"{path.name}{where} can't be read: {type(error).__name__}: {error}{advice}") from None
 
 
 def check_together(path: Path, settings: Settings) -> None:
@@ -416,7 +446,7 @@ def load_settings(path: Path) -> Settings:
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
     known = set(Settings._fields)
     for name in values.keys() - known:
-        click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
+        click.echo(f"Warning: {path.name} sets {name}, which is no setting{did_you_mean(name, known)}", err=True)
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
             shown = "(not shown)" if name in SECRETS else repr(values[name])
@@ -473,8 +503,10 @@ def open_client(settings: Settings, service: str, region: str = "", **options: A
     session = open_session(settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY)
     region = region or settings.AWS_REGION
     partitions = session.get_available_partitions()
-    if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
-        raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see https://docs.aws.amazon.com/ec2")
+    known = [name for partition in partitions for name in session.get_available_regions("ec2", partition)]
+    if region not in known:
+        advice = did_you_mean(region, known) or "; see https://docs.aws.amazon.com/ec2"
+        raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows{advice}")
     defaults: dict[str, Any] = {
         "connect_timeout": 10,
         "read_timeout": 20,
@@ -534,11 +566,11 @@ def explain(error: Exception) -> str:
     text = str((getattr(error, "response", None) or {}).get("Error", {}).get("Message", "")) or str(error)
     text = " ".join(printable(text.replace("\n", " ")).split())
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
-        return f"no AWS credentials: run `aws configure`, or see the top of config.py ({text})"
+        return f"no AWS credentials: run `aws configure`, or see the top of {Call.settings} ({text})"
     if code in EXPIRED_CODES or "SSO" in kind or "Token" in kind:
         return f"your AWS session has expired; renew it, e.g. with `aws sso login` ({code or text})"
     if code in CREDENTIAL_CODES:
-        return f"AWS refuses these credentials ({code}): check AWS_PROFILE, `aws configure`, or config.py"
+        return f"AWS refuses these credentials ({code}): check AWS_PROFILE, `aws configure`, or {Call.settings}"
     if code in DENIED_CODES:
         return f"your AWS user may not do {denied_action(error)}: ask for that permission (README, 'Permissions')"
     if code in ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"):
@@ -798,7 +830,7 @@ def fetch_client_cidr(settings: Settings) -> str:
     if settings.CLIENT_CIDR:
         return settings.CLIENT_CIDR
     url = os.environ.get(ADDRESS_VARIABLE, ADDRESS_URL)
-    advice = 'set CLIENT_CIDR in config.py, e.g. "203.0.113.7/32"'
+    advice = f'set CLIENT_CIDR in {Call.settings}, e.g. "203.0.113.7/32"'
     try:
         with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310 - ours, or the user's own
             text = answer.read(100).decode("ascii", "replace").strip()
@@ -1142,6 +1174,9 @@ class Facts(NamedTuple):
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
     load: tuple[float, ...] = ()
     memory_mb: tuple[int, ...] = ()  # used, total
+    clients: int = 0  # connections to its server
+    restarts: int = 0  # of its server by systemd, since it was started
+    problem: str = ""  # what the server's log said last of an error, if it was restarted
 
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty.
@@ -1153,6 +1188,13 @@ echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
 echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
+echo "clients=$(ss -Htn state established '( sport = :7554 )' 2> /dev/null | wc -l)"
+restarts=$(systemctl show --property NRestarts --value mtssrv.service 2> /dev/null)
+echo "restarts=${restarts:-0}"
+if [ "${restarts:-0}" != 0 ]; then
+  log=$(journalctl --no-pager --quiet --output cat --lines 200 --unit mtssrv.service 2> /dev/null)
+  echo "problem=$(grep -iE 'error|exception|fail|cannot|could not' <<< "$log" | tail -n 1 | cut -c 1-300)"
+fi
 """
 
 
@@ -1269,6 +1311,9 @@ class Remote:
                 linked=tuple(pairs.get("linked", "").split()),
                 load=tuple(map(float, pairs.get("load", "").split())),
                 memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
+                clients=int(pairs.get("clients") or 0),
+                restarts=int(pairs.get("restarts") or 0),
+                problem=printable(pairs.get("problem", "")),
             )
         except (KeyError, ValueError):
             raise NodeError(f"says strange things about itself{format_tail(output)}") from None
@@ -1571,12 +1616,52 @@ def on_terminate(*_: object) -> None:
     raise Terminated
 
 
+class WrongUsage(click.UsageError):
+    """A command line that can't be understood: its usage and one line on stderr, exit code 2."""
+
+    def show(self, file: Any = None) -> None:
+        """Say what is wrong, and where the help is."""
+        if self.ctx:
+            note(f"{self.ctx.get_usage()}\nTry {self.ctx.command_path} --help\n")
+        complain(self.format_message())
+
+
+@contextlib.contextmanager
+def plain_usage() -> Iterator[None]:
+    """Let click's errors of usage say what else could be meant."""
+    try:
+        yield
+    except click.UsageError as error:
+        advice, name = "", error.ctx.info_name if error.ctx else ""
+        if name == "runCommand" and not isinstance(error, click.MissingParameter):
+            advice = f"; quote the command, or put -- before it: {command('runCommand', '-- ls -la /mnt')}"
+        elif unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", error.format_message()):
+            advice = did_you_mean(unknown[1], cli.commands)
+            raise WrongUsage(f"{unknown[0]}{advice}", error.ctx) from None
+        raise WrongUsage(error.format_message() + advice, error.ctx) from None
+
+
 class Tool(click.Group):
     """The boundary: known errors become one line and an exit code; the rest is a bug's traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Keep the order of the user's day."""
         return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take --config from anywhere, and what follows runCommand's "--" as one command line."""
+        end = args.index("--") if "--" in args else len(args)
+        words, rest = args[:end], args[end:]
+        for i, word in enumerate(words):
+            if word == "--config" and i + 1 < len(words):
+                words = [f"--config={words[i + 1]}", *words[:i], *words[i + 2 :]]
+            elif word.startswith("--config="):
+                words = [word, *words[:i], *words[i + 1 :]]
+        if rest and "runCommand" in words[:2]:  # a single word is a command line as the quoted form has it
+            line = rest[1] if len(rest) == 2 else shlex.join(rest[1:])
+            words, rest = [*words, f"--line={line}"], []
+        with plain_usage():
+            return super().parse_args(ctx, [*words, *rest])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Know createNodes by its old name, too."""
@@ -1587,7 +1672,8 @@ class Tool(click.Group):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)
         try:
-            return super().invoke(ctx)
+            with plain_usage():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
             self.interrupted(ctx, 130)
         except Terminated:
@@ -1624,6 +1710,17 @@ def log_folder(group: str) -> Path:
     return folder
 
 
+def complete(ctx: click.Context, incomplete: str, ask: Callable[[Client], Iterable[str]]) -> list[Any]:
+    """Return EC2's answer to a Tab, or nothing where it does not come within a second or two."""
+    from click.shell_completion import CompletionItem
+
+    with contextlib.suppress(Exception):  # whatever goes wrong: a Tab shows no errors
+        settings = load_settings(ctx.find_root().params.get("config") or default_config())
+        ec2 = open_client(settings, "ec2", connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
+        return [CompletionItem(name) for name in sorted(set(ask(ec2))) if name.startswith(incomplete)]
+    return []
+
+
 class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
     """A cluster's name."""
 
@@ -1632,24 +1729,79 @@ class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only sinc
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check the name: it becomes a tag, a folder and a security group."""
         if not GROUP_NAME.fullmatch(value):
-            self.fail(f"{value!r} is no group name: letters, digits, '.', '_' and '-', at most 63", param, ctx)
+            raise click.UsageError(f"{value!r} is no group name: letters, digits, '.', '_' and '-', at most 63", ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Complete the groups that have logs here: asking EC2 at every Tab would take too long."""
-        from click.shell_completion import CompletionItem
+        """Complete the groups that exist."""
+        return complete(ctx, incomplete, lambda ec2: [one.group for one in fetch_security_groups(ec2)])
 
-        folders = log_folder("").glob(f"{incomplete}*") if not set("*?[") & set(incomplete) else []
-        return [CompletionItem(folder.name) for folder in sorted(folders)]
+
+class NodeName(click.ParamType):  # type: ignore[type-arg]
+    """A node, as find_node understands it."""
+
+    name = "node"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Complete short names, and "head"."""
+        return complete(ctx, incomplete, lambda ec2: ["head", *(n.short for n in fetch_nodes(ec2) if n.state in ALIVE)])
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A number from LOW (ABOVE it) to HIGH, refused in words that name the argument."""
+
+    name = "number"
+
+    def __init__(self, low: float, high: float, whole: bool = False, above: bool = False) -> None:
+        self.low, self.high, self.whole, self.above = low, high, whole, above
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        with contextlib.suppress(ValueError):
+            number = (int if self.whole else float)(value)
+            if self.low < number <= self.high or (number == self.low and not self.above):
+                return number
+        title = "it" if not param else param.opts[0] if isinstance(param, click.Option) else (param.name or "").upper()
+        kind = "a whole number" if self.whole else "a number"
+        span = f"above {self.low:g}, at most" if self.above else f"from {self.low:g} to"
+        first = (ctx.params.get("machine") if ctx else None) or ""
+        swapped = ctx and first.isdigit() and re.fullmatch(r"[a-z][\w-]*\.[\w-]+", str(value))
+        advice = f"; did you mean {command(ctx.info_name or '', value, first)}?" if ctx and swapped else ""
+        raise click.UsageError(f"{title} must be {kind} {span} {self.high:g}, not {value!r}{advice}", ctx)
 
 
 group_argument = click.argument("group", type=GroupName(), default="default", metavar="[GROUP]")
+
+
+def default_config() -> Path:
+    """Return the settings file if none is named: beside a clone's cluster.py; of an installed program the user's own.
+
+    Never one of the working folder, which may be anybody's: the file is run as code.
+    """
+    if __name__ == "__main__":
+        return HERE / "config.py"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mitsuba-cluster" / "config.py"
+
+
+def offer_config(path: Path) -> None:
+    """Where an installed program has no settings yet, offer to write the commented template to PATH."""
+    from importlib import metadata
+
+    note(f"There is no settings file {path}")
+    template = next(one for one in metadata.files("mitsuba-cluster") or [] if one.name == "config.py")
+    if not sys.stdin.isatty():
+        raise ClusterError("run this at a terminal to have one written there, or name one: --config FILE")
+    click.confirm("Shall the template, with a comment for each setting, be written there?", abort=True, err=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(template.locate().read_text("utf-8"), "utf-8")
+    raise ClusterError(f"{path} is written: look it over, then run this again")
 
 
 @click.group(cls=Tool, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--config", type=click.Path(path_type=Path), envvar=CONFIG_VARIABLE, help="Another settings file than config.py."
 )
+@click.version_option(VERSION, message="mitsuba-cluster %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, config: Path | None) -> None:
     """Create a Mitsuba rendering cluster on Amazon EC2.
@@ -1666,35 +1818,89 @@ def cli(ctx: click.Context, config: Path | None) -> None:
     GROUP names one of several independent clusters; it is "default" if you leave it out.
     """
     given = ctx.get_parameter_source("config") is click.core.ParameterSource.COMMANDLINE
-    PROGRAM[1:] = ["--config", shlex.quote(str(config))] if given else []
-    ctx.obj = App(config or HERE / "config.py")
+    Call.options = ("--config", shlex.quote(str(config))) if given else ()
+    path = config or default_config()
+    Call.settings = path.name if path.parent == Path.cwd() else str(path)
+    ctx.obj = App(path)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-count_argument = click.argument("count", type=click.IntRange(1, 5000))
+count_argument = click.argument("count", type=Number(1, 5000, whole=True))
 type_argument = click.argument("machine", metavar="TYPE")
-hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
+hours_option = click.option(
+    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
+)
+node_argument = click.argument("name", type=NodeName(), metavar="NODE")
+
+
+def in_order(nodes: Iterable[Node]) -> list[Node]:
+    """Return NODES as they are shown: the head first, then by age."""
+    return sorted(
+        nodes, key=lambda n: (n.role != "head", n.launched, [int(part) for part in n.private_ip.split(".") if part])
+    )
 
 
 def find_node(app: App, name: str) -> Node:
-    """Return our node that NAME means; ClusterError where there is none."""
+    """Return our node that NAME means: "head", a short name, an address, or how its name or id begins.
+
+    ClusterError where there is none, or more than one.
+    """
     nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
-    found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if name == "head":
+        found = [node for node in nodes if node.role == "head" and node.state == "running"]
+        found = [node for node in found if node.group == "default"] or found
+    else:
+        exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
+        found = exact or [node for node in nodes if name and (node.id.startswith(name) or node.name.startswith(name))]
+    if len(found) > 1:
+        which = ", ".join(f"{node.name} ({node.group}, {node.id})" for node in in_order(found))
+        raise ClusterError(f"{printable(name)!r} may be {which}: name one of them by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
+            if name != "head"
+            else f"no head node in {app.settings.AWS_REGION}; {command('start')} makes one"
         )
     return found[0]
 
 
 def find_head(app: App, group: str) -> Node:
     """Return GROUP's head node."""
-    nodes = app.ours([node for node in fetch_nodes(app.ec2, group) if node.state == "running"])
-    heads = [node for node in nodes if node.role == "head"]
+    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
     if not heads:
         raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
     return heads[0]
+
+
+def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Sequence[str]] = ()) -> str:
+    """Return the table of NODES, MORE columns (their titles first) after it; not WIDE: as the terminal is."""
+    now = datetime.now(timezone.utc)
+    rows = [["NODE", "NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
+    for node in nodes:
+        cost = spent(node, now)
+        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
+        rows.append(
+            [
+                node.short,
+                paint(node.name, bold=True) if node.role == "head" else node.name,
+                node.type,
+                paint(node.state, fg="green" if node.state == "running" else "yellow"),
+                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
+                node.role or "",
+                node.market,
+                node.private_ip,
+                format_money(node.price)[1:] if node.price is not None else "?",
+                format_money(cost)[1:] if cost is not None else "?",
+                format_duration(left.total_seconds()) if left else "",
+                node.id,
+            ]
+        )
+    filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    rows = [[*(row[i] for i in filled), *(column[at] for column in more)] for at, row in enumerate(rows)]
+    market = [] if any(node.market == "spot" for node in nodes) else ["MARKET"]
+    spare = ["PRIVATE", "ID", *market, "NAME", "$/H", "TYPE", "MARKET", "ENDS IN"]
+    return format_table(rows, 10_000 if wide else terminal_width(), spare)
 
 
 # --- createNodes -------------------------------------------------------------
@@ -2004,7 +2210,7 @@ def look_for_package(settings: Settings, warnings: list[str]) -> None:
     import urllib.error
     import urllib.request
 
-    advice = "set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py before you run install"
+    advice = f"set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings} before you run install"
     source, _ = settings.package
     try:
         if source.startswith("https://"):
@@ -2083,7 +2289,7 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
         pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
     if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
         raise ClusterError(
-            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
+            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or put that key's "
             "private half where SSH_PRIVATE_KEY_FILE says"
         )
 
@@ -2299,32 +2505,6 @@ def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome]:
     return [done[node.id] for node in nodes]
 
 
-def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
-    """Return the table of NODES, header first."""
-    now = datetime.now(timezone.utc)
-    rows = [["NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
-    for node in nodes:
-        cost = spent(node, now)
-        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
-        rows.append(
-            [
-                node.name,
-                node.type,
-                node.state,
-                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
-                node.role or "",
-                node.market,
-                node.private_ip,
-                format_money(node.price)[1:] if node.price is not None else "?",
-                format_money(cost)[1:] if cost is not None else "?",
-                format_duration(left.total_seconds()) if left else "",
-                node.id,
-            ]
-        )
-    empty = {i for i in range(len(rows[0])) if not any(row[i] for row in rows[1:])}
-    return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
-
-
 def create(app: App, order: Order) -> None:
     """Do what createNodes and addSpotNodes have in common."""
     settings = app.settings
@@ -2340,7 +2520,7 @@ def create(app: App, order: Order) -> None:
         raise ClusterError(f"EC2 gave no {order.type}: {why}")
     note(f"{len(nodes)} of {order.number} nodes launched; waiting until each answers")
     outcomes = await_nodes(app, order.group, nodes)
-    result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
+    result(format_nodes(in_order(outcome.node for outcome in outcomes)), painted=True)
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
@@ -2364,7 +2544,7 @@ def create_nodes(app: App, machine: str, count: int, group: str, spot: bool, max
 @cli.command("addSpotNodes")
 @type_argument
 @count_argument
-@click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
+@click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True))
 @group_argument
 @hours_option
 @click.pass_obj
@@ -2940,7 +3120,7 @@ def forward(remote: Remote, connection: socket.socket) -> None:
 
 @cli.command("tunnel")
 @group_argument
-@click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
+@click.option("--port", type=Number(1, 65535, whole=True), metavar="PORT", default=SERVER_PORT, show_default=True, help="Local port.")
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
@@ -2970,49 +3150,69 @@ def tunnel(app: App, group: str, port: int) -> None:
 # What runs, since when, and what it costs. Touches AWS; the nodes only where they are to be asked.
 
 BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
-LOOK_LIMIT = 10  # the same, where all that is wanted is a look
-WATCH_SECONDS = 3  # between two looks of systemLoad --watch
+LOOK_LIMIT = 5  # for a node's answer, where all that is wanted is a look
+LOOK_RATE = 50  # nodes that this machine can surely ask in a second
+WATCH_SECONDS = 3  # between two looks of --watch
+SERVER_LOOKS = {"serving": {"fg": "green"}, "unlinked": {"fg": "yellow"}, "down": {"fg": "red"}, "silent": {"fg": "red"}}
 
 
-def format_cost(nodes: Sequence[Node]) -> str:
-    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+def totals(nodes: Sequence[Node]) -> dict[str, Any]:
+    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
     hourly = total(
         node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
         for node in nodes
         if node.price is not None and node.state in BILLED
     )
-    so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    parts = [(hourly, "an hour"), (so_far, "so far")]
+    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    rounded = {"hourly": hourly, "cost": cost}
+    return {"nodes": len(nodes)} | {key: round(x, 4) if x is not None else None for key, x in rounded.items()}
+
+
+def format_cost(nodes: Sequence[Node]) -> str:
+    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+    known = totals(nodes)
+    parts = [(known["hourly"], "an hour"), (known["cost"], "so far")]
     return ", ".join(f"{format_money(value)} {what}" for value, what in parts if value is not None)
 
 
 def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
-    shown = node._asdict()
-    del shown["signature"]
-    return shown | {
+    return node._asdict() | {
         "name": node.name,
+        "short": node.short,
         "address": node.address,
         "launched": node.launched.isoformat().replace("+00:00", "Z"),
         "cost": round(cost, 4) if cost is not None else None,
     }
 
 
-def server_detail(outcome: Outcome, linked: set[str]) -> dict[str, Any]:
+class Asked(NamedTuple):
+    """What one node says of itself and its server: the fields of `status --servers --json`."""
+
+    server: str  # serving, unlinked (a worker that its head does not use), down, or silent
+    server_text: str  # the same as a sentence
+    load: tuple[float, ...] | None = None
+    server_cores: int | None = None
+    clients: int | None = None
+    restarts: int | None = None
+
+
+def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[str]) -> Asked:
     """Say in words and numbers what one node's server does."""
     if not outcome.ok:
-        return {"server": outcome.error, "load": None, "server_cores": None}
+        return Asked("silent" if outcome.silent else "down", outcome.error)
     facts, cores, why = outcome.value
-    text = f"serves {format_count(cores, 'core')}" if cores is not None else why
+    word, text = ("serving", f"serves {format_count(cores, 'core')}") if cores is not None else ("down", why)
     if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
-        text = f"up but not linked: run {command('start', outcome.node.group)}"
-    load = " ".join(f"{value:g}" for value in facts.load)
-    return {
-        "server": f"{text}; load {load} on {format_count(facts.cores, 'core')}",
-        "load": facts.load,
-        "server_cores": cores,
-    }
+        word, text = "unlinked", f"up but not linked: run {command('start', outcome.node.group)}"
+    text += f"; load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"
+    if facts.role == "head" and cores is not None:
+        text += f"; {format_count(facts.clients, 'client')}"
+    if facts.restarts:
+        text += f"; restarted {format_count(facts.restarts, 'time')}"
+        text += f", after: {facts.problem}" if facts.problem else ""
+    return Asked(word, text, facts.load, cores, facts.clients, facts.restarts)
 
 
 def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
@@ -3024,99 +3224,161 @@ def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
         return facts, None, str(error)
 
 
-def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, dict[str, Any]]:
-    """Return node id -> load, cores and what its server says, of the running NODES."""
+def look(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[Outcome[T]]:
+    """Run STEP on those of NODES that run; one that does not answer within a few seconds is given up."""
     running = [node for node in nodes if node.state == "running"]
-    outcomes = app.fleet.each(running, server_step, limit=LOOK_LIMIT) if running else []
+    progress = Progress("Asking", len(running))
+    futures = {node: app.pool.submit(node, step, limit=LOOK_LIMIT) for node in running}
+    deadline = time.monotonic() + LOOK_LIMIT + len(running) / LOOK_RATE
+    while (left := deadline - time.monotonic()) > 0 and not all(future.done() for future in futures.values()):
+        progress.done = sum(future.done() for future in futures.values())
+        progress.redraw()
+        app.pool.wait(futures.values(), min(0.2, left))
+    late: Outcome[T] = Outcome(nodes[0], error=f"frozen or cut off: no answer within {LOOK_LIMIT} s", silent=True)
+    found = [future.result() if future.done() else replace(late, node=node) for node, future in futures.items()]
+    return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
+
+
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
+    """Return node id -> what its server says, of the running NODES."""
+    outcomes = look(app, nodes, server_step)
     linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
-    return {outcome.node.id: server_detail(outcome, linked) for outcome in outcomes}
+    return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
 
-def show_group(
-    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
-) -> None:
-    """Print one group."""
+def format_group(app: App, group: str, overview: Overview, wide: bool, asked: dict[str, Asked] | None = None) -> str:
+    """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
+    nodes = [node for node in overview.nodes if node.group == group]
     alive = [node for node in nodes if node.state in ALIVE]
     heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
-    result(", ".join(filter(None, [heading, format_cost(alive)])))
+    lines = [", ".join(filter(None, [heading, format_cost(alive)]))]
+    more: list[list[str]] = []
+    if asked is not None:
+        known = [asked.get(node.id, Asked("", "")) for node in nodes]
+        more.append(["SERVER", *(paint(one.server, **SERVER_LOOKS.get(one.server, {})) for one in known)])
+        more.append(["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)])
+        more.append(["CLIENTS", *("" if one.clients is None else str(one.clients) for one in known)])
     if nodes:
-        result(format_table(node_rows(nodes), terminal_width()))
-    for node in nodes:
-        if node.reason:
-            result(f"{node.name}: {node.state}: {node.reason}")
-        elif app.known_identity and not is_ours(node, app.known_identity):
-            result(f"{node.name}: {not_ours(node)}")
-        if node.id in details:
-            result(f"{node.name}: {details[node.id]['server']}")
-    for request in requests:
+        lines.append(format_nodes(nodes, wide, more))
+    lines += [f"{node.name}: {node.state}: {printable(node.reason)}" for node in nodes if node.reason]
+    for request in live(overview.requests):
         if request.group == group:
-            result(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    roles = {node.role for node in alive}
-    if "worker" in roles and "head" not in roles:
-        result(f"The head node is gone: {command('start', group)} makes another node the head")
+            lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
+    if heads := [node for node in alive if node.role == "head"]:
+        lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
+    elif any(node.role == "worker" for node in alive):
+        lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
     if not alive:
-        note(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+        lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+    return "\n".join(lines)
 
 
-def group_json(
-    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def group_json(group: str, overview: Overview, asked: dict[str, Asked]) -> dict[str, Any]:
     """Return one group as `status --json` shows it."""
-    key = app.known_identity
+    nodes = [node for node in overview.nodes if node.group == group]
+    alive = [node for node in nodes if node.state in ALIVE]
     return {
-        "nodes": [
-            node_json(node) | {"launched_with_this_key": is_ours(node, key) if key else None} | details.get(node.id, {})
-            for node in nodes
-            if node.group == group
-        ],
-        "spot_requests": [request._asdict() for request in requests if request.group == group],
+        "nodes": [node_json(node) | (asked[node.id]._asdict() if node.id in asked else {}) for node in nodes],
+        "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
+        "head": next((node.name for node in alive if node.role == "head"), None),
+        "totals": totals(alive),
     }
+
+
+def fetch_shown(app: App, group: str | None) -> tuple[list[str], Overview]:
+    """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
+    overview = fetch_overview(app.ec2, group)
+    alive = [node for node in overview.nodes if node.state in ALIVE]
+    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
+    groups = sorted({one.group for one in ours})
+    nodes = [node for node in overview.nodes if node.state in ALIVE or (node.reason and node.group in groups)]
+    return groups, overview._replace(nodes=in_order(nodes))
+
+
+def redraw_screen(text: str) -> None:
+    """Show TEXT alone on the terminal, as far as it has room; in a pipe after what was there."""
+    if has_cursor(sys.stdout):
+        height = shutil.get_terminal_size().lines - 1
+        text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
+    result(text, painted=True)
+
+
+def watch_status(app: App, group: str | None, wide: bool) -> None:
+    """Renew status, with servers, load and clients, until Ctrl-C."""
+    while True:
+        groups, overview = fetch_shown(app, group)
+        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
+        blocks = [format_group(app, name, overview, wide, asked) for name in groups]
+        when = datetime.now().strftime("%H:%M:%S")
+        redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
+        time.sleep(WATCH_SECONDS)
 
 
 @cli.command("status")
 @click.argument("group", type=GroupName(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
+@click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
+@click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
 @click.pass_obj
-def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
+def status(app: App, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool) -> None:
     """Show what is running, since when, and what it costs."""
-    overview, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group), lambda: importlib.import_module("paramiko")
-    )  # a sixth of a second that AWS's answers take anyway
-    alive = [node for node in overview.nodes if node.state in ALIVE]
-    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
-    groups = sorted({one.group for one in ours})
-    nodes = [one for one in overview.nodes if one.state in ALIVE or (one.reason and one.group in groups)]
-    details = ask_servers(app, nodes) if servers else {}
+    if watch:
+        watch_status(app, group, wide)
+    groups, overview = fetch_shown(app, group)
+    nodes = overview.nodes
     if as_json:
-        shown = {name: group_json(app, name, nodes, overview.requests, details) for name in groups}
-        return result(json.dumps({"region": app.settings.AWS_REGION, "groups": shown}, indent=2))
+        asked = ask_servers(app, nodes) if servers and nodes else {}
+        shown = {name: group_json(name, overview, asked) for name in groups}
+        everything = {"region": app.settings.AWS_REGION, "groups": shown}
+        everything["totals"] = totals([node for node in nodes if node.state in ALIVE])
+        return result(json.dumps(everything, indent=2))
     for name in groups:
-        show_group(app, name, [node for node in nodes if node.group == name], live(overview.requests), details)
+        result(format_group(app, name, overview, wide), painted=True)
     if not groups:
         note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
     elif len(groups) > 1 and (cost := format_cost(nodes)):
         result(f"All groups: {cost}")
+    if servers and nodes:
+        asked = ask_servers(app, nodes)
+        for node in nodes:
+            if node.id in asked:
+                look = SERVER_LOOKS.get(asked[node.id].server, {})
+                result(f"{paint(node.name, **look)}: {printable(asked[node.id].server_text)}", painted=True)
     return None
+
+
+def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
+    """Return a node's load as `systemLoad --json` shows it."""
+    if not outcome.ok:
+        return {"error": outcome.error}
+    facts = outcome.value
+    return {"error": None, "load": facts.load, "cores": facts.cores, "memory_mb": facts.memory_mb}
 
 
 @cli.command("systemLoad")
 @group_argument
 @click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def system_load(app: App, group: str, watch: bool) -> None:
+def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
-    nodes = app.running(group)
+    nodes = in_order(app.open_group(group))
     while True:
-        outcomes = app.fleet.each(nodes, Remote.facts, limit=LOOK_LIMIT)
-        rows = [["LOAD 1", "5", "15", "CORES", "MEMORY", "NAME"]]
-        for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
-            facts: Facts = outcome.value
+        outcomes = look(app, nodes, Remote.facts)
+        rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
+        good = [outcome for outcome in outcomes if outcome.ok]
+        for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
+            facts = outcome.value
             used = " of ".join(f"{value / 1024:.1f}" for value in facts.memory_mb) + " GiB"
-            rows.append([*(f"{value:.2f}" for value in facts.load), str(facts.cores), used, outcome.node.name])
-        if watch and sys.stdout.isatty():
-            click.clear()
-        result(format_table(rows, terminal_width()))
+            load = (f"{value:.2f}" for value in facts.load)
+            rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
+        if as_json:
+            result(json.dumps({outcome.node.name: load_json(outcome) for outcome in outcomes}, indent=2))
+        elif watch:
+            redraw_screen(format_table(rows, terminal_width(), ["NAME"]))
+        else:
+            result(format_table(rows, terminal_width(), ["NAME"]))
         if not watch:
             break
         time.sleep(WATCH_SECONDS)
@@ -3374,7 +3636,7 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
 
     bucket, prefix = settings.bucket
     if not bucket:
-        raise ClusterError('S3_PATH is not set in config.py; it is "s3://your-bucket/some/prefix"')
+        raise ClusterError(f'S3_PATH is not set in {Call.settings}; it is "s3://your-bucket/some/prefix"')
     s3 = open_s3(settings)
     try:
         answer = s3.head_bucket(Bucket=bucket)
@@ -3700,7 +3962,7 @@ def terminate_all(app: App, group: str, all_regions: bool) -> None:
 
 
 @cli.command("terminate")
-@click.argument("name", metavar="NODE")
+@node_argument
 @click.pass_obj
 def terminate(app: App, name: str) -> None:
     """Shut one node down, by its name, address or instance id."""
@@ -3779,7 +4041,7 @@ def cancel_all_spot(app: App) -> None:
 
 
 # --- Small commands ----------------------------------------------------------
-# login, runCommand, regions, extend.
+# login, runCommand, logs, regions, completion, extend.
 
 
 @cli.command("login")
@@ -3812,73 +4074,153 @@ def login(app: App, name: str | None) -> None:
     sys.exit(min(code, 255))
 
 
-def command_json(outcome: Outcome) -> dict[str, Any]:
-    """Return what a command did on a node, with the first megabyte of its output."""
-    if not outcome.ok:
-        return {"error": outcome.error, "code": None, "output": ""}
-    with outcome.value.output as output:
-        output.seek(0)
-        return {"error": None, "code": outcome.value.code, "output": output.read(MIB).decode("utf-8", "replace")}
+class Lines:
+    """Prints what a node writes, as it comes, line by line, with PREFIX in front of each."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix, self.rest = prefix, b""
+
+    def __call__(self, block: bytes) -> None:
+        """Print the lines that BLOCK completes; what never ends a line is cut into long ones."""
+        *lines, self.rest = (self.rest + block).split(b"\n")
+        if len(self.rest) > MIB:
+            lines, self.rest = [*lines, self.rest], b""
+        if lines:
+            emit(b"".join(self.prefix.encode() + line + b"\n" for line in lines))
+
+    def end(self) -> None:
+        """Print what came after the last line."""
+        if self.rest:
+            self(b"\n")
 
 
 class Ran(NamedTuple):
-    """What a command did on a node: its exit code, and its output in a temporary file."""
+    """What a command did on a node: its exit code, and the first megabyte of its output."""
 
     code: int
-    output: tempfile.SpooledTemporaryFile[bytes]
+    output: str
 
 
-def command_step(line: str, remote: Remote) -> Ran:
-    """Run a command line on one node, as its shell reads it."""
-    import tempfile
+def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
+    """Run a command line on one node, as its shell reads it; print its output as it comes, or keep it for JSON."""
+    kept = bytearray()
+    lines = Lines(f"{remote.node.short}: " if named else "")
+    sink = (lambda block: kept.extend(block[: MIB - len(kept)])) if as_json else lines
+    try:
+        code, _ = remote.run(user_command("run-command", line), limit=SYNC_LIMIT, sink=sink)
+    finally:
+        lines.end()
+    return Ran(code, kept.decode("utf-8", "replace"))
 
-    output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
-    code, _ = remote.run(user_command("run-command", line), limit=SYNC_LIMIT, sink=output.write)
-    return Ran(code, output)
 
-
-class CommandProgress(Progress):
-    """Prints each node's output under its name when it ends."""
-
-    def __init__(self, total: int, as_json: bool) -> None:
-        super().__init__("Running", total)
-        self.as_json = as_json
-
-    def finished(self, outcome: Outcome) -> None:
-        """Print one node's output; a block at a time, since it may be long."""
-        super().finished(outcome)
-        if outcome.ok and not self.as_json:
-            code = outcome.value.code
-            result(f"--- {outcome.node.name}{f' ({format_exit(code)})' if code else ''}")
-            with outcome.value.output as output:
-                output.seek(0)
-                for block in iter(lambda: output.read(MIB), b""):
-                    click.echo(block, nl=False)
+def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
+    """Return what a command did on a node, as `runCommand --json` shows it."""
+    if not outcome.ok:
+        return {"error": outcome.error, "code": None, "output": ""}
+    return {"error": None, "code": outcome.value.code, "output": outcome.value.output}
 
 
 @cli.command("runCommand")
-@click.argument("line", metavar='"CMD ARGS"')
-@group_argument
+@click.argument("words", metavar='"CMD ARGS"', nargs=-1)
+@click.option("--group", "named", type=GroupName(), help="The group, where the command's words follow --.")
+@click.option("--line", hidden=True)  # the words after --, as Tool.parse_args joins them
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.pass_obj
-def run_command(app: App, line: str, group: str, as_json: bool) -> None:
-    """Run a shell command on every node; print its output."""
-    nodes = app.running(group)
-    progress = CommandProgress(len(nodes), as_json)
-    outcomes = app.fleet.each(nodes, functools.partial(command_step, line), progress)
+@click.pass_context
+def run_command(ctx: click.Context, words: tuple[str, ...], named: str | None, line: str | None, as_json: bool) -> None:
+    """Run a shell command on every node; print its output as it comes."""
+    app: App = ctx.obj
+    left = list(words)
+    line = line if line is not None else left.pop(0) if left else ""
+    group = named or GroupName().convert(left.pop(0) if left else "default", None, ctx)
+    if left or not line:
+        raise click.UsageError(f"unexpected {' '.join(left)!r}" if left else "no command is given", ctx)
+    nodes = app.open_group(group)
+    step = functools.partial(command_step, line, as_json, len(nodes) > 1)
+    outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
     if as_json:
         result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
+    for outcome in failed:
+        if outcome.ok:
+            note(f"{outcome.node.name}: {format_exit(outcome.value.code)}")
     if failed:
-        raise ClusterError(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(o.node.name for o in failed)}")
+        raise ClusterError(
+            f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(o.node.name for o in failed)}"
+        )
+
+
+# $1 how many lines, $2 where to go on (or empty). Without --follow: that would run on when the user has left.
+JOURNAL = """
+exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \\
+  --unit mtssrv.service --unit mtssrv-watchdog.service
+"""
+
+
+def journal_step(lines: str, cursor: str, remote: Remote) -> tuple[str, str]:
+    """Return (the journal's lines after CURSOR, the new cursor)."""
+    output = remote.check(root_command("journal", JOURNAL, lines, cursor), keep=MIB)
+    text, _, end = output.rpartition("-- cursor: ")
+    return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
+
+
+@cli.command("logs")
+@click.argument("name", type=NodeName(), metavar="[NODE]", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
+@click.pass_obj
+def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
+    """Show what a node's server wrote (the head's, if no node is named)."""
+    node = find_node(app, name or "head")
+    if installation:
+        path = log_folder(node.group) / f"{node.id}.install.log"
+        if not path.exists():
+            raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
+        return emit(path.read_bytes())
+    app.open_group(node.group)
+    lines, cursor = "200", ""
+    while True:
+        outcome = app.pool.each([node], functools.partial(journal_step, lines, cursor))[0]
+        if not outcome.ok:
+            raise ClusterError(f"{node.name}: {outcome.error}")
+        text, cursor = outcome.value
+        emit(text.encode())
+        if not follow:
+            return None
+        lines = "all"
+        time.sleep(1)
 
 
 @cli.command("regions")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def regions(app: App) -> None:
-    """List the regions; the one of config.py is marked."""
-    for region in fetch_regions(app.ec2):
-        result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
+def regions(app: App, as_json: bool) -> None:
+    """List the regions; the one of the settings is marked."""
+    found, ours = fetch_regions(app.ec2), app.settings.AWS_REGION
+    if as_json:
+        return result(json.dumps({"region": ours, "regions": found}, indent=2))
+    return result("\n".join(f"{'*' if region == ours else ' '} {region}" for region in found))
+
+
+COMPLETE_VARIABLE = "_CLUSTER_PY_COMPLETE"
+COMPLETIONS = {
+    "bash": ("~/.bashrc", 'eval "$({variable}=bash_source {program})"'),
+    "zsh": ("~/.zshrc", 'eval "$({variable}=zsh_source {program})"'),
+    "fish": ("~/.config/fish/config.fish", "{variable}=fish_source {program} | source"),
+}
+
+
+@cli.command("completion")
+@click.argument("shell", type=click.Choice(list(COMPLETIONS)), required=False)
+def completion(shell: str | None) -> None:
+    """Print the line that makes Tab complete commands, groups, nodes and files in SHELL."""
+    shell = shell or os.path.basename(os.environ.get("SHELL", ""))
+    if shell not in COMPLETIONS:
+        raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")
+    path, line = COMPLETIONS[shell]
+    called = shlex.split(Call.program)[0]
+    program = shlex.quote(os.path.abspath(called)) if os.sep in called else Call.program
+    note(f"Add this line to {path}:")
+    result(line.format(variable=COMPLETE_VARIABLE, program=program))
 
 
 # $1: seconds to add to the deadline.
@@ -3902,7 +4244,7 @@ def extend_step(hours: float, remote: Remote) -> str:
 
 
 @cli.command("extend")
-@click.argument("hours", type=click.FloatRange(0, 8760, min_open=True))
+@click.argument("hours", type=Number(0, 8760, above=True), metavar="HOURS")
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
@@ -3926,8 +4268,12 @@ def extend(app: App, hours: float, group: str) -> None:
 
 def main() -> None:
     """Run the tool; leave at once, since Python would take 0.1 s to clean up what ends with it anyway."""
+    Call.program = called_as(sys.argv[0])
+    completing = COMPLETE_VARIABLE in os.environ  # then the shell knows the program by its name
     try:
-        cli(prog_name="cluster.py")
+        cli(
+            prog_name=os.path.basename(sys.argv[0]) if completing else Call.program, complete_var=COMPLETE_VARIABLE
+        )
     except SystemExit as end:
         runner = sys._getframe(1).f_back  # a profiler or a test that runs this file, and has more to do
         if runner or not isinstance(end.code, int):
