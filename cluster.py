@@ -909,9 +909,6 @@ FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
-SERVER_LIMIT = 40  # from starting a server to its handshake
-LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
-HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
 NEAR = 0.005  # seconds of a round trip; the network of a near node keeps no key exchange waiting
 EXCHANGES = 64  # at once: more gain nothing
 EXCHANGES_NEAR = 12  # and with near nodes, more only contend for Python's lock
@@ -1299,66 +1296,25 @@ class Remote:
             raise NodeError(f"{format_exit(code)}{format_tail(output)}")
         return output
 
-    def facts(self) -> Facts:
-        """Ask the node about itself."""
-        output = self.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
-        pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
-        try:
-            return Facts(
-                cores=int(pairs["cores"]),
-                version=pairs.get("version", ""),
-                role=pairs.get("role", ""),
-                linked=tuple(pairs.get("linked", "").split()),
-                load=tuple(map(float, pairs.get("load", "").split())),
-                memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
-                clients=int(pairs.get("clients") or 0),
-                restarts=int(pairs.get("restarts") or 0),
-                problem=printable(pairs.get("problem", "")),
-            )
-        except (KeyError, ValueError):
-            raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
-    @contextlib.contextmanager
-    def server_stream(self) -> Iterator[paramiko.Channel]:
-        """Connect to this node's mtssrv, from the node itself."""
-        target = (self.node.private_ip, SERVER_PORT)
-        channel = self.transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=HANDSHAKE_LIMIT)
-        channel.settimeout(HANDSHAKE_LIMIT)
-        try:
-            yield channel
-        finally:
-            channel.close()
-
-    def ask_server(self, version: str) -> int:
-        """Return the cores that this node's server offers; NodeError where it does not answer."""
-        import paramiko
-
-        try:
-            return ask_server(self.server_stream, version)[0]
-        except AnotherBuild:
-            raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
-        except TimeoutError:
-            raise NodeError("its mtssrv accepts connections, but stays silent") from None
-        except ValueError as error:
-            raise NodeError(str(error)) from None
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            raise NodeError("its mtssrv does not answer") from error
-
-    def await_server(self, version: str, cores: int | None = None, workers: int = 0) -> int:
-        """Wait until the server answers, with CORES cores if they are given; return its cores."""
-        deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
-        while True:
-            try:
-                offered = self.ask_server(version)
-                if cores in (None, offered):
-                    return offered
-                problem = f"its mtssrv offers {offered} cores, not {cores}"
-            except NodeError as error:
-                problem = str(error)
-            if time.monotonic() > deadline:
-                log = self.run(root_command("server-log", SERVER_LOG))[1]
-                raise NodeError(f"{problem}{format_tail(log)}")
-            time.sleep(0.1)
+def fetch_facts(remote: Remote) -> Facts:
+    """Ask a node about itself."""
+    output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
+    pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+    try:
+        return Facts(
+            cores=int(pairs["cores"]),
+            version=pairs.get("version", ""),
+            role=pairs.get("role", ""),
+            linked=tuple(pairs.get("linked", "").split()),
+            load=tuple(map(float, pairs.get("load", "").split())),
+            memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
+            clients=int(pairs.get("clients") or 0),
+            restarts=int(pairs.get("restarts") or 0),
+            problem=printable(pairs.get("problem", "")),
+        )
+    except (KeyError, ValueError):
+        raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
 def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
@@ -1402,6 +1358,27 @@ def unreachable(node: Node, settings: Settings, error: Exception) -> str:
         f"port {settings.SSH_PORT} of {node.address} does not answer from here ({error or type(error).__name__}); "
         f"does the security group allow this machine's address, and does the subnet route to the internet?"
     )
+
+
+@contextlib.contextmanager
+def ssh_command(node: Node, settings: Settings, *options: str) -> Iterator[list[str]]:
+    """Make OpenSSH's command line for NODE, good inside the with block: it checks the host key, obeys no ssh_config."""
+    import tempfile
+
+    host = node.address if settings.SSH_PORT == 22 else f"[{node.address}]:{settings.SSH_PORT}"
+    with tempfile.NamedTemporaryFile("w", prefix="mitsuba-known-hosts-") as known:
+        known.write(f"{host} {node.host_key}\n")
+        known.flush()
+        given = {
+            "UserKnownHostsFile": known.name,
+            "GlobalKnownHostsFile": "/dev/null",
+            "StrictHostKeyChecking": "yes",
+            "IdentitiesOnly": "yes",
+            "ServerAliveInterval": "15",
+        }
+        words = ["ssh", "-F", "none", "-p", str(settings.SSH_PORT), "-i", str(settings.key_file)]
+        words += [word for key, value in given.items() for word in ("-o", f"{key}={value}")]
+        yield [*words, *options, f"{settings.SSH_USER}@{node.address}"]
 
 
 def open_remote(node: Node, settings: Settings, identity: Identity, limit: float, first_boot: bool = False) -> Remote:
@@ -2729,6 +2706,9 @@ def install(app: App, group: str) -> None:
 # --- start -------------------------------------------------------------------
 # mtssrv's handshake, the guard and the units on the nodes, the links to the head; the tunnel. Touches the nodes.
 
+SERVER_LIMIT = 40  # seconds from starting a server to its handshake
+LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
+HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
 
@@ -2819,6 +2799,7 @@ WantedBy=multi-user.target
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
 FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
+NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
 WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
 WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
@@ -2829,10 +2810,11 @@ class AnotherBuild(Exception):
     """The server is a Mitsuba of another version or flavour."""
 
 
-def receive(stream: Stream, size: int) -> bytes:
-    """Receive exactly SIZE bytes; EOFError where the server closes first."""
+def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
+    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
     data = b""
     while len(data) < size:
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
         part = stream.recv(size - len(data))
         if not part:
             raise EOFError("the server closed the connection")
@@ -2840,38 +2822,45 @@ def receive(stream: Stream, size: int) -> bytes:
     return data
 
 
-def shake_hands(stream: Stream, version: str, samples: int, double: int) -> tuple[int, str]:
+def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
     """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
 
     AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to
-    the last byte: a reset connection can kill the server, and its head with it.
+    the last byte: a connection that is reset before the server has accepted it can end the
+    server, and its head with it; so nothing is closed here with unread bytes but in a session
+    of a server that talks on and on.
     """
+    stream.settimeout(max(0.001, deadline - time.monotonic()))
     stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive(stream, 2)
+    answer = receive_exactly(stream, 2, deadline)
     if answer == b"\x00\x0d":
         raise AnotherBuild(version)
     if answer != HELLO:
         raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive(stream, 2), "big")
+    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
     name = b""
     while not name.endswith(b"\0"):
-        name += receive(stream, 1)
+        if len(name) > NAME_BYTES:
+            raise ValueError("its node's name does not end")
+        name += receive_exactly(stream, 1, deadline)
     try:
         stream.sendall(QUIT)
         stream.shutdown(socket.SHUT_WR)
-        while stream.recv(256):
-            pass
-    except OSError:
+        receive_exactly(stream, NAME_BYTES, deadline)
+    except (OSError, EOFError):
         pass
     return cores, name[:-1].decode("utf-8", "replace")
 
 
-def ask_server(dial: Callable[[], contextlib.AbstractContextManager[Any]], version: str) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each; AnotherBuild where none is right."""
+def handshake(
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+) -> tuple[int, str]:
+    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    deadline = time.monotonic() + limit
     for samples, double in FLAVOURS:
         try:
-            with dial() as stream:
-                return shake_hands(stream, version, samples, double)
+            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
+                return shake_hands(stream, version, samples, double, deadline)
         except AnotherBuild:
             pass
     raise AnotherBuild(version)
@@ -2880,7 +2869,7 @@ def ask_server(dial: Callable[[], contextlib.AbstractContextManager[Any]], versi
 def answers(address: str, version: str) -> bool | None:
     """Tell whether the server at ADDRESS shakes hands; None: it is another build, but alive."""
     try:
-        ask_server(lambda: socket.create_connection((address, SERVER_PORT), GUARD_TIMEOUT), version)
+        handshake(lambda limit: socket.create_connection((address, SERVER_PORT), limit), version, GUARD_TIMEOUT)
     except AnotherBuild:
         return None
     except (OSError, EOFError, ValueError):
@@ -2957,7 +2946,7 @@ LINKED_PATH = "/run/mtssrv/linked"
 def guard_program() -> str:
     """Return the guard as a program of its own: the functions above, to the letter."""
     values = [f"{name} = {globals()[name]!r}" for name in GUARD_VALUES]
-    parts: list[Any] = [AnotherBuild, receive, shake_hands, ask_server, answers, ask_all, read_words]
+    parts: list[Any] = [AnotherBuild, receive_exactly, shake_hands, handshake, answers, ask_all, read_words]
     parts += [filter_workers, watch_servers, guard]
     return "\n".join([GUARD_HEADER, *values, *map(inspect.getsource, parts), "guard(sys.argv[1:])"])
 
@@ -2996,6 +2985,50 @@ class Served(NamedTuple):
     facts: Facts
     cores: int
     news: str  # what was done
+
+
+@contextlib.contextmanager
+def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
+    """Connect to a node's mtssrv, from the node itself."""
+    target = (remote.node.private_ip, SERVER_PORT)
+    channel = remote.transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=limit)
+    try:
+        yield channel
+    finally:
+        channel.close()
+
+
+def ask_server(remote: Remote, version: str) -> int:
+    """Return the cores that a node's server offers; NodeError where it does not answer."""
+    import paramiko
+
+    try:
+        return handshake(functools.partial(server_stream, remote), version, HANDSHAKE_LIMIT)[0]
+    except AnotherBuild:
+        raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
+    except TimeoutError:
+        raise NodeError("its mtssrv accepts connections, but stays silent") from None
+    except ValueError as error:
+        raise NodeError(str(error)) from None
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        raise NodeError("its mtssrv does not answer") from error
+
+
+def await_server(remote: Remote, version: str, cores: int | None = None, workers: int = 0) -> int:
+    """Wait until a node's server answers, with CORES cores if they are given; return its cores."""
+    deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
+    while True:
+        try:
+            offered = ask_server(remote, version)
+            if cores in (None, offered):
+                return offered
+            problem = f"its mtssrv offers {offered} cores, not {cores}"
+        except NodeError as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            log = remote.run(root_command("server-log", SERVER_LOG))[1]
+            raise NodeError(f"{problem}{format_tail(log)}")
+        time.sleep(0.1)
 
 
 def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
@@ -3042,25 +3075,25 @@ def head_step(data: str, facts: Facts, workers: Sequence[Outcome], remote: Remot
     serving = facts.role == "head"
     if serving and set(facts.linked) == set(wanted):
         with contextlib.suppress(NodeError):
-            if remote.ask_server(facts.version) == cores:
+            if ask_server(remote, facts.version) == cores:
                 return Served(facts, cores, "serves already")
     start_server(remote, "head", facts, data, wanted)
     news = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, remote.await_server(facts.version, cores, len(wanted)), news)
+    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), news)
 
 
 def worker_step(data: str, head: Node, remote: Remote) -> Served:
     """Make a worker serve, unless it does; of the head only learn what it is."""
-    facts = remote.facts()
+    facts = fetch_facts(remote)
     if not facts.version:
         raise NodeError("Mitsuba is not installed here; run install first")
     if remote.node.id == head.id:
         return Served(facts, 0, "")
     if facts.role == "worker":
         with contextlib.suppress(NodeError):
-            return Served(facts, remote.ask_server(facts.version), "serves already")
+            return Served(facts, ask_server(remote, facts.version), "serves already")
     start_server(remote, "worker", facts, data, [])
-    return Served(facts, remote.await_server(facts.version), "started")
+    return Served(facts, await_server(remote, facts.version), "started")
 
 
 def describe_server(outcome: Outcome, head: Node) -> str:
@@ -3096,26 +3129,14 @@ def start(app: App, group: str) -> None:
         raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
 
 
-def pump(source: Any, target: Any) -> None:
-    """Copy SOURCE to TARGET up to its end, and pass the end on."""
-    with contextlib.suppress(OSError, EOFError):
-        while data := source.recv(1 << 16):
-            target.sendall(data)
-    with contextlib.suppress(OSError, EOFError):
-        target.shutdown(socket.SHUT_WR)
-
-
-def forward(remote: Remote, connection: socket.socket) -> None:
-    """Carry one connection to the node's server and back, until both directions have ended."""
-    import paramiko
-
-    with connection, contextlib.suppress(OSError, EOFError, paramiko.SSHException), remote.server_stream() as channel:
-        connection.settimeout(None)
-        channel.settimeout(None)
-        back = threading.Thread(target=pump, args=(channel, connection), daemon=True)
-        back.start()
-        pump(connection, channel)
-        back.join()
+def check_local_port(port: int) -> None:
+    """Refuse a port of this machine that is taken."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        raise ClusterError(
+            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
+        ) from error
 
 
 @cli.command("tunnel")
@@ -3124,26 +3145,27 @@ def forward(remote: Remote, connection: socket.socket) -> None:
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
+    import subprocess
+
     app.running(group)
     head = find_head(app, group)
-    try:
-        listener = socket.create_server(("127.0.0.1", port), backlog=128)
-    except OSError as error:
-        raise ClusterError(
-            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
-        ) from error
-    outcome = app.fleet.each([head], lambda remote: remote)[0]
-    if not outcome.ok:
-        raise ClusterError(f"{head.name}: {outcome.error}")
+    check_local_port(port)
     app.left = f"The tunnel is closed. {app.left}"
-    result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
-    note(f"Forwarding to {head.name} until Ctrl-C")
-    listener.settimeout(1)
-    while outcome.value.transport.is_active():
-        with contextlib.suppress(TimeoutError):
-            connection, _ = listener.accept()
-            threading.Thread(target=forward, args=(outcome.value, connection), daemon=True).start()
-    raise ClusterError(f"the connection to {head.name} broke; run {command('tunnel', group)} again")
+    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
+    # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
+    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
+    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    with ssh_command(head, app.settings, *forward) as words:
+        child = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
+        try:
+            if child.stdout and child.stdout.readline():
+                say = f"localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)"
+                result(f"In Mitsuba: direct connection to {say}")
+                note(f"Forwarding to {head.name} until Ctrl-C")
+            code = child.wait()
+        finally:
+            child.terminate()
+    raise ClusterError(f"{head.name}: ssh ended ({format_exit(code)}); run {command('tunnel', group)} again")
 
 
 # --- status ------------------------------------------------------------------
@@ -3217,9 +3239,9 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[st
 
 def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
     """Return (facts, cores that the server offers, or None, and why not)."""
-    facts = remote.facts()
+    facts = fetch_facts(remote)
     try:
-        return facts, remote.ask_server(facts.version), ""
+        return facts, ask_server(remote, facts.version), ""
     except NodeError as error:
         return facts, None, str(error)
 
@@ -3365,7 +3387,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
     while True:
-        outcomes = look(app, nodes, Remote.facts)
+        outcomes = look(app, nodes, fetch_facts)
         rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
         good = [outcome for outcome in outcomes if outcome.ok]
         for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
@@ -4050,27 +4072,13 @@ def cancel_all_spot(app: App) -> None:
 def login(app: App, name: str | None) -> None:
     """Open a shell on a node (the head, if none is named)."""
     import subprocess
-    import tempfile
 
     node = find_node(app, name) if name else find_head(app, "default")
     if not is_ours(node, app.identity):
         raise ClusterError(f"{node.name}: {not_ours(node)}")
     app.running(node.group)
-    settings = app.settings
-    host = node.address if settings.SSH_PORT == 22 else f"[{node.address}]:{settings.SSH_PORT}"
-    with tempfile.NamedTemporaryFile("w", prefix="mitsuba-known-hosts-") as known:
-        known.write(f"{host} {node.host_key}\n")
-        known.flush()
-        options = {
-            "UserKnownHostsFile": known.name,
-            "GlobalKnownHostsFile": "/dev/null",
-            "StrictHostKeyChecking": "yes",
-            "IdentitiesOnly": "yes",
-            "ServerAliveInterval": "15",
-        }
-        words = ["ssh", "-p", str(settings.SSH_PORT), "-i", str(settings.key_file)]
-        words += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-        code = subprocess.call([*words, f"{settings.SSH_USER}@{node.address}"], env=clean_environment())
+    with ssh_command(node, app.settings) as words:
+        code = subprocess.call(words, env=clean_environment())
     sys.exit(min(code, 255))
 
 

@@ -284,7 +284,7 @@ def test_tunnel_lets_any_number_of_connections_through(cloud: LocalCloud, group:
         assert line
 
     def ask() -> int:
-        return cluster.ask_server(lambda: socket.create_connection(("127.0.0.1", port), 20), "0.6.0")[0]
+        return cluster.handshake(lambda limit: socket.create_connection(("127.0.0.1", port), limit), "0.6.0", 20)[0]
 
     assert [ask() for _ in range(50)] == 50 * [6]
     with ThreadPoolExecutor(50) as pool:

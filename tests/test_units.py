@@ -155,15 +155,15 @@ class Peer:
         self.got.append(got)
 
     @contextlib.contextmanager
-    def dial(self) -> Iterator[socket.socket]:
+    def dial(self, limit: float) -> Iterator[socket.socket]:
         """Connect to it."""
-        with socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), limit) as connection:
             yield connection
 
 
 def test_handshake_sends_and_reads_mitsubas_very_bytes() -> None:
     peer = Peer(ANSWER)
-    assert cluster.ask_server(peer.dial, "0.6.0") == (4, "ip-172-31-0-5")
+    assert cluster.handshake(peer.dial, "0.6.0", 1) == (4, "ip-172-31-0-5")
     peer.thread.join(5)
     assert peer.got == [GREETING + bytes.fromhex("000c")]
     assert peer.ended == ["closed"]
@@ -172,7 +172,7 @@ def test_handshake_sends_and_reads_mitsubas_very_bytes() -> None:
 def test_handshake_tries_double_precision_then_gives_up() -> None:
     peer = Peer(bytes.fromhex("000d"), bytes.fromhex("000d"))
     with pytest.raises(cluster.AnotherBuild):
-        cluster.ask_server(peer.dial, "0.6.0")
+        cluster.handshake(peer.dial, "0.6.0", 1)
     peer.thread.join(5)
     assert peer.got == [GREETING, GREETING[:-1] + b"\1"]
 
@@ -181,14 +181,14 @@ def test_handshake_tries_double_precision_then_gives_up() -> None:
 def test_handshake_with_a_stranger(answer: bytes, error: type[Exception]) -> None:
     peer = Peer(answer)
     with pytest.raises(error):
-        cluster.ask_server(peer.dial, "0.6.0")
+        cluster.handshake(peer.dial, "0.6.0", 1)
     peer.thread.join(5)
 
 
 def test_handshake_with_a_silent_server_ends() -> None:
     peer = Peer(b"", silent=True)
     with pytest.raises(TimeoutError):
-        cluster.ask_server(peer.dial, "0.6.0")
+        cluster.handshake(peer.dial, "0.6.0", 1)
     peer.thread.join(5)
 
 
