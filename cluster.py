@@ -30,6 +30,7 @@ part of the day: createNodes, install, start, status, syncData, terminateAll, Sp
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import gc
@@ -1080,6 +1081,25 @@ def root_command(name: str, script: str, *arguments: str) -> str:
     return "sudo -n " + user_command(name, script, *arguments)
 
 
+NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
+from __future__ import annotations
+import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+from typing import Any, NamedTuple
+'''
+
+
+def node_program(names: str, *parts: Callable[..., object]) -> str:
+    """Return a Python program for a node: constants NAMES and PARTS of this file, to the letter; the last is its main.
+
+    inspect.getsource finds a class only by parsing the whole file: 0.3 s each, before Python 3.13.
+    """
+    text = inspect.getsource(sys.modules[__name__])
+    values = [f"{name} = {globals()[name]!r}" for name in names.split()]
+    blocks = [re.search(rf"^(?:def|class) {part.__name__}\b.*\n(?:(?:[ )].*)?\n)*", text, re.M) for part in parts]
+    sources = [block[0] for block in blocks if block]
+    return "\n".join([NODE_HEADER, *values, "", *sources, f"{parts[-1].__name__}(sys.argv[1:])\n"])
+
+
 class WrongHostKey(Exception):
     """The node showed another host key than its tag has."""
 
@@ -1478,6 +1498,318 @@ class Fleet:
             if progress:
                 progress.redraw()
         return [found[node.id] for node in nodes]
+
+
+# --- Passing on --------------------------------------------------------------
+# How files come to a folder of a node, from S3 or from another node: the program that fetches them
+# there, and what is heard of it here. Touches one folder of each node.
+
+RANGE_SIZE = 16 * MIB  # bytes that one request asks for
+RANGE_STREAMS = 8  # requests, and files, at once
+RANGE_TRIES = 6
+RANGE_TIMEOUT = 30
+FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
+REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
+
+
+class Wanted(NamedTuple):
+    """A file that a node shall have, and where it gets it."""
+
+    path: str  # below the target folder
+    size: int
+    mark: str  # what tells this content from another: its SHA-256, else its ETag
+    digest: str  # SHA-256 or MD5 in hex, or "": then its size must do
+    url: str  # "": there is no source yet; the node only says whether it lacks the file
+    headers: dict[str, str]  # of each request
+
+
+class FetchFailed(Exception):
+    """A file can't be had; STATUS is HTTP's where its source refuses it."""
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def open_below(folder: int, path: str) -> int:
+    """Open the folder PATH below FOLDER (a descriptor), and make what is missing of it.
+
+    OSError where a component is a link or not our own: its owner could put a link in its place.
+    """
+    import errno
+
+    here = os.dup(folder)
+    try:
+        for name in filter(None, path.split("/")):
+            if name in (".", ".."):
+                raise OSError(errno.EINVAL, "leads out of the folder")
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o755, dir_fd=here)
+            below = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+            os.close(here)
+            here = below
+            if os.fstat(here).st_uid != os.geteuid():
+                raise PermissionError(errno.EACCES, "belongs to another user", name)
+    except OSError:
+        os.close(here)
+        raise
+    return here
+
+
+class Fetcher:
+    """Runs on a node: fetches files into one folder, and records what is complete there."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        self.state = open_below(self.folder, FETCH_FOLDER)
+        self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
+        self.counting = threading.Lock()
+        self.moved = 0  # bytes
+
+    def open_state(self, name: str, flags: int) -> int:
+        """Open one of our own files."""
+        return os.open(name, flags | os.O_NOFOLLOW, 0o644, dir_fd=self.state)
+
+    def load(self, name: str) -> Any:
+        """Return what save has kept under NAME; None where there is nothing."""
+        try:
+            with open(name, opener=self.open_state) as file:
+                return json.load(file)
+        except (OSError, ValueError):
+            return None
+
+    def save(self, name: str, value: Any) -> None:
+        """Keep VALUE under NAME, whole or not at all."""
+        with open(name + ".new", "w", opener=self.open_state) as file:
+            json.dump(value, file)
+        os.replace(name + ".new", name, src_dir_fd=self.state, dst_dir_fd=self.state)
+
+    @staticmethod
+    def part_name(one: Wanted) -> str:
+        """Return the name of a file while it is incomplete: a part of another content is no part of it."""
+        import hashlib
+
+        return hashlib.sha256((one.path + "\0" + one.mark).encode()).hexdigest()[:32] + ".part"
+
+    def open_target(self, one: Wanted) -> tuple[int, str]:
+        """Open the folder that a file belongs into; return it, and the file's name in it."""
+        import errno
+
+        folder, _, name = one.path.rpartition("/")
+        if name in ("", ".", "..") or one.path.split("/")[0] == FETCH_FOLDER:
+            raise OSError(errno.EINVAL, "is not a name for a file")
+        return open_below(self.folder, folder), name
+
+    def entry(self, one: Wanted) -> list[Any]:
+        """Return what the record says of a file that is complete; OSError where it is missing."""
+        folder, name = self.open_target(one)
+        try:
+            now = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        finally:
+            os.close(folder)
+        return [one.mark, now.st_size, now.st_mtime_ns]
+
+    def is_here(self, one: Wanted, record: dict[str, Any]) -> bool:
+        """Tell whether a file is as its last transfer left it."""
+        try:
+            return bool(record.get(one.path) == self.entry(one))
+        except OSError:
+            return False
+
+    def fetch_range(self, one: Wanted, part: int, start: int, end: int) -> None:
+        """Bring the bytes from START to END into the open PART; what came before an error is kept."""
+        import errno
+        import http.client
+        import urllib.error
+        import urllib.request
+
+        for attempt in range(RANGE_TRIES):
+            try:
+                headers = one.headers | {"Range": f"bytes={start}-{end - 1}"}
+                request = urllib.request.Request(one.url, headers=headers)  # noqa: S310 - the tool wrote the address
+                with urllib.request.urlopen(request, timeout=RANGE_TIMEOUT) as answer:  # noqa: S310
+                    if answer.status != 206 and (start, end) != (0, one.size):
+                        raise FetchFailed("its source sends no ranges")
+                    while start < end:
+                        block = answer.read(min(MIB, end - start))
+                        if not block:
+                            raise ValueError("the transfer broke off")
+                        while block:  # a disk that is nearly full takes less
+                            written = os.pwrite(part, block, start)
+                            start, block = start + written, block[written:]
+                            with self.counting:
+                                self.moved += written
+                return
+            except urllib.error.HTTPError as error:
+                if error.code in (400, 401, 403, 404, 412) or attempt == RANGE_TRIES - 1:
+                    cause = re.search(rb"<Code>(\w+)</Code>", error.read(4096))  # S3's own word for it
+                    why = f"{error.code} {cause[1].decode()}" if cause else f"{error.code}"
+                    text = "it has changed at its source meanwhile; run this again" if error.code == 412 else ""
+                    raise FetchFailed(text or f"its source answers {why}", error.code) from None
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+                    raise
+                if attempt == RANGE_TRIES - 1:
+                    raise FetchFailed(f"it can't be fetched: {getattr(error, 'reason', error)}") from None
+            time.sleep(0.5 * 2**attempt)
+
+    def fetch(self, one: Wanted) -> list[Any]:
+        """Fetch one file, go on where an earlier try broke off, verify it and put it in its place."""
+        import hashlib
+
+        folder, target = self.open_target(one)
+        part = self.part_name(one)
+        tally = part + ".whole"  # how many ranges, from the beginning, have come
+        digest = hashlib.sha256() if len(one.digest) == 64 else hashlib.md5(usedforsecurity=False)
+        handle = self.open_state(part, os.O_RDWR | os.O_CREAT)
+        whole = (self.load(tally) or 0) if os.fstat(handle).st_size == one.size else 0
+        self.save(tally, whole)  # before the part gets its size: a stale one would vouch for what is not there
+        os.truncate(handle, one.size)
+        ranges = [(start, min(start + RANGE_SIZE, one.size)) for start in range(0, one.size, RANGE_SIZE)]
+        jobs = [self.ranges.submit(self.fetch_range, one, handle, *place) for place in ranges[whole:]]
+        for number, (start, end) in enumerate(ranges):
+            if number >= whole:
+                jobs[number - whole].result()
+                self.save(tally, number + 1)
+            for place in range(start, end if one.digest else start, MIB):  # while the next ranges come
+                digest.update(os.pread(handle, min(MIB, end - place), place))
+        os.close(handle)  # not after a failure: other ranges still write to it
+        os.unlink(tally, dir_fd=self.state)
+        if one.digest and digest.hexdigest() != one.digest:
+            os.unlink(part, dir_fd=self.state)
+            raise FetchFailed("its checksum is wrong after the transfer")
+        os.replace(part, target, src_dir_fd=self.state, dst_dir_fd=folder)
+        os.close(folder)
+        return self.entry(one)
+
+    def make_room(self, missing: Sequence[Wanted]) -> None:
+        """Remove parts that nobody will complete; FetchFailed where there is no room for what is MISSING."""
+        wanted, there = {self.part_name(one) for one in missing}, 0
+        for name in os.listdir(self.state):
+            if name in wanted:
+                there += 512 * os.stat(name, dir_fd=self.state).st_blocks
+            elif ".part" in name and name.removesuffix(".whole") not in wanted:
+                os.unlink(name, dir_fd=self.state)
+        disk = os.fstatvfs(self.folder)
+        need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
+        if need > free:
+            raise FetchFailed(f"{need // MIB} MB are needed, {free // MIB} MB are free")
+
+    def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
+        """Fetch those of WANTED that are not here and have a source; return what was done, as numbers."""
+        import fcntl
+
+        with open("lock", "w", opener=self.open_state) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a run that lost its connection, or somebody else's, goes first
+            record = self.load("record.json")
+            record = record if isinstance(record, dict) else {}
+            missing = [one for one in wanted if not self.is_here(one, record)]
+            self.make_room(missing)
+            files, saved = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS), time.monotonic()
+            jobs = {files.submit(self.fetch, one): one.path for one in missing if one.url}
+            try:
+                for job in concurrent.futures.as_completed(jobs):
+                    record[jobs[job]] = job.result()
+                    if time.monotonic() - saved > 1:
+                        self.save("record.json", record)
+                        saved = time.monotonic()
+            except FetchFailed as error:
+                raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
+            except OSError as error:
+                where = f"{error.filename}: " if error.filename else ""
+                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
+            finally:
+                files.shutdown(wait=False, cancel_futures=True)
+                self.ranges.shutdown(wait=False, cancel_futures=True)
+                self.save("record.json", record)
+            done = {"fetched": len(jobs), "present": len(wanted) - len(missing), "missing": len(missing) - len(jobs)}
+            return done | {"moved": self.moved}
+
+
+def fetch_files(arguments: list[str]) -> None:
+    """Run on a node: fetch the files that stdin lists, as JSON, into a folder.
+
+    Writes a JSON line twice a second: {"moved": bytes}, and at the end what fetch_all returns, or an "error".
+    """
+    printing = threading.Lock()
+
+    def say(**report: Any) -> None:
+        with printing:
+            print(json.dumps(report), flush=True)
+
+    def report() -> None:
+        while True:
+            time.sleep(0.5)
+            say(moved=fetcher.moved)
+
+    os.umask(0o022)
+    try:
+        wanted = [Wanted(**one) for one in json.load(sys.stdin)]
+        fetcher = Fetcher(arguments[0])
+        threading.Thread(target=report, daemon=True).start()
+        say(**fetcher.fetch_all(wanted))
+    except FetchFailed as error:
+        say(error=str(error), status=error.status)
+        os._exit(1)  # at once: other threads are in the midst of their ranges
+    except OSError as error:
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=0)
+        os._exit(1)
+
+
+def fetch_program() -> str:
+    """Return fetch_files as a program of its own."""
+    names = "FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
+    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
+
+
+class Fetched(NamedTuple):
+    """What a node reports when it has fetched files."""
+
+    fetched: int
+    present: int  # were there already
+    missing: int  # have no source yet
+    moved: int  # bytes
+
+
+class Refused(NodeError):
+    """The files' source refuses the node: its signed address, or its token, is good no more."""
+
+
+def read_report(line: bytes) -> dict[str, Any]:
+    """Return a line of a node's report; {} where it is something else, NodeError where it makes no sense."""
+    try:
+        report = json.loads(line)
+    except (ValueError, RecursionError):  # an error message of Python's, say
+        return {}
+    if isinstance(report, dict) and all(
+        isinstance(value, str) if name == "error" else is_whole(value, 0, REPORT_LIMIT)
+        for name, value in report.items()
+    ):
+        return report
+    raise NodeError(f"sends a malformed report: {line[:80].decode('utf-8', 'replace')}")
+
+
+def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote) -> Fetched:
+    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come."""
+    last: dict[str, Any] = {}
+    rest = b""
+
+    def hear(block: bytes) -> None:
+        nonlocal rest
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            last.update(read_report(line))
+            show(last.get("moved", 0))
+        rest = rest[-MIB:]  # no report is so long
+
+    job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
+    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder])
+    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
+    if "error" in last:
+        raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
+    if code or not last.keys() >= set(Fetched._fields):
+        raise NodeError(f"{format_exit(code)}{format_tail(output)}")
+    return Fetched(**{name: last[name] for name in Fetched._fields})
 
 
 # --- Command line ------------------------------------------------------------
@@ -2626,7 +2958,7 @@ make_data_directory() {
   mount_instance_store
   mkdir -p "$data"
   chown "$user:mitsuba" "$data"
-  chmod 2775 "$data"
+  chmod 3775 "$data"  # sticky: the server can't move away what the user put there
 }
 
 server_version() {
@@ -2932,23 +3264,16 @@ def guard(arguments: list[str]) -> None:
     (filter_workers if what == "filter" else watch_servers)(version, first, second)
 
 
-GUARD_HEADER = '''"""Keeps Mitsuba's head node serving; written by cluster.py."""
-from __future__ import annotations
-import socket, sys, threading, time
-'''
-
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE".split()
+GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
 GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
 WORKERS_PATH = "/etc/mitsuba-cluster/workers"
 LINKED_PATH = "/run/mtssrv/linked"
 
 
 def guard_program() -> str:
-    """Return the guard as a program of its own: the functions above, to the letter."""
-    values = [f"{name} = {globals()[name]!r}" for name in GUARD_VALUES]
-    parts: list[Any] = [AnotherBuild, receive_exactly, shake_hands, handshake, answers, ask_all, read_words]
-    parts += [filter_workers, watch_servers, guard]
-    return "\n".join([GUARD_HEADER, *values, *map(inspect.getsource, parts), "guard(sys.argv[1:])"])
+    """Return the guard as a program of its own."""
+    parts = (AnotherBuild, receive_exactly, shake_hands, handshake, answers, ask_all, read_words)
+    return node_program(GUARD_VALUES, *parts, filter_workers, watch_servers, guard)
 
 
 def server_units(node: Node, role: str, facts: Facts, data: str) -> tuple[str, str]:
@@ -3412,179 +3737,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
 
 
 # --- syncData ----------------------------------------------------------------
-# The nodes' half, S3, and the step between them. Touches S3 and the nodes' data folders.
-
-# The nodes' half of syncData: reads a JSON job from stdin, so that no URL shows in a command
-# line, and writes a JSON line twice a second, the last with the result. Python, since a stock
-# Ubuntu image has it and it can do all of it in one process: ranges in parallel, resume, check.
-SYNC = r"""
-import concurrent.futures, fcntl, hashlib, http.client, json, os, shutil, sys, threading, time
-import urllib.error, urllib.request
-
-PART = 16 << 20
-BLOCK = 1 << 20
-STREAMS = 8
-TRIES = 6
-data = sys.argv[1]
-job = json.load(sys.stdin)
-state = os.path.join(data, ".mitsuba-cluster")
-moved = 0
-lock, printing = threading.Lock(), threading.Lock()
-
-
-def say(**what):
-    with printing:
-        sys.stdout.write(json.dumps(what) + "\n")
-        sys.stdout.flush()
-
-
-def fail(text):
-    say(error=text)
-    os._exit(1)  # at once: other threads are in the midst of their ranges
-
-
-def report():
-    while True:
-        time.sleep(0.5)
-        say(moved=moved)
-
-
-def no_follow(path, flags):
-    return os.open(path, flags | os.O_NOFOLLOW, 0o664)
-
-
-def load(name, otherwise):
-    try:
-        with open(os.path.join(state, name)) as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return otherwise
-
-
-def save(name, value):
-    fresh = os.path.join(state, name + ".new")
-    with open(fresh, "w", opener=no_follow) as file:
-        json.dump(value, file)
-    os.replace(fresh, os.path.join(state, name))
-
-
-def part_name(thing):
-    return hashlib.sha256((thing["key"] + thing["etag"]).encode()).hexdigest()[:32] + ".part"
-
-
-def target(thing):
-    path = os.path.join(data, thing["path"])
-    folder, top = os.path.realpath(os.path.dirname(path)), os.path.realpath(data)
-    if os.path.commonpath([folder, top]) != top:
-        raise ValueError("leads out of " + data)
-    return path
-
-
-def entry(thing):
-    now = os.stat(target(thing))
-    return [thing["key"], thing["etag"], now.st_size, now.st_mtime_ns]
-
-
-def is_here(thing, record):
-    try:
-        return record.get(thing["path"]) == entry(thing)
-    except (OSError, ValueError):
-        return False
-
-
-def fetch_range(thing, handle, start, end):
-    global moved
-    for attempt in range(TRIES):
-        try:
-            headers = {"Range": "bytes=%d-%d" % (start, end - 1), "If-Match": '"%s"' % thing["etag"]}
-            request = urllib.request.Request(thing["url"], headers=headers)
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                if answer.status != 206 and (start, end) != (0, thing["size"]):
-                    raise OSError("the server sent no range")
-                while start < end:
-                    block = answer.read(min(BLOCK, end - start))
-                    if not block:
-                        raise OSError("the transfer broke off")
-                    os.pwrite(handle, block, start)
-                    start += len(block)
-                    with lock:
-                        moved += len(block)
-            return
-        except urllib.error.HTTPError as error:
-            if error.code in (400, 403, 404, 412) or attempt == TRIES - 1:
-                words = {412: "it changed in S3 meanwhile; run syncData again", 403: "S3 refuses the signed address"}
-                raise OSError(words.get(error.code, "S3 answers %d" % error.code)) from None
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            if attempt == TRIES - 1:
-                raise OSError("cannot be fetched from S3: %s" % getattr(error, "reason", error)) from None
-        time.sleep(0.5 * 2 ** attempt)
-
-
-def fetch(thing, pool):
-    path, name, size = target(thing), part_name(thing), thing["size"]
-    part = os.path.join(state, name)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    plain = thing["etag"] if len(thing["etag"]) == 32 else ""  # S3's ETag is an MD5, unless it has a "-"
-    wanted = thing["sha256"] or plain
-    digest = hashlib.sha256() if thing["sha256"] else hashlib.new("md5", usedforsecurity=False)
-    whole = load(name + ".whole", 0) if os.path.exists(part) else 0  # ranges that an earlier run has brought
-    save(name + ".whole", whole)  # before there is a part: a stale one would vouch for what is not there
-    handle = no_follow(part, os.O_RDWR | os.O_CREAT)
-    os.truncate(handle, size)
-    ranges = [(start, min(start + PART, size)) for start in range(0, size, PART)]
-    jobs = [pool.submit(fetch_range, thing, handle, *one) for one in ranges[whole:]]
-    for number, (start, end) in enumerate(ranges):
-        if number >= whole:
-            jobs[number - whole].result()
-            save(name + ".whole", number + 1)
-        for place in range(start, end if wanted else start, BLOCK):  # while the next ranges come
-            digest.update(os.pread(handle, min(BLOCK, end - place), place))
-    os.close(handle)
-    os.unlink(part + ".whole")
-    if wanted and digest.hexdigest() != wanted:
-        os.unlink(part)
-        raise ValueError("its checksum is wrong after the transfer")
-    os.replace(part, path)
-    return entry(thing)
-
-
-def main():
-    os.umask(0o002)
-    os.makedirs(state, exist_ok=True)
-    threading.Thread(target=report, daemon=True).start()
-    lock_file = open(os.path.join(state, "lock"), "w", opener=no_follow)
-    fcntl.flock(lock_file, fcntl.LOCK_EX)  # a run that lost its connection, or somebody else's, goes first
-    record = load("record.json", {})
-    missing = [thing for thing in job if not is_here(thing, record)]
-    need, free = sum(thing["size"] for thing in missing), shutil.disk_usage(data).free
-    if need > free:
-        fail("%d MB are needed in %s, %d MB are free" % (need >> 20, data, free >> 20))
-    wanted = [part_name(thing) for thing in missing]
-    for name in os.listdir(state):
-        if ".part" in name and name.removesuffix(".whole") not in wanted:
-            os.unlink(os.path.join(state, name))
-    files, ranges = (concurrent.futures.ThreadPoolExecutor(STREAMS) for _ in range(2))
-    jobs = {files.submit(fetch, thing, ranges): thing for thing in missing}
-    saved = time.monotonic()
-    for finished in concurrent.futures.as_completed(jobs):
-        thing = jobs[finished]
-        try:
-            record[thing["path"]] = finished.result()
-        except (OSError, ValueError) as error:
-            save("record.json", record)
-            fail("%s: %s" % (thing["path"], error))
-        if time.monotonic() - saved > 1:
-            save("record.json", record)
-            saved = time.monotonic()
-    save("record.json", record)
-    say(moved=moved, fetched=len(missing), present=len(job) - len(missing))
-
-
-try:
-    main()
-except OSError as error:
-    fail("%s: %s" % (error.filename or data, error.strerror))
-"""
+# S3, the user's files, and the step that brings them to the nodes. Touches S3 and the nodes' data folders.
 
 PART_SIZE = 64 * MIB  # of an upload; S3 takes 10,000 parts, and boto3 enlarges them beyond that
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
@@ -3598,7 +3751,7 @@ class RemoteObject(NamedTuple):
     path: str  # below DATA_DIR
     size: int
     etag: str
-    sha256: str = ""
+    digest: str = ""  # SHA-256 or MD5 in hex, where one is known
 
 
 def plan_relative_path(key: str, prefix: str) -> str | None:
@@ -3682,10 +3835,18 @@ def list_objects(s3: Client, bucket: str, prefix: str) -> dict[str, tuple[int, s
     return {one["Key"]: (one["Size"], one["ETag"].strip('"')) for one in things if not one["Key"].endswith("/")}
 
 
-def fetch_sha256(s3: Client, bucket: str, key: str) -> str:
-    """Return the SHA-256 that our upload noted with an object, or ""."""
-    value = s3.head_object(Bucket=bucket, Key=key).get("Metadata", {}).get("sha256", "")
-    return value if re.fullmatch(r"[0-9a-f]{64}", value) else ""
+def fetch_digest(s3: Client, bucket: str, key: str, etag: str) -> str:
+    """Return the SHA-256 that our upload recorded with an object, else its ETag where that is an MD5, else "".
+
+    The ETag of an object that is encrypted with SSE-KMS or SSE-C only looks like an MD5, and that of a multipart
+    upload has a "-": https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
+    """
+    head = s3.head_object(Bucket=bucket, Key=key)
+    recorded = str(head.get("Metadata", {}).get("sha256", ""))
+    if re.fullmatch(r"[0-9a-f]{64}", recorded):
+        return recorded
+    plain = head.get("ServerSideEncryption", "AES256") == "AES256" and not head.get("SSECustomerAlgorithm")
+    return etag if plain and re.fullmatch(r"[0-9a-f]{32}", etag) else ""
 
 
 def plan_upload(name: str, prefix: str) -> dict[str, Path]:
@@ -3702,10 +3863,8 @@ def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, pa
     """Tell whether the object is this very file: same size and SHA-256 (or MD5, if the ETag is one)."""
     if not there or there[0] != path.stat().st_size:
         return False
-    noted = fetch_sha256(s3, bucket, key)
-    if noted:
-        return noted == sha256
-    return re.fullmatch(r"[0-9a-f]{32}", there[1]) is not None and digest_file(path, "md5") == there[1]
+    digest = fetch_digest(s3, bucket, key, there[1])
+    return digest == sha256 or (len(digest) == 32 and digest_file(path, "md5") == digest)
 
 
 def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int], None]) -> int:
@@ -3740,25 +3899,23 @@ def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
     with ThreadPoolExecutor(32) as pool:
-        hashes = list(pool.map(lambda key: fetch_sha256(s3, bucket, key), good))
-    objects = [RemoteObject(key, str(paths[key]), *found[key], sha256) for key, sha256 in zip(good, hashes)]
+        digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
+    objects = [RemoteObject(key, str(paths[key]), *found[key], digest) for key, digest in zip(good, digests)]
     return objects, [key for key in found if paths[key] is None]
 
 
-def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> bytes:
-    """Return the nodes' job: the objects with signed addresses that live as short as may be, as JSON."""
+def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wanted]:
+    """Return the objects as what nodes fetch, by signed addresses that live as short as may be."""
     shortest, longest = SIGNED_SECONDS
     seconds = int(min(longest, shortest + sum(one.size for one in objects) / SLOWEST))
-    job = []
-    for one in objects:
+
+    def address(one: RemoteObject) -> str:
         where = {"Bucket": bucket, "Key": one.key}
-        job.append(one._asdict() | {"url": s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds)})
-    return json.dumps(job).encode()
+        return str(s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds))
 
-
-def has_hash(one: RemoteObject) -> bool:
-    """Tell whether a node can check an object's content: by our SHA-256, or an ETag that is an MD5."""
-    return bool(one.sha256 or re.fullmatch(r"[0-9a-f]{32}", one.etag))
+    return [
+        Wanted(one.path, one.size, one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'}) for one in objects
+    ]
 
 
 class SyncProgress(Progress):
@@ -3767,7 +3924,7 @@ class SyncProgress(Progress):
     def __init__(self, nodes: Sequence[Node], size: int) -> None:
         super().__init__("Fetching", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
         self.size = size * len(nodes)
-        self.moved: dict[str, int] = {}
+        self.moved = {node.id: 0 for node in nodes}
 
     def redraw(self) -> None:
         """Draw the bar with the bytes beside it."""
@@ -3775,28 +3932,27 @@ class SyncProgress(Progress):
         super().redraw()
 
 
-def sync_step(data: str, job: bytes, progress: SyncProgress, remote: Remote) -> str:
-    """Fetch the objects of JOB on one node; return what was done."""
-    last: dict[str, Any] = {}
-    rest = b""
+def sync_step(
+    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], progress: SyncProgress, remote: Remote
+) -> str:
+    """Fetch WANTED on one node; return what was done."""
+    before = 0  # bytes, of earlier attempts
 
-    def read_report(block: bytes) -> None:
-        nonlocal rest
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                report = json.loads(line)
-                last.update(report if isinstance(report, dict) else {})
-                progress.moved[remote.node.id] = int(last.get("moved", 0))
+    def show(moved: int) -> None:
+        progress.moved[remote.node.id] = before + moved
 
-    run = shlex.join(["python3", "-c", SYNC, data])
-    code, output = remote.run(run, limit=SYNC_LIMIT, stdin=[job], sink=read_report)
-    if code or "error" in last or "fetched" not in last:
-        raise NodeError(str(last.get("error") or f"{format_exit(code)}{format_tail(output)}"))
-    if not last["fetched"]:
+    while True:
+        try:
+            done = fetch_step(data, wanted, show, remote)
+            break
+        except Refused as error:  # signed addresses die with the session's credentials: boto3 may have new ones
+            if progress.moved[remote.node.id] == before:
+                raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
+            wanted, before = sign_again(), progress.moved[remote.node.id]
+    if not done.fetched:
         return "has everything already"
-    there = f"; {last['present']} there already" if last["present"] else ""
-    return f"fetched {format_count(last['fetched'], 'file')}, {format_size(last['moved'])}{there}"
+    there = f"; {done.present} there already" if done.present else ""
+    return f"fetched {format_count(done.fetched, 'file')}, {format_size(before + done.moved)}{there}"
 
 
 def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
@@ -3853,10 +4009,11 @@ def sync_data(app: App, name: str, group: str) -> None:
     size = sum(one.size for one in objects)
     note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = SyncProgress(nodes, size)
-    step = functools.partial(sync_step, app.settings.DATA_DIR, sign(s3, bucket, objects), progress)
+    sign_all = functools.partial(sign, s3, bucket, objects)
+    step = functools.partial(sync_step, app.settings.DATA_DIR, sign_all(), sign_all, progress)
     outcomes = app.fleet.each(nodes, step, progress)
     for one in objects:
-        if not has_hash(one):
+        if not one.digest:
             note(f"{printable(one.path)}: complete by its size, but not verified by hash (it has none in S3)")
     app.report(outcomes, "Synchronized")
     if refused:

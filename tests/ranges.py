@@ -26,8 +26,8 @@ class RangeServer(ThreadingHTTPServer):
     def job(self, *names: str) -> list[dict[str, Any]]:
         """Return the nodes' job for objects with these NAMES, without a hash to check them by."""
         url = f"http://127.0.0.1:{self.server_address[1]}/"
-        one = {"size": len(self.content), "etag": "e-1", "sha256": "", "url": url}
-        return [{"key": name, "path": name} | one for name in names]
+        one = {"size": len(self.content), "mark": "e-1", "digest": "", "url": url, "headers": {"If-Match": '"e-1"'}}
+        return [{"path": name} | one for name in names]
 
 
 class RangeHandler(BaseHTTPRequestHandler):
@@ -43,6 +43,9 @@ class RangeHandler(BaseHTTPRequestHandler):
         self.server.starts.append(start)
         if start >= self.server.refuse_from:
             self.send_error(self.server.code)
+            return
+        if self.headers["If-Match"] != '"e-1"':
+            self.send_error(412)
             return
         self.send_response(206)
         self.send_header("Content-Length", str(end + 1 - start))
@@ -61,7 +64,7 @@ def range_server(content: bytes) -> Iterator[RangeServer]:
 
 def run_sync(folder: Path, job: list[dict[str, Any]]) -> dict[str, Any]:
     """Run the nodes' half of syncData in FOLDER; return its last report."""
-    words = [sys.executable, "-c", cluster.SYNC, str(folder)]
+    words = [sys.executable, "-I", "-c", cluster.fetch_program(), str(folder)]
     done = subprocess.run(words, input=json.dumps(job), text=True, capture_output=True, check=False)
     assert not done.stderr
     last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import cluster
 from tests.ranges import range_server, run_sync
 from tests.support import LocalCloud, Result, interrupt, wait_until
 
@@ -135,7 +136,7 @@ def test_what_came_before_a_failure_is_not_fetched_again(tmp_path: Path) -> None
     content = os.urandom(3 * PART - 5)
     with range_server(content) as server:
         server.refuse_from = PART
-        assert run_sync(tmp_path, server.job("big"))["error"] == "big: S3 answers 404"
+        assert run_sync(tmp_path, server.job("big"))["error"] == "big: its source answers 404"
         assert not (tmp_path / "big").exists()
         server.starts, server.refuse_from = [], len(content)
         assert run_sync(tmp_path, server.job("big"))["fetched"] == 1
@@ -161,21 +162,21 @@ def test_an_object_that_changes_meanwhile(tmp_path: Path) -> None:
     with range_server(b"old") as server:
         server.refuse_from, server.code = 0, 412
         last = run_sync(tmp_path, server.job("scene/mesh.vol"))
-    assert last["error"] == "scene/mesh.vol: it changed in S3 meanwhile; run syncData again"
+    assert last["error"] == "scene/mesh.vol: it has changed at its source meanwhile; run this again"
 
 
 def test_many_small_files(tmp_path: Path) -> None:
     names = [f"frames/{number:04}.png" for number in range(300)]
     with range_server(b"tiny") as server:
-        assert run_sync(tmp_path, server.job(*names)) == {"moved": 1200, "fetched": 300, "present": 0}
+        assert run_sync(tmp_path, server.job(*names)) == {"moved": 1200, "fetched": 300, "present": 0, "missing": 0}
         (tmp_path / names[7]).write_bytes(b"edited")
-        assert run_sync(tmp_path, server.job(*names)) == {"moved": 4, "fetched": 1, "present": 299}
+        assert run_sync(tmp_path, server.job(*names)) == {"moved": 4, "fetched": 1, "present": 299, "missing": 0}
     assert {(tmp_path / name).read_bytes() for name in names} == {b"tiny"}
 
 
 def test_a_file_larger_than_the_free_space(tmp_path: Path) -> None:
-    job = [{"key": "k", "path": "k", "size": 1 << 60, "etag": "e", "sha256": "", "url": "http://127.0.0.1:1/"}]
-    assert re.fullmatch(r"\d+ MB are needed in .*, \d+ MB are free", run_sync(tmp_path, job)["error"])
+    job = [cluster.Wanted("k", 1 << 60, "e", "", "http://127.0.0.1:1/", {})._asdict()]
+    assert re.fullmatch(r"\d+ MB are needed, \d+ MB are free", run_sync(tmp_path, job)["error"])
     assert not list(tmp_path.glob("k*"))
 
 

@@ -129,8 +129,9 @@ def measure_downloads(cloud: LocalCloud, path: Path, folder: Path, rounds: int) 
                 commands.append(([*words, "get", f"s3://{BUCKET}/big", str(target / "big")], b""))
             else:
                 sha256 = digest if way == "cluster.py" else ""
-                job = [{"key": "big", "path": "big", "size": size, "etag": etag, "sha256": sha256, "url": url}]
-                commands.append(([sys.executable, "-c", cluster.SYNC, str(target)], json.dumps(job).encode()))
+                big = cluster.Wanted("big", size, etag, sha256, url, {"If-Match": f'"{etag}"'})
+                program = [sys.executable, "-I", "-c", cluster.fetch_program(), str(target)]
+                commands.append((program, json.dumps([big._asdict()]).encode()))
         server = int(cloud.where.pid.read_text())
         return measure.with_server(server, lambda: measure.timed(lambda: side_by_side(commands)))
 

@@ -201,7 +201,7 @@ class ProcessNode:
         root = words[:2] == ["sudo", "-n"]
         words = words[2:] if root else words
         script = words[3] if words[:2] == ["bash", "-c"] and len(words) > 3 else ""
-        step = "sync" if words[:2] == ["python3", "-c"] else script
+        step = "sync" if words[:3] == ["python3", "-I", "-c"] else script
         act = ACTS.get(script)
         try:
             if step in self.trouble:
@@ -230,8 +230,8 @@ class ProcessNode:
 
     async def run(self, process: asyncssh.SSHServerProcess[bytes], words: list[str]) -> int:
         """Run an ordinary command for real, in the node's folder and with a clean environment."""
-        if words[:2] == ["python3", "-c"] and len(words) == 4:
-            words[3] = str(self.data(words[3]))  # syncData's data directory
+        if words[:3] == ["python3", "-I", "-c"] and len(words) > 4:
+            words[4] = str(self.data(words[4]))  # the folder into which a node fetches files
         elif not process.command:
             words = ["bash"]  # a login
         elif words[:2] != ["bash", "-c"]:
