@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import signal
 import socket
@@ -40,6 +39,11 @@ class Result:
         return self.err.strip().splitlines()[-1] if self.err.strip() else ""
 
 
+def impatience(limits: dict[str, float]) -> dict[str, str]:
+    """Return the environment in which cluster.py has these LIMITS instead of its own."""
+    return {"MITSUBA_CLUSTER_LIMITS": json.dumps(limits)}
+
+
 class LocalCloud:
     """A running local cloud."""
 
@@ -72,25 +76,14 @@ class LocalCloud:
     ) -> Result:
         """Run ./cluster.py with WORDS; SETTINGS replace some of config.py, LIMITS some of its constants."""
         given = {"MITSUBA_CLUSTER_CONFIG": str(self.config(settings))} if settings is not None else {}
-        program = str(self.impatient(limits)) if limits else "cluster.py"
-        return self.run(sys.executable, program, *words, env=self.environment(**given, **(env or {})))
+        given |= impatience(limits or {}) | (env or {})
+        return self.run(sys.executable, "cluster.py", *words, env=self.environment(**given))
 
     def config(self, settings: dict[str, Any]) -> Path:
         """Write a config.py that differs from the cloud's own in SETTINGS; return its path."""
         text = (self.where.root / "config.py").read_text()
         path = self.where.root / f"config-{time.monotonic_ns()}.py"
         path.write_text(text + "".join(f"{name} = {value!r}\n" for name, value in settings.items()))
-        return path
-
-    def impatient(self, limits: dict[str, float]) -> Path:
-        """Write a cluster.py that differs from the real one in some LIMITS; return its path."""
-        text = (PROJECT / "cluster.py").read_text()
-        for name, value in limits.items():
-            text, count = re.subn(rf"^{name} = \d+", f"{name} = {value}", text, flags=re.M)
-            assert count == 1, name
-        path = self.where.root / f"impatient-{time.monotonic_ns()}" / "cluster.py"
-        path.parent.mkdir()
-        path.write_text(text)
         return path
 
     def fault(self, what: str, node: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import cluster
 from tests.localcloud.places import CLIENT, STRANGER
 from tests.ranges import RangeServer, run_sync
 from tests.support import LocalCloud, reachable, ssh
-from tests.test_security import BUCKET, Researcher, allowed, readme_policy
+from tests.test_security import BUCKET, Researcher, allowed, own_policy
 
 pytestmark = pytest.mark.xdist_group("nspawn-faults")
 
@@ -65,7 +65,7 @@ def attacked(researcher: Researcher) -> Iterator[tuple[LocalCloud, set[str]]]:
     bucket = f"import boto3; boto3.client('s3', 'us-east-1').create_bucket(Bucket='{BUCKET}')"
     url = researcher.env["AWS_ENDPOINT_URL_S3"]
     assert nodes.run(sys.executable, "-c", bucket, env=nodes.environment(AWS_ENDPOINT_URL_S3=url)).code == 0
-    with allowed(nodes, readme_policy()), sampled() as seen:
+    with allowed(nodes, own_policy()), sampled() as seen:
         for words in (*SESSION, ("syncData", str(researcher.data), GROUP), ("runCommand", "true", GROUP)):
             done = researcher.run(*words)
             assert done.code == 0, done.err

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import LocalCloud, Result, wait_until
+from tests.support import LocalCloud, Result, impatience, wait_until
 
 pytestmark = [pytest.mark.sweep, pytest.mark.xdist_group("bad-nodes")]  # eight nodes serve them all
 
@@ -164,9 +164,9 @@ def test_binary_output_and_much_of_it(eight: LocalCloud) -> None:
 
 def test_a_node_that_falls_silent_in_a_step(eight: LocalCloud, bad: dict[str, Any]) -> None:
     """The link goes: the process stays connected, and nothing comes any more."""
-    impatient = str(eight.impatient({"SILENCE_LIMIT": 2, "LIVENESS_LIMIT": 2}))
+    env = eight.environment(**impatience({"SILENCE_LIMIT": 2, "LIVENESS_LIMIT": 2}))
     line = f'test "$NODE" = {bad["address"]} && touch asleep && sleep 1000; true'
-    child = eight.start(sys.executable, impatient, "runCommand", line, GROUP)
+    child = eight.start(sys.executable, "cluster.py", "runCommand", line, GROUP, env=env)
     asleep = eight.where.nodes / bad["id"] / "home" / "asleep"
     wait_until(asleep.exists)
     eight.fault("mute", bad)

@@ -19,8 +19,8 @@ from tests.localcloud.places import PROJECT
 from tests.support import LocalCloud, free_port, interrupt, wait_until
 
 COMMANDS = (
-    "createNodes install start status syncData terminateAll addSpotNodes spotPrices terminate cancelSpot "
-    "cancelAllSpot login systemLoad runCommand regions tunnel extend"
+    "createNodes install start status syncData terminateAll addSpotNodes tunnel systemLoad terminate spotPrices "
+    "cancelSpot cancelAllSpot login runCommand regions extend"
 ).split()
 
 

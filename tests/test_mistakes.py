@@ -187,8 +187,9 @@ def test_unknown_setting_is_a_warning(cloud: LocalCloud) -> None:
     ("fault", "says"),
     [
         ("expired", "your AWS session has expired; renew it, e.g. with `aws sso login`"),
-        ("code:AuthFailure", "AWS refuses these credentials (AuthFailure)"),
-        ("denied", "your AWS user may not do DescribeInstances"),
+        ("code:AuthFailure", "AWS refuses these credentials (AuthFailure): check AWS_PROFILE, `aws configure`, or"),
+        ("code:AuthFailure", "or AWS_REGION: ./cluster.py regions lists the regions that are enabled for your account"),
+        ("denied", "AWS denies DescribeInstances: ask for that permission; ./cluster.py policy prints all that"),
         ("html", "AWS is busy (502 from DescribeInstances)"),
     ],
 )

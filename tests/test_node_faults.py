@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import LocalCloud, ssh, wait_until
+from tests.support import LocalCloud, impatience, ssh, wait_until
 
 pytestmark = pytest.mark.xdist_group("nspawn-faults")  # a cloud of its own, beside test_nodes.py's
 
@@ -87,8 +87,10 @@ def test_nodes_that_freeze_reboot_crash_or_lose_their_link_in_mid_install(four: 
     frozen, rebooting, cut, good = four.nodes(GROUP)
     package = tmp_path / "slow.sh"
     package.write_text(SLOW_PACKAGE)
-    env = four.environment(MITSUBA_CLUSTER_CONFIG=str(four.config({"MITSUBA_PACKAGE": str(package)})))
-    child = four.start(sys.executable, str(four.impatient(QUICK)), "install", GROUP, env=env)
+    env = four.environment(
+        MITSUBA_CLUSTER_CONFIG=str(four.config({"MITSUBA_PACKAGE": str(package)})), **impatience(QUICK)
+    )
+    child = four.start(sys.executable, "cluster.py", "install", GROUP, env=env)
     for node in (frozen, rebooting, cut, good):
         wait_until(lambda node=node: not ssh(four, node, "test -e /run/installing").code)  # type: ignore[misc]
     four.fault("freeze", frozen)
@@ -117,7 +119,9 @@ def test_a_link_that_goes_in_mid_sync(four: LocalCloud, tmp_path: Path) -> None:
     data = tmp_path / "volume.vol"
     data.write_bytes(bytes(range(256)) * (1 << 20))
     four.ask("stall", True)
-    child = four.start(sys.executable, str(four.impatient(QUICK)), "syncData", str(data), GROUP)
+    child = four.start(
+        sys.executable, "cluster.py", "syncData", str(data), GROUP, env=four.environment(**impatience(QUICK))
+    )
     wait_until(lambda: not ssh(four, cut, "ls /mnt/.mitsuba-cluster/*.part").code)
     four.fault("cut", cut)
     four.ask("stall", False)

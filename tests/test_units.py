@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -324,43 +323,3 @@ def test_git_never_picks_up_a_secret(tmp_path: Path) -> None:
     cluster.ensure_key_file(key)
     assert key.read_text() == made
     assert "topsecret" in s3cfg.read_text()
-
-
-def test_nodes_that_hang_keep_nobody_from_connecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "TCP_LIMIT", 0.05)
-    gate = cluster.Gate(1)
-    with gate.entered():
-        with gate.entered():
-            assert not gate.places.acquire(blocking=False)
-        assert not gate.places.acquire(blocking=False)
-    assert gate.places.acquire(blocking=False)
-
-
-def test_while_places_become_free_everybody_waits_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "TCP_LIMIT", 0.01)
-    gate, tries, inside = cluster.Gate(1), threading.Semaphore(0), threading.Event()
-    acquire = gate.places.acquire
-
-    def counted(blocking: bool = True, timeout: float | None = None) -> bool:
-        tries.release()
-        return acquire(blocking, timeout)
-
-    def exchange() -> None:
-        with gate.entered():
-            inside.set()
-
-    with gate.entered():
-        gate.left = time.monotonic() + 1000  # somebody leaves all the time
-        monkeypatch.setattr(gate.places, "acquire", counted)
-        waiter = threading.Thread(target=exchange)
-        waiter.start()
-        for _ in range(4):
-            assert tries.acquire(timeout=10)
-        assert not inside.is_set()
-    waiter.join()
-    assert inside.is_set()
-
-
-def test_a_loopback_node_is_near() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, cluster.dial(*server.getsockname()) as plain:
-        assert cluster.is_near(plain)

@@ -140,7 +140,7 @@ nodes = cluster.fetch_nodes(app.ec2, sys.argv[2])
 app.identity
 start = time.monotonic()
 for _ in range(5):
-    outcomes = app.fleet.each(nodes, lambda remote: remote.check("true"))
+    outcomes = app.pool.each(nodes, lambda remote: remote.check("true"))
     assert all(outcome.ok for outcome in outcomes), outcomes
 print(time.monotonic() - start)
 """
@@ -149,7 +149,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import cluster
 from pathlib import Path
-assert cluster.App(Path(os.environ["MITSUBA_CLUSTER_CONFIG"])).running(sys.argv[2])
+assert cluster.App(Path(os.environ["MITSUBA_CLUSTER_CONFIG"])).open_group(sys.argv[2])
 os._exit(0)
 """
 PROFILE = """
@@ -158,13 +158,13 @@ sys.path.insert(0, sys.argv[1])
 import cluster
 from pathlib import Path
 app = cluster.App(Path(os.environ["MITSUBA_CLUSTER_CONFIG"]))
-nodes = app.running(sys.argv[2])
+nodes = app.open_group(sys.argv[2])
 profiles = []
 def begin(*_):
     profiles.append(cProfile.Profile(time.thread_time))
     profiles[-1].enable()
 threading.setprofile(begin)
-outcomes = app.fleet.each(nodes, lambda remote: remote.check("true"))
+outcomes = app.pool.each(nodes, lambda remote: remote.check("true"))
 assert all(outcome.ok for outcome in outcomes), outcomes
 found = collections.Counter()
 for profile in profiles:
@@ -231,10 +231,10 @@ nodes = cluster.fetch_nodes(app.ec2, sys.argv[2])
 app.identity
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-app.fleet
+app.pool
 before = resident()
 start, cpu = time.monotonic(), time.process_time()
-outcomes = app.fleet.each(nodes, lambda remote: remote.check("true"), limit=300)
+outcomes = app.pool.each(nodes, lambda remote: remote.check("true"), limit=300)
 wall, busy = time.monotonic() - start, time.process_time() - cpu
 after = resident()
 cpu = time.process_time()

@@ -3,7 +3,8 @@
 Knows what this tool's policy needs: Allow statements with Action, Resource and Condition
 (StringEquals, Null), the dependent action ec2:CreateTags of calls that tag what they create
 (https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/supported-iam-actions-tagging.html), tags
-of the resources that a call names, and S3's actions, which differ from its calls.
+of the resources that a call names, those that it gives to what it makes, and S3's actions, which
+differ from its calls.
 """
 
 from __future__ import annotations
@@ -20,7 +21,18 @@ from tests.localcloud.places import ACCOUNT, REGION
 
 USER = f"arn:aws:iam::{ACCOUNT}:user/researcher"
 KINDS = {"i": "instance", "sg": "security-group", "sir": "spot-instances-request", "vol": "volume", "key": "key-pair"}
-NAMING = re.compile(r"(InstanceId|GroupId|ResourceId|SpotInstanceRequestId)(\.\d+)?")  # parameters that name things
+KINDS |= {"ami": "image", "subnet": "subnet", "vpc": "vpc"}
+# Parameters that name resources, but not the peers in a rule (IpPermissions.1.Groups.1.GroupId).
+NAMING = re.compile(
+    r"(^|^NetworkInterface\.\d+\.)(ImageId|SubnetId|VpcId|InstanceId|(Security)?GroupId|ResourceId|SpotInstanceRequestId)"
+    r"(\.\d+)?$"
+)
+MAKES = {  # what a call makes (or, of a key pair, names): each of it must be allowed, too
+    "RunInstances": "instance volume network-interface key-pair",
+    "CreateSecurityGroup": "security-group",
+    "ImportKeyPair": "key-pair",
+    "AuthorizeSecurityGroupIngress": "security-group-rule",
+}
 S3_ACTIONS = {"GET": "s3:GetObject", "HEAD": "s3:GetObject", "PUT": "s3:PutObject", "POST": "s3:PutObject"}
 
 
@@ -65,20 +77,31 @@ def allows(policy: dict[str, Any], demand: Demand) -> bool:
 
 
 def ec2_demands(action: str, body: bytes, tags_of: Callable[[str], dict[str, str]]) -> Iterator[Demand]:
-    """Yield what an EC2 call demands."""
+    """Yield what an EC2 call demands: its action for each resource that it names or makes, and CreateTags."""
     parameters = {name: values[0] for name, values in parse_qs(body.decode()).items()}
-    named = [value for name, value in parameters.items() if NAMING.fullmatch(name)]
-    if action.startswith("Describe") or not named:
+    named = [value for name, value in parameters.items() if NAMING.search(name)]
+    given = {
+        kind: {
+            f"aws:RequestTag/{value}": parameters[f"{name.removesuffix('Key')}Value"]
+            for name, value in parameters.items()
+            if re.fullmatch(rf"{specification.removesuffix('ResourceType')}Tag\.\d+\.Key", name)
+        }
+        for specification, kind in parameters.items()
+        if re.fullmatch(r"TagSpecification\.\d+\.ResourceType", specification)
+    }
+    if action.startswith("Describe"):
         yield Demand(f"ec2:{action}")
-    else:
-        for name in named:
-            arn = f"arn:aws:ec2:{REGION}:{ACCOUNT}:{KINDS.get(name.split('-')[0], 'other')}/{name}"
-            tags = {f"aws:ResourceTag/{key}": value for key, value in tags_of(name).items()}
-            yield Demand(f"ec2:{action}", arn, tags)
-    for name, kind in parameters.items():
-        if re.fullmatch(r"TagSpecification\.\d+\.ResourceType", name):
-            arn = f"arn:aws:ec2:{REGION}:{ACCOUNT}:{kind}/*"
-            yield Demand("ec2:CreateTags", arn, {"ec2:CreateAction": action})
+        return
+    for name in named:
+        account = "" if name.startswith("ami-") else ACCOUNT
+        arn = f"arn:aws:ec2:{REGION}:{account}:{KINDS.get(name.split('-')[0], 'other')}/{name}"
+        tags = {f"aws:ResourceTag/{key}": value for key, value in tags_of(name).items()}
+        yield Demand(f"ec2:{action}", arn, tags)
+    makes = MAKES.get(action, "").split() + (["spot-instances-request"] if b"MarketType=spot" in body else [])
+    for kind in makes:
+        yield Demand(f"ec2:{action}", f"arn:aws:ec2:{REGION}:{ACCOUNT}:{kind}/*", given.get(kind, {}))
+    for kind in given:
+        yield Demand("ec2:CreateTags", f"arn:aws:ec2:{REGION}:{ACCOUNT}:{kind}/*", {"ec2:CreateAction": action})
 
 
 def s3_demand(method: str, path: str) -> Demand:
