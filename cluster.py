@@ -2041,7 +2041,7 @@ def plain_usage() -> Iterator[None]:
         elif unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", error.format_message()):
             advice = did_you_mean(unknown[1], cli.commands)
             raise WrongUsage(f"{unknown[0]}{advice}", error.ctx) from None
-        raise WrongUsage(error.format_message() + advice, error.ctx) from None
+        raise WrongUsage(error.format_message().rstrip(".") + advice, error.ctx) from None
 
 
 DAY = "createNodes install start status syncData terminateAll".split()
@@ -3644,7 +3644,7 @@ class Asked(NamedTuple):
     server_text: str  # the same as a sentence
     load: tuple[float, ...] | None = None
     server_cores: int | None = None
-    clients: int | None = None
+    clients: int | None = None  # of a head: Mitsubas that are connected to it
     restarts: int | None = None
 
 
@@ -3662,7 +3662,8 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[st
     if facts.restarts:
         text += f"; restarted {format_count(facts.restarts, 'time')}"
         text += f", after: {facts.problem}" if facts.problem else ""
-    return Asked(word, text, facts.load, cores, facts.clients, facts.restarts)
+    clients = facts.clients if facts.role == "head" else None
+    return Asked(word, text, facts.load, cores, clients, facts.restarts)
 
 
 def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
@@ -4369,7 +4370,7 @@ def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
 def run_command(ctx: click.Context, words: tuple[str, ...], named: str | None, line: str | None, as_json: bool) -> None:
-    """Run a shell command on every node; print its output as it comes."""
+    """Run a shell command on every node; show its output."""
     app: App = ctx.obj
     left = list(words)
     line = line if line is not None else left.pop(0) if left else ""
@@ -4411,7 +4412,7 @@ def journal_step(lines: str, cursor: str, remote: Remote) -> tuple[str, str]:
 @click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
 @click.pass_obj
 def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
-    """Show what a node's server wrote (the head's, if no node is named)."""
+    """Show what a node's server wrote (default: the head's)."""
     node = find_node(app, name or "head")
     if installation:
         path = log_folder(node.group) / f"{node.id}.install.log"
@@ -4454,7 +4455,7 @@ COMPLETIONS = {
 @cli.command("completion")
 @click.argument("shell", type=click.Choice(list(COMPLETIONS)), required=False)
 def completion(shell: str | None) -> None:
-    """Print the line that makes Tab complete commands, groups, nodes and files in SHELL."""
+    """Print the line that makes your shell's Tab work."""
     shell = shell or os.path.basename(os.environ.get("SHELL", ""))
     if shell not in COMPLETIONS:
         raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")

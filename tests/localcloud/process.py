@@ -92,6 +92,8 @@ class ProcessNode:
         self.workers: list[str] = []
         self.installed = False
         self.deadline: float | None = None
+        self.restarts, self.problem = 0, ""  # of its server
+        self.journal = ["mtssrv: Listening on port 7554"]
         self.listener: asyncssh.SSHAcceptor | None = None
         self.impostor: asyncio.Server | None = None  # what answers in sshd's place
         self.server: asyncio.Server | None = None
@@ -352,7 +354,7 @@ async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     linked = " ".join(node.workers)
     return 0, (
         f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
-        "load=0.42 0.31 0.12\nmemory_mb=612 7168\n"
+        f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nclients=0\nrestarts={node.restarts}\nproblem={node.problem}\n"
     )
 
 
@@ -377,6 +379,19 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
 async def server_log(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """There is no journal."""
     return 0, "(a process node has no journal)\n"
+
+
+async def journal(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """Return the lines of a made-up journal after the cursor, which is their number."""
+    seen = int(arguments[1] or 0)
+    lines = [f"{line}\n" for line in node.journal[seen:]]
+    return 0, "".join(lines) + (f"-- cursor: {len(node.journal)}\n" if lines else "")
+
+
+async def lack_file(node: ProcessNode) -> None:
+    """Let the server have been restarted for want of a data file."""
+    node.restarts, node.problem = 1, "ERROR: smoke.vol: unable to open the file"
+    node.journal.append(node.problem)
 
 
 async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
@@ -426,6 +441,7 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "drop": ProcessNode.drop,
     "mute": mute,
     "server-gone": stop_server,
+    "server-lacks-file": lack_file,
     "sshd-refuses": refuse,
     "sshd-resets": lambda node: node.replace_sshd(reset),
     "sshd-silent": lambda node: node.replace_sshd(lambda _: None),
@@ -441,5 +457,6 @@ ACTS: dict[str, Act] = {
     "install": install,
     "start-server": start_server,
     "server-log": server_log,
+    "journal": journal,
     "extend": extend,
 }
