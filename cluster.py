@@ -49,7 +49,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -68,6 +68,8 @@ except ImportError:
 
 # What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
+    import subprocess
+
     import paramiko
 
     Stream = socket.socket | paramiko.Channel  # what a handshake needs of either: sendall, recv, shutdown
@@ -1196,6 +1198,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
 import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
@@ -1261,6 +1264,9 @@ class Facts(NamedTuple):
     version: str = ""  # of Mitsuba; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
+    boot: str = ""  # changes with each boot of the node
+    started: str = ""  # changes with each start of its server
+    clock: str = ""  # seconds since 1970
     load: tuple[float, ...] = ()
     memory_mb: tuple[int, ...] = ()  # used, total
     clients: int = 0  # connections to its server
@@ -1274,6 +1280,9 @@ set -uo pipefail
 echo "cores=$(nproc)"
 echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
+echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
+echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2> /dev/null)"
+echo "clock=$(date +%s.%N)"
 echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
@@ -1399,6 +1408,9 @@ def fetch_facts(remote: Remote) -> Facts:
             version=pairs.get("version", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
+            boot=pairs.get("boot", ""),
+            started=pairs.get("started", ""),
+            clock=pairs.get("clock", ""),
             load=tuple(map(float, pairs.get("load", "").split())),
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
             clients=int(pairs.get("clients") or 0),
@@ -1825,16 +1837,20 @@ def fetch_files(arguments: list[str]) -> None:
             say(moved=fetcher.moved)
 
     os.umask(0o022)
+    wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        wanted = [Wanted(**one) for one in json.load(sys.stdin)]
         fetcher = Fetcher(arguments[0])
-        threading.Thread(target=report, daemon=True).start()
+    except OSError as error:
+        say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
+        sys.exit(1)
+    threading.Thread(target=report, daemon=True).start()
+    try:
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
-        say(error=str(error), status=error.status)
+        say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=0)
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
         os._exit(1)
 
 
@@ -2055,19 +2071,16 @@ class Tool(click.Group):
         return sorted(self.commands, key=lambda name: DAY.index(name) if name in DAY else len(DAY))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Take --config from anywhere, and what follows runCommand's "--" as one command line."""
+        """Take --config from anywhere before a "--"."""
         end = args.index("--") if "--" in args else len(args)
-        words, rest = args[:end], args[end:]
+        words = args[:end]
         for i, word in enumerate(words):
             if word == "--config" and i + 1 < len(words):
                 words = [f"--config={words[i + 1]}", *words[:i], *words[i + 2 :]]
             elif word.startswith("--config="):
                 words = [word, *words[:i], *words[i + 1 :]]
-        if rest and "runCommand" in words[:2]:  # a single word is a command line as the quoted form has it
-            line = rest[1] if len(rest) == 2 else shlex.join(rest[1:])
-            words, rest = [*words, f"--line={line}"], []
         with plain_usage():
-            return super().parse_args(ctx, [*words, *rest])
+            return super().parse_args(ctx, [*words, *args[end:]])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Know createNodes by its old name, too."""
@@ -2125,6 +2138,20 @@ def complete(ctx: click.Context, incomplete: str, ask: Callable[[Client], Iterab
         ec2 = open_client(settings, "ec2", connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
         return [CompletionItem(name) for name in sorted(set(ask(ec2))) if name.startswith(incomplete)]
     return []
+
+
+class OwnWords(click.Command):
+    """A command whose words after the first -- are not its own: it gets them as WORDS."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Split before click parses, which swallows the --."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.params["words"] = tuple(args[end + 1 :])
+        return super().parse_args(ctx, args[:end])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Show them in the usage line."""
+        return [*super().collect_usage_pieces(ctx), "[-- WORDS…]"]
 
 
 class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.2
@@ -2612,28 +2639,22 @@ def index_has(apt_line: str, package: str) -> bool:
 
 
 def look_for_package(settings: Settings) -> None:
-    """Warn if `install` would not find Mitsuba: better known before the meter runs."""
+    """Say what `install` will install, and warn if it would not find it: better known before the meter runs."""
     import urllib.error
     import urllib.request
 
+    package = plan_package(settings)
+    note(f"To be installed: {package.title}")
     advice = f"set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings} before you run install"
-    source, _ = settings.package
     try:
-        if source.startswith("https://"):
-            request = urllib.request.Request(source, method="HEAD")  # noqa: S310 - https, as just seen
+        if "://" in package.source:
+            request = urllib.request.Request(package.source, method="HEAD")  # noqa: S310 - https, as just seen
             urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not settings.MITSUBA_PACKAGE and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
             warn(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
     except (urllib.error.URLError, OSError, ValueError) as error:
-        what = source if settings.MITSUBA_PACKAGE else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
+        what = package.source if "://" in package.source else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
         warn(f"{what} can't be read ({error}); {advice}")
-
-
-def check_package_file(settings: Settings) -> None:
-    """Refuse a MITSUBA_PACKAGE that is a path and leads nowhere."""
-    source, _ = settings.package
-    if settings.MITSUBA_PACKAGE and "://" not in source and not (settings.folder / source).is_file():
-        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {settings.folder / source}")
 
 
 def announce(app: App, order: LaunchRequest, before: Sequence[Node], price: float | None, hours: float) -> None:
@@ -2913,7 +2934,6 @@ def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome[Non
 def create(app: App, order: LaunchRequest) -> None:
     """Do what createNodes and addSpotNodes have in common."""
     settings = app.settings
-    check_package_file(settings)
     launch = prepare(app, order)
     where = app.where(order.group)
     ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
@@ -2959,18 +2979,49 @@ def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: 
 
 
 # --- install -----------------------------------------------------------------
-# Mitsuba's package, sent and installed. Touches the nodes, and the logs that are kept here.
+# Mitsuba's package: found, or packed from a build of this machine's, sent, installed. Touches the cache folder, the
+# nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+PACKED_KEPT = 3  # packed builds in the cache folder
+
+# Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
+PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
+PACKED_FOLDERS = ("plugins", "data", "lib")
+
+# The glibc of each Ubuntu release (https://packages.ubuntu.com/libc6), and what brought the names that are no versions.
+GLIBC = {"22.04": (2, 35), "24.04": (2, 39), "26.04": (2, 43)}
+GLIBC_ABI = {
+    "GLIBC_PRIVATE": (2, 0),
+    "GLIBC_ABI_DT_RELR": (2, 36),
+    "GLIBC_ABI_GNU2_TLS": (2, 42),
+    "GLIBC_ABI_DT_X86_64_PLT": (2, 42),
+}
+GLIBC_LIBRARIES = frozenset(
+    "ld-linux-x86-64.so.2 libc.so.6 libm.so.6 libmvec.so.1 libpthread.so.0 libdl.so.2 librt.so.1 libresolv.so.2 "
+    "libutil.so.1 libanl.so.1 libnsl.so.1 libBrokenLocale.so.1".split()
+)
+
+# What libgl1, libglu1-mesa, libx11-6 and libxxf86vm1 bring: here it may belong to this machine's graphics driver.
+GRAPHICS_LIBRARIES = frozenset(
+    "libGL.so.1 libGLX.so.0 libGLdispatch.so.0 libGLU.so.1 libX11.so.6 libXext.so.6 libXxf86vm.so.1 libxcb.so.1 "
+    "libXau.so.6 libXdmcp.so.6".split()
+)
 
 
-# $1 SSH user, $2 data directory, $3 apt line, $4 package: a name in that repository, or else a file or
-# https address of a .deb, .tar.gz or shell script, $5 its SHA-256 (or empty), $6 what all this amounts to.
-INSTALL = """
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
+# Standard input, since both lines may hold a password: the apt line; and the package: a name in that
+# repository, or else a file or https address of a .deb, .tar.gz or shell script.
+INSTALL = r"""
 set -euo pipefail
-user=$1 data=$2 repository=$3 package=$4 sha256=$5 recipe=$6
+umask 022
+user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+IFS= read -r repository
+IFS= read -r package
 state=/var/lib/mitsuba-cluster
 export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
+
+step() { echo "step: $1"; }
 
 apt() {
   apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
@@ -2978,6 +3029,7 @@ apt() {
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
 update() {
+  step 'package lists'
   for pause in 2 4 8 16 0; do
     if apt -o APT::Update::Error-Mode=any update; then return 0; fi
     if [ "$pause" = 0 ]; then break; fi
@@ -2988,45 +3040,112 @@ update() {
   return 1
 }
 
-wait_for_boot() {
-  command -v cloud-init > /dev/null || return 0
-  timeout 600 cloud-init status --wait > /dev/null || [ $? -eq 2 ] || echo 'cloud-init reports an error; going on'
-}
-
 quiet_timers() {
   systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
   systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
 }
 
+# A copy of root's own, so that nobody can change it between the check and the use.
 fetch() {
   case $package in
-    https://*) curl -fsSL --proto =https --retry 5 -o "$1" "$package" ;;
-    *) mv "$package" "$1" ;;
+    https://*)
+      step downloading
+      printf 'url = "%s"\n' "$package" | curl -fsSL --proto =https --retry 5 -o "$1" --config -
+      ;;
+    *) install -m 644 "$package" "$1" && rm -f "$package" ;;
   esac
   if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
 }
 
+# $1 folder: what the loader lacks for the programs and libraries there: libraries, and glibc's version names.
+missing_libraries() {
+  find "$1" -maxdepth 2 ! -path '*/python/*' -type f \( -name '*.so*' -o -name mtssrv -o -name mitsuba \) -print0 |
+    LC_ALL=C LD_LIBRARY_PATH="$1:$1/lib" xargs -0 ldd 2>&1 |
+    sed -nE "s/^\t(\S+) => not found.*/\1/p; s/.*: version .(\w+[0-9A-Z_.]*)' not found .*/\1/p" | sort -u || true
+}
+
+# $1 library: the package that has it, if apt knows one of the usual name (libpng16.so.16 is in libpng16-16,
+# libboost_system.so.1.74.0 in libboost-system1.74.0, libxerces-c-3.2.so in libxerces-c3.2).
+package_of() {
+  name=$(sed -E 's/-([0-9.]+)\.so$/\1/; s/([0-9])\.so\./\1-/; s/\.so\.?//; y/_/-/; s/.*/\L&/' <<< "$1")
+  for candidate in "$name" "${name}t64"; do
+    if apt-cache show "$candidate" > /dev/null 2>&1; then
+      echo " (Ubuntu package $candidate)"
+      return
+    fi
+  done
+}
+
+check_libraries() {
+  local missing name names=()
+  missing=$(missing_libraries "$1")
+  [ -n "$missing" ] || return 0
+  update || true
+  if grep -qE '^lib(GL|X)' <<< "$missing"; then
+    apt install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
+    missing=$(missing_libraries "$1")
+  fi
+  for name in $missing; do
+    case $name in
+      GLIBC_*) names+=("$name (of a newer glibc than this node's $(getconf GNU_LIBC_VERSION))") ;;
+      *) names+=("$name$(package_of "$name")") ;;
+    esac
+  done
+  [ ${#names[@]} != 0 ] || return 0
+  printf -v missing '%s, ' "${names[@]}"
+  echo "the package needs what this node lacks: ${missing%, }"
+  return 1
+}
+
+# The new tree takes the old one's place as a whole, once it is known to be complete.
 install_tree() {
+  local fresh=$work/tree program
+  step unpacking
+  mkdir "$fresh"
+  tar -xzf "$1" -C "$fresh" --no-same-owner --no-same-permissions
+  program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
+  [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
+  check_libraries "$(dirname "$fresh/$program")"
+  exec 9> "$state/lock"
+  flock 9
   rm -rf /opt/mitsuba
-  mkdir -p /opt/mitsuba
-  tar -xzf "$1" -C /opt/mitsuba
-  program=$(find /opt/mitsuba -type f -name mtssrv -perm -u+x | head -n 1)
-  [ -n "$program" ] || { echo "there is no mtssrv in $package"; return 1; }
-  folder=$(dirname "$program")
+  mv "$fresh" /opt/mitsuba
+  exec 9>&-
+  folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
-    printf '#!/bin/sh\\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\\n' "$folder" "$folder" "$folder/$name" \\
+    printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
       > "/usr/local/bin/$name"
     chmod 755 "/usr/local/bin/$name"
   done
 }
 
+# What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
+forget_tree() {
+  for name in mtssrv mitsuba; do
+    if grep -qs '"/opt/mitsuba/' "/usr/local/bin/$name"; then rm "/usr/local/bin/$name"; fi
+  done
+  rm -rf /opt/mitsuba
+}
+
 install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
   case $package in
-    *.deb) fetch "$state/mitsuba.deb"; update; apt install --allow-downgrades "$state/mitsuba.deb" ;;
-    *.tar.gz | *.tgz) fetch "$state/mitsuba.tar.gz"; install_tree "$state/mitsuba.tar.gz" ;;
-    */*) fetch "$state/install.sh"; bash "$state/install.sh" ;;
-    *) echo "$repository" > /etc/apt/sources.list.d/mitsuba.list; update; apt install "$package" ;;
+    *.deb)
+      fetch "$work/mitsuba.deb"
+      update
+      step unpacking
+      apt install --allow-downgrades "$work/mitsuba.deb"
+      forget_tree
+      ;;
+    *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
+    */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null ;;
+    *)
+      (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list)
+      update
+      step unpacking
+      apt install "$package"
+      forget_tree
+      ;;
   esac
 }
 
@@ -3038,7 +3157,7 @@ mount_instance_store() {
     [ -e "$link" ] || continue
     disk=$(readlink -f "$link")
     [ "$(lsblk --noheadings --raw --output NAME "$disk" | wc -l)" = 1 ] || continue
-    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \\n')" ] || continue
+    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \n')" ] || continue
     [ -z "$(wipefs --no-act --noheadings "$disk")" ] || continue
     mkfs.ext4 -q -E nodiscard "$disk"
     mkdir -p "$data"
@@ -3061,15 +3180,24 @@ server_version() {
   (mtssrv -h 2>&1 || true) < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2
 }
 
-wait_for_boot
 quiet_timers
 mkdir -p "$state"
+find "$state" -maxdepth 1 -name 'work.*' -mmin +60 -exec rm -rf {} +
+work=$(mktemp -d "$state/work.XXXXXX") # its own: an installation whose client has died may still run
+trap 'rm -rf "$work"' EXIT
 if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
   install_mitsuba
 fi
 make_data_directory
+step checking
 version=$(server_version) || true
-[ -n "$version" ] || { echo 'mtssrv does not run on this node:'; mtssrv -h; exit 1; }
+if [ -z "$version" ]; then
+  code=0
+  echo 'mtssrv does not run on this node:'
+  mtssrv -h < /dev/null || code=$?
+  [ "$code" != 132 ] || echo "it was built for a newer processor than $type has: build it with -march=x86-64"
+  exit 1
+fi
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
@@ -3086,28 +3214,225 @@ def digest_file(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def upload_package(path: Path, remote: Remote) -> tuple[str, str]:
-    """Send a package file to a node; return where it lies there, and what marks its content."""
-    digest = digest_file(path, "sha256")
-    target = f".mitsuba-{digest[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"  # in the user's home
-    with path.open("rb") as file:
-        remote.check(f"cat > {shlex.quote(target)}", limit=INSTALL_LIMIT, stdin=iter(lambda: file.read(MIB), b""))
-    return f"/home/{remote.user}/{target}", digest
+class Package(NamedTuple):
+    """What install puts on the nodes."""
+
+    title: str  # for the user
+    source: str  # a name in PKG_REPOSITORY, an https address, or a path here
+    sha256: str = ""
+    is_file: bool = False  # one that is sent from here
 
 
-def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
-    """Install Mitsuba on one node; return its version."""
-    source, digest = settings.package
-    package, content = source, ""
-    if settings.MITSUBA_PACKAGE and "://" not in source:
-        package, content = upload_package(settings.folder / source, remote)
-    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, content])
-    arguments = [settings.SSH_USER, settings.DATA_DIR, settings.PKG_REPOSITORY, package, digest, recipe]
-    path = logs / f"{remote.node.id}.install.log"
+def missing_parts(folder: Path) -> list[str]:
+    """Return what FOLDER lacks of a build's dist folder."""
+    parts = [name for name in ("mtssrv", "mitsuba", "plugins", "data") if not (folder / name).exists()]
+    return parts + ([] if any(folder.glob("libmitsuba-*.so")) else ["libmitsuba-*.so"])
+
+
+def find_build(settings: Settings) -> Path | None:
+    """Return the folder of the build that is to be packed; None where something else is to be installed."""
+    source = settings.package[0]
+    unset = not settings.MITSUBA_PACKAGE and settings.PKG_REPOSITORY in ("", Settings().PKG_REPOSITORY)
+    if unset or source == "local":
+        program = shutil.which("mtssrv")
+        folder = Path(program).resolve().parent if program else None
+        if unset:  # the user's own build is better than a repository that has nothing
+            return folder if folder and is_packable_here() and not missing_parts(folder) else None
+        if not folder:
+            raise ClusterError('MITSUBA_PACKAGE is "local", but no mtssrv is on PATH; name your build\'s dist folder')
+        return folder
+    folder = settings.folder / Path(source).expanduser()
+    return folder if settings.MITSUBA_PACKAGE and "://" not in source and folder.is_dir() else None
+
+
+def is_packable_here() -> bool:
+    """Tell whether programs of this machine can run on the nodes."""
+    return (os.uname().sysname, os.uname().machine) == ("Linux", "x86_64")
+
+
+def run_tool(program: str, *words: str | Path, **environment: str) -> str:
+    """Run a tool of the system on files here; return what it prints, in English, whatever its exit code."""
+    import subprocess
+
+    given = clean_environment() | {"LC_ALL": "C"} | environment
     try:
-        with path.open("wb") as log:
+        return subprocess.run([program, *words], env=given, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        raise ClusterError(f"packing a build needs {program}; on Ubuntu: sudo apt-get install -y binutils") from None
+
+
+class Binary(NamedTuple):
+    """A program or library."""
+
+    path: Path
+    needed: set[str]  # names of libraries
+    versions: set[str]  # of glibc's symbols
+
+
+def read_binaries(paths: Iterable[Path]) -> list[Binary]:
+    """Return what programs and libraries there are among the files PATHS."""
+    _, *parts = re.split(r"^(.+):\s+file format (elf\S+)$", run_tool("objdump", "-p", *paths), flags=re.M)
+    binaries = []
+    for path, kind, text in zip(parts[::3], parts[1::3], parts[2::3]):
+        if kind != "elf64-x86-64":
+            raise ClusterError(f"{path} is not for x86-64 Linux ({kind})")
+        needed = set(re.findall(r"^\s+NEEDED\s+(.+)$", text, re.M))
+        versions = set(re.findall(r"^\s+0x\w+ 0x\w+ \d+ (GLIBC_\w+(?:\.\d+)*)$", text, re.M))
+        binaries.append(Binary(Path(path), needed, versions))
+    return binaries
+
+
+def find_libraries(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Path], set[str]]:
+    """Return the libraries that the build's FILES need besides, by name, and all names of glibc's versions."""
+    binaries = read_binaries(files.values())
+    search = [str(folder), str(folder / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
+    paths = [binary.path for binary in binaries]
+    listed = run_tool("ldd", *paths, LD_LIBRARY_PATH=":".join(filter(None, search)))
+    found = {name: Path(path) for name, path in re.findall(r"^\t(\S+) => (/.+) \(0x\w+\)$", listed, re.M)}
+    known = {Path(name).name for name in files if Path(name).parent.name in ("", "lib")}
+    known |= GLIBC_LIBRARIES | GRAPHICS_LIBRARIES
+    libraries: dict[str, Path] = {}
+    versions: set[str] = set()
+    while binaries:
+        fresh: dict[str, Path] = {}
+        for binary in binaries:
+            versions |= binary.versions
+            for name in binary.needed - known - libraries.keys():
+                if name not in found:
+                    raise ClusterError(
+                        f"{binary.path} needs {name}, which this machine does not find (nor would a node)"
+                    )
+                fresh[name] = found[name]
+        libraries |= fresh
+        binaries = read_binaries(fresh.values()) if fresh else []  # objdump without a name reads a.out
+    return libraries, versions
+
+
+def check_glibc(folder: Path, versions: Iterable[str], release: str) -> None:
+    """Refuse a build that needs what the glibc of the nodes' Ubuntu RELEASE does not have."""
+
+    def since(name: str) -> tuple[int, ...]:
+        number = re.fullmatch(r"GLIBC_([\d.]+)", name)
+        return tuple(map(int, number[1].split("."))) if number else GLIBC_ABI.get(name, (99,))
+
+    lacking = {known: [name for name in versions if since(name) > glibc] for known, glibc in GLIBC.items()}
+    if names := lacking[release]:
+        fit = next((known for known, missing in lacking.items() if not missing), None)
+        advice = f'set UBUNTU_RELEASE = "{fit}"' if fit else f"no Ubuntu release has it; build it on Ubuntu {release}"
+        raise ClusterError(
+            f"the build in {folder} needs {', '.join(sorted(names, key=since))} of a newer glibc than "
+            f"Ubuntu {release} has: {advice}"
+        )
+
+
+def list_build(folder: Path) -> dict[str, Path]:
+    """Return what is packed of a build: name in the package -> file."""
+    tops = [folder / name for name in PACKED_PROGRAMS] + list(folder.glob("*.so*"))
+    inside = (Path(top) / name for part in PACKED_FOLDERS for top, _, names in os.walk(folder / part) for name in names)
+    return {path.relative_to(folder).as_posix(): path for path in sorted([*tops, *inside]) if path.is_file()}
+
+
+def write_package(target: Path, files: dict[str, Path]) -> None:
+    """Write FILES into a .tar.gz that depends on their names, modes and contents only; whole or not at all."""
+    import gzip
+    import tarfile
+
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with (
+            part.open("wb") as raw,
+            gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w") as archive,
+        ):
+            for name, path in files.items():
+                member = tarfile.TarInfo(f"mitsuba/{name}")
+                member.size = path.stat().st_size
+                member.mode = 0o755 if os.access(path, os.X_OK) else 0o644
+                with path.open("rb") as file:
+                    archive.addfile(member, file)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def pack_build(folder: Path, settings: Settings) -> Package:
+    """Pack a build with all the libraries that it needs into the cache folder; ClusterError says why it can't be."""
+    import hashlib
+
+    if not is_packable_here():
+        raise ClusterError(
+            f"a build can be packed only on x86-64 Linux, as the nodes are; this is {os.uname().sysname} "
+            f"{os.uname().machine}: set MITSUBA_PACKAGE to a .deb or .tar.gz that was built on Ubuntu"
+        )
+    if missing := missing_parts(folder):
+        raise ClusterError(f"{folder} is not the dist folder of a Mitsuba build: it lacks {', '.join(missing)}")
+    files = list_build(folder)
+    libraries, versions = find_libraries(folder, files)
+    if settings.AWS_REGION not in settings.AMI_IDS:  # an image of the user's own is asked on the node
+        check_glibc(folder, versions, "22.04")
+    count = len(files)
+    files |= {f"lib/{name}": path for name, path in sorted(libraries.items())}
+    content = json.dumps(
+        [(name, os.access(path, os.X_OK), digest_file(path, "sha256")) for name, path in files.items()]
+    )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mitsuba-cluster"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / f"mitsuba-{hashlib.sha256(content.encode()).hexdigest()[:16]}.tar.gz"
+    if target.exists():
+        os.utime(target)
+    else:
+        note(f"Packing {folder} …")
+        write_package(target, files)
+        for old in sorted(cache.glob("mitsuba-*.tar.gz"), key=lambda path: path.stat().st_mtime)[:-PACKED_KEPT]:
+            old.unlink(missing_ok=True)
+    title = f"the build in {folder} ({count} files, and {len(libraries)} libraries that they need; "
+    return Package(title + format_size(target.stat().st_size) + ")", str(target), digest_file(target, "sha256"), True)
+
+
+def plan_package(settings: Settings) -> Package:
+    """Return what is to be installed, packed where it is a build of this machine's; ClusterError where it can't be."""
+    source, sha256 = settings.package
+    if folder := find_build(settings):
+        return pack_build(folder, settings)
+    if not settings.MITSUBA_PACKAGE:
+        return Package(f"the package {source} of {settings.PKG_REPOSITORY}", source)
+    if "://" in source:
+        return Package(source, source, sha256)
+    path = settings.folder / Path(source).expanduser()
+    if not path.is_file():
+        raise ClusterError(f"MITSUBA_PACKAGE: there is no file {path}")
+    found = digest_file(path, "sha256")
+    if sha256 not in ("", found):
+        raise ClusterError(f"MITSUBA_PACKAGE: the SHA-256 of {path} is {found}, not {sha256}")
+    return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
+
+
+def upload_package(package: Package, remote: Remote) -> str:
+    """Send a package file to a node; return where it lies there."""
+    name = re.sub(r"[^A-Za-z0-9._+~-]", "_", Path(package.source).name)
+    target = f".mitsuba-{package.sha256[:16]}-{name}"  # in the user's home
+    with Path(package.source).open("rb") as file:
+        blocks = iter(lambda: file.read(MIB), b"")
+        return remote.check(f"cat > {target} && readlink -f {target}", limit=INSTALL_LIMIT, stdin=blocks).strip()
+
+
+def install_step(settings: Settings, package: Package, logs: Path, remote: Remote) -> str:
+    """Install Mitsuba on one node; return its version."""
+    import hashlib
+
+    path = logs / f"{remote.node.id}.install.log"
+    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
+    digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
+    arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    try:
+        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
+            os.fchmod(log.fileno(), 0o600)  # one of an older version
+            wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
+            remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
+            source = upload_package(package, remote) if package.is_file else package.source
+            lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, sink=log.write)
+            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -3121,11 +3446,12 @@ def install_step(settings: Settings, logs: Path, remote: Remote) -> str:
 @click.pass_obj
 def install(app: App, group: str) -> None:
     """Install Mitsuba and its dependencies on every node."""
-    check_package_file(app.settings)
+    package = plan_package(app.settings)
     nodes = app.open_group(group)
+    note(f"Installing {package.title}")
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, logs), progress)
+    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, package, logs), progress)
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -3360,7 +3686,7 @@ def guard(arguments: list[str]) -> None:
     (filter_workers if what == "filter" else watch_servers)(version, first, second)
 
 
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
+GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
 GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
 WORKERS_PATH = "/etc/mitsuba-cluster/workers"
 LINKED_PATH = "/run/mtssrv/linked"
@@ -3560,6 +3886,25 @@ def check_local_port(port: int) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def open_tunnel(head: Node, settings: Settings, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Forward a PORT of this machine to HEAD's server inside the with block; ClusterError where ssh can't."""
+    import subprocess
+
+    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
+    # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
+    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
+    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
+    with ssh_command(head, settings, *forward) as words:
+        ssh = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
+        try:
+            if not (ssh.stdout and ssh.stdout.readline()):
+                raise ClusterError(f"{head.name}: ssh can't open the tunnel ({format_exit(ssh.wait())})")
+            yield ssh
+        finally:
+            ssh.terminate()
+
+
 @cli.command("tunnel")
 @group_argument
 @click.option(
@@ -3573,27 +3918,295 @@ def check_local_port(port: int) -> None:
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
-    import subprocess
-
     app.open_group(group)
     head = find_head(app, group)
     check_local_port(port)
     app.left = f"The tunnel is closed. {app.left}"
-    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
-    # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
-    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
-    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    with ssh_command(head, app.settings, *forward) as words:
-        child = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
-        try:
-            if child.stdout and child.stdout.readline():
-                say = f"localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)"
-                result(f"In Mitsuba: direct connection to {say}")
-                note(f"Forwarding to {head.name} until Ctrl-C")
-            code = child.wait()
-        finally:
-            child.terminate()
+    with open_tunnel(head, app.settings, port) as ssh:
+        result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
+        note(f"Forwarding to {head.name} until Ctrl-C")
+        code = ssh.wait()
     raise ClusterError(f"{head.name}: ssh ended ({format_exit(code)}); run {command('tunnel', group)} again")
+
+
+# --- render ------------------------------------------------------------------
+# This machine's own Mitsuba renders against the head, again and again until the picture is there. Runs
+# programs and writes pictures here, asks the nodes, and ends the group where it is told to.
+
+RENDER_POLL = 10  # seconds between two questions to the head beside a render
+RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
+HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
+HEAL_POLL = 2  # seconds between two looks at it
+MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
+RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
+
+# $1 since when
+RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 1000 --unit mtssrv.service --since "$1"'
+
+# Texts of Mitsuba 0.6 (mitsuba.cpp, thread.cpp, renderjob.cpp, sched_remote.cpp): an exception, and those that
+# only tell that the other side has gone (sstream.cpp).
+MITSUBA_ERROR = re.compile(
+    r'(?:critical|uncaught|caught) exception:? *"?(.+?)[".!]*(?: - cleaning up!.*)?$', re.I | re.M
+)
+CONNECTION_ERROR = re.compile(r"connection closed|connection error|error in \w+\(\)|invalid response", re.I)
+UNFINISHED = "did not complete successfully"
+
+
+class RenderRequest(NamedTuple):
+    """What the user wants rendered."""
+
+    program: str  # the local mitsuba
+    scenes: tuple[Path, ...]
+    output: Path | None
+    group: str
+    tunnel: bool
+    tries: int
+    words: tuple[str, ...]  # for Mitsuba itself
+
+    def target(self, scene: Path) -> Path:
+        """Return a picture's path, but for the extension: that is the film's."""
+        return (self.output or scene.with_suffix("")).absolute()
+
+
+class Attempt(NamedTuple):
+    """How one run of Mitsuba ended."""
+
+    code: int
+    output: str  # the end of it
+    ended: str = ""  # why the tool has ended it
+
+
+class Verdict(NamedTuple):
+    """Why a picture is not there: through the cluster (it is worth another try), its servers, or the scene."""
+
+    blame: str
+    reason: str
+
+
+def find_error(log: str) -> str:
+    """Return the last error in what a Mitsuba program has said that is not about a connection, or ""."""
+    found = [text for text in MITSUBA_ERROR.findall(log) if not CONNECTION_ERROR.search(text)]
+    return printable(found[-1]) if found else ""
+
+
+def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str) -> Verdict:
+    """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
+
+    A head restarts without a worker that it has lost and with one that has come back; it does so too after
+    its own death or a worker's, which a scene can cause.
+    """
+    lost = [f"{name} {facts}" for name, facts in after.items() if isinstance(facts, str)]
+    now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
+    lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
+    if lost or attempt.ended:
+        return Verdict("cluster", ", ".join(lost) or attempt.ended)
+    died = [name for name in now if now[name].started != before[name].started]
+    heads = [name for name in died if now[name].role == "head"]
+    if died == heads and any(now[name].linked != before[name].linked for name in heads):
+        return Verdict("cluster", f"{heads[0]} was restarted to link other workers")
+    if server_error or died:
+        return Verdict("server", server_error or f"mtssrv died on {', '.join(died)}")
+    if refusal := find_error(attempt.output):
+        return Verdict("scene", f"Mitsuba refuses it: {refusal}")
+    if attempt.code > 0:
+        return Verdict("cluster", "the connection to the head broke")
+    return Verdict(
+        "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
+    )
+
+
+class RenderCluster:
+    """A group as its renders see it: they must outlive the user's session with AWS."""
+
+    def __init__(self, app: App, group: str) -> None:
+        self.app, self.group = app, group
+        self.nodes = app.open_group(group)
+        self.names: dict[str, str] = {}  # a node that has ended has no name any more
+
+    def refresh(self) -> None:
+        """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
+        app, group = self.app, self.group
+        with tolerate(), contextlib.suppress(ClusterError):
+            self.nodes = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
+
+    def await_head(self) -> tuple[Node, Facts, int]:
+        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if it does not."""
+        deadline = time.monotonic() + HEAL_LIMIT
+        progress = Progress("Waiting for the head", HEAL_LIMIT)
+        while True:
+            heads = [node for node in self.nodes if node.role == "head" and node.state == "running"]
+            if not heads:
+                raise NodeError(f"the head node is gone; {command('start', self.group)} makes another node the head")
+            outcome = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)[0]
+            if outcome.ok:
+                return heads[0], *outcome.value
+            if time.monotonic() > deadline:
+                raise NodeError(f"the head {heads[0].name} does not serve: {outcome.error}")
+            progress.show(outcome.error.splitlines()[0])
+            time.sleep(HEAL_POLL)
+            self.refresh()
+
+    def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
+        """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
+        running = [node for node in self.nodes if node.state == "running"]
+        self.names = {node.id: node.name for node in running} | self.names
+        found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
+        for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
+            found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
+        known = {name: found.get(node_id, "is gone") for node_id, name in self.names.items()}
+        return {name: one for name, one in known.items() if names is None or name in names}
+
+    def server_errors(self, before: dict[str, Facts]) -> str:
+        """Return what the servers have complained about in their logs since they were asked BEFORE."""
+
+        def step(remote: Remote) -> str:
+            since = f"@{before[self.names[remote.node.id]].clock}"  # by the node's own clock
+            return find_error(remote.run(root_command("server-log", RENDER_LOG, since), keep=MIB)[1])
+
+        asked = [node for node in self.nodes if node.state == "running" and self.names.get(node.id) in before]
+        outcomes = self.app.pool.each(asked, step, limit=LOOK_LIMIT)
+        return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
+
+
+@contextlib.contextmanager
+def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
+    """Yield what Mitsuba is to connect to: the head, or this end of a tunnel to it."""
+    if not tunnel and app.settings.PUBLIC_SERVER_PORT:
+        yield head.address
+        return
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with open_tunnel(head, app.settings, port):
+        yield f"127.0.0.1:{port}"
+
+
+def serving_step(remote: Remote) -> tuple[Facts, int]:
+    """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
+    facts = fetch_facts(remote)
+    return facts, ask_server(remote, facts.version)
+
+
+def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
+    """Run Mitsuba and show what it says; end it when the head is silent or has started again since STARTED."""
+    import subprocess
+
+    tail = bytearray()
+
+    def show(output: Any) -> None:
+        while block := output.read(RENDER_TAIL):
+            with OUTPUT:
+                click.echo(block, nl=False, err=True)
+            tail[:] = (tail + block)[-RENDER_TAIL:]
+
+    with OUTPUT:
+        Progress.clear()
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    child = subprocess.Popen(
+        words, env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
+    )
+    reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
+    reader.start()
+    ended = ""
+    question: Future[Outcome[Facts]] | None = None
+    heard = asked = time.monotonic()
+    try:
+        while child.poll() is None and not ended:
+            pool.wait([question] if question else [], 0.1)
+            if question and question.done():
+                outcome, question = question.result(), None
+                heard = time.monotonic() if outcome.ok else heard
+                if outcome.ok and outcome.value.started != started:
+                    break
+            if not question and time.monotonic() - asked > RENDER_POLL:
+                asked = time.monotonic()
+                question = pool.submit(head, fetch_facts, limit=RENDER_POLL)
+            if time.monotonic() - heard > RENDER_SILENCE:
+                ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
+    finally:
+        child.kill()
+        code = child.wait()
+        reader.join(1)
+        if tail and not tail.endswith(b"\n"):
+            note("")  # a progress bar has no end of line
+    return Attempt(code, tail.decode("utf-8", "replace"), ended)
+
+
+def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) -> bool:
+    """Render one scene, as often as it is worth it; return whether its picture is there."""
+    import tempfile
+
+    target = request.target(scene)
+    deaths = 0
+    for attempt_number in range(1, request.tries + 1):
+        head, facts, cores = cluster.await_head()
+        before = {name: one for name, one in cluster.ask_nodes().items() if isinstance(one, Facts)}
+        note(f"{scene}: rendering on {format_count(cores, 'core')}")
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
+            try:
+                with mitsuba_address(cluster.app, head, request.tunnel) as address:
+                    words = [request.program, "-c", address, *words]
+                    attempt = run_mitsuba(cluster.app.pool, words, head, facts.started)
+            except ClusterError as error:
+                attempt = Attempt(-1, "", error.message)
+            took = time.monotonic() - began
+            pictures = list(Path(folder).iterdir())
+            if attempt.code == 0 and pictures and UNFINISHED not in attempt.output:
+                for picture in pictures:
+                    result(f"{picture.replace(target.parent / picture.name)}: rendered in {format_duration(took)}")
+                return True
+        cluster.refresh()
+        cluster.await_head()
+        after = cluster.ask_nodes(before)
+        verdict = judge(attempt, before, after, cluster.server_errors(before))
+        deaths += verdict.blame == "server"
+        final = verdict.blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
+        what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
+        note(f"{scene}: {format_duration(took)} lost: {verdict.reason}; {what}")
+        if final:
+            break
+    return False
+
+
+@cli.command("render", cls=OwnWords)
+@click.argument(
+    "scenes", metavar="SCENE…", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("-o", "output", type=click.Path(path_type=Path), help="The picture, as Mitsuba's -o; of one scene.")
+@click.option("--group", type=GroupName(), default="default", show_default=True)
+@click.option("--tunnel", is_flag=True, help="Through SSH, even where port 7554 is open.")
+@click.option("--tries", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each scene.")
+@click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
+@click.pass_obj
+def render(app: App, /, then_terminate: bool, **given: Any) -> None:
+    """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
+    request = RenderRequest(**given, program=shutil.which("mitsuba") or "")
+    if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
+        raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
+    if not request.program:
+        raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
+    for scene in request.scenes:
+        if not os.access(folder := request.target(scene).parent, os.W_OK):
+            raise ClusterError(f"no picture can be written to {folder}")
+    find_head(app, request.group)
+    cluster = RenderCluster(app, request.group)
+    app.left = f"Only the render has ended. {app.left}"
+    missing = list(request.scenes)
+    try:
+        nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
+        if local and local != nodes_version:
+            raise ClusterError(f"the mitsuba on this machine is {local}, and the nodes' {nodes_version} will refuse it")
+        for scene in request.scenes:
+            if render_scene(cluster, request, scene):
+                missing.remove(scene)
+    except NodeError as error:
+        note(f"Given up: {error}")
+    if then_terminate:
+        terminate_in(app.ec2, request.group)
+    if missing:
+        raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
 
 # --- status ------------------------------------------------------------------
@@ -3854,6 +4467,10 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
 # S3, the user's files, and the step that brings them to the nodes. Touches S3 and the nodes' data folders.
 
 PART_SIZE = 64 * MIB  # of an upload; S3 takes 10,000 parts, and boto3 enlarges them beyond that
+ASK_ABOVE_FILES = 1000  # of a folder: it may not be the one that was meant
+ASK_ABOVE_BYTES = 10**9
+NEVER_SENT = {".aws", ".git", ".s3cfg", ".ssh"}
+PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File)")
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
@@ -3903,14 +4520,15 @@ def open_s3(settings: Settings, region: str = "") -> Client:
     if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
         endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
     elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    checksums = "when_required" if elsewhere else "when_supported"  # AWS's buckets with Object Lock demand them
     config = Config(
         signature_version="s3v4",
         connect_timeout=10,
         read_timeout=60,
         retries={"mode": "standard", "total_max_attempts": 6},
         max_pool_connections=64,
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
+        request_checksum_calculation=checksums,
+        response_checksum_validation="when_required",  # else signed addresses would ask for one
         s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
     )
     with open_session(settings, key, secret, s3cfg.get("access_token", "") if key else "") as session:
@@ -3961,14 +4579,71 @@ def fetch_digest(s3: Client, bucket: str, key: str, etag: str) -> str:
     return etag if plain and re.fullmatch(r"[0-9a-f]{32}", etag) else ""
 
 
-def plan_upload(name: str, prefix: str) -> dict[str, Path]:
-    """Return key -> file for a local file or folder NAME; {} where there is none."""
-    source = Path(name)
-    base = "/".join(filter(None, [prefix, source.resolve().name]))
+def why_left_out(path: Path, top: Path, settings: Settings, config: Path) -> str:
+    """Say why a file (or link) below TOP is never sent, or return ""."""
+    real = Path(os.path.realpath(path))
+    if NEVER_SENT & {path.name, *real.parts} or real in (config.resolve(), settings.key_file.resolve()):
+        return "keys and settings are never sent"
+    if path.is_symlink() and (real.is_dir() or not real.is_relative_to(top)):
+        return "a link that leads out of the folder, or to a folder"
+    if not real.is_file():
+        return "not a file"
+    with path.open("rb") as file:
+        if PRIVATE_KEY.match(file.read(200)):
+            return "a private key is never sent"
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return ""
+
+
+def plan_files(name: str, settings: Settings, config: Path) -> dict[str, Path]:
+    """Return path below DATA_DIR -> file for a local file or folder NAME; {} where there is none.
+
+    ClusterError where that would send what nobody can have meant: an unset variable makes NAME empty.
+    """
+    source, base = Path(name), os.path.basename(os.path.abspath(name))
+    top = Path(os.path.realpath(source))
+    if not name.strip():
+        raise ClusterError("NAME is empty: is a variable unset?")
     if source.is_file():
+        if why := why_left_out(source, top.parent, settings, config):
+            raise ClusterError(f"{name}: {why}")
         return {base: source}
-    inside = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else []
-    return {f"{base}/{path.relative_to(source).as_posix()}": path for path in inside}
+    dear = {
+        "the tool's folder": HERE,
+        "your home folder": Path.home(),
+        "the SSH key's folder": settings.key_file.parent,
+    }
+    for what, home in dear.items():
+        if source.is_dir() and home.resolve().is_relative_to(top):
+            raise ClusterError(f"{name} is {what}, or contains it: nothing is sent; name a folder that holds data only")
+    files: dict[str, Path] = {}
+    for folder, folders, names in os.walk(source):
+        links = [one for one in folders if one in NEVER_SENT or Path(folder, one).is_symlink()]
+        folders[:] = sorted(set(folders) - set(links))
+        for one in sorted(links + names):
+            path = Path(folder, one)
+            if why := why_left_out(path, top, settings, config):
+                note(f"Left out: {path} ({why})")
+            else:
+                files[f"{base}/{path.relative_to(source).as_posix()}"] = path
+    if source.is_dir() and not files:
+        raise ClusterError(f"there is no file to send in {name}")
+    return files
+
+
+def confirm_size(name: str, files: dict[str, Path]) -> None:
+    """Ask about a large folder; where nobody can be asked, refuse it."""
+    size = sum(path.stat().st_size for path in files.values())
+    if len(files) <= ASK_ABOVE_FILES and (size <= ASK_ABOVE_BYTES or Path(name).is_file()):
+        return
+    what = f"{name} has {format_count(len(files), 'file')}, {format_size(size)}"
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ClusterError(f"{what}; add --yes to send so much without being asked")
+    if not click.confirm(f"{what}. Send all of it?", err=True):
+        raise ClusterError("nothing was sent")
 
 
 def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
@@ -4085,18 +4760,22 @@ def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
 @cli.command("syncData")
 @click.argument("name")
 @group_argument
+@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
 @click.pass_obj
-def sync_data(app: App, name: str, group: str) -> None:
+def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     """Put data files on every node through S3.
 
     NAME is a file or folder here, which is uploaded first, or the beginning of names under
     S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
     """
+    files = plan_files(name, app.settings, app.config)
+    if not yes:
+        confirm_size(name, files)
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
-    if files := plan_upload(name, prefix):
-        send_files(s3, bucket, files)
-        name = Path(name).resolve().name
+    if files:
+        send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
+        name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
     for key in refused:
         note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
@@ -4363,18 +5042,19 @@ def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
     return {"error": None, "code": outcome.value.code, "output": outcome.value.output}
 
 
-@cli.command("runCommand")
-@click.argument("words", metavar='"CMD ARGS"', nargs=-1)
-@click.option("--group", "named", type=GroupName(), help="The group, where the command's words follow --.")
-@click.option("--line", hidden=True)  # the words after --, as Tool.parse_args joins them
+@cli.command("runCommand", cls=OwnWords)
+@click.argument("quoted", metavar='["CMD ARGS"] [GROUP]', nargs=-1)
+@click.option("--group", "named", type=GroupName(), help="The group, where it is not named after the command.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_context
-def run_command(ctx: click.Context, words: tuple[str, ...], named: str | None, line: str | None, as_json: bool) -> None:
+def run_command(
+    ctx: click.Context, quoted: tuple[str, ...], named: str | None, as_json: bool, words: tuple[str, ...]
+) -> None:
     """Run a shell command on every node; show its output."""
     app: App = ctx.obj
-    left = list(words)
-    line = line if line is not None else left.pop(0) if left else ""
-    group = named or GroupName().convert(left.pop(0) if left else "default", None, ctx)
+    left = list(quoted)
+    line = words[0] if len(words) == 1 else shlex.join(words) if words else left.pop(0) if left else ""
+    group = GroupName().convert(named or (left.pop(0) if left else "default"), None, ctx)
     if left or not line:
         raise click.UsageError(f"unexpected {' '.join(left)!r}" if left else "no command is given", ctx)
     nodes = app.open_group(group)

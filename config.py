@@ -55,9 +55,10 @@ MAX_HOURS = 0
 # you before it costs anything.
 PKG_REPOSITORY = "deb https://www.mitsuba-renderer.org binary/"
 
-# Empty: the package mitsuba from PKG_REPOSITORY. Otherwise the path or https address
-# of a .deb, a .tar.gz, or a shell script that installs Mitsuba. "#sha256=…" after it
-# is checked.
+# "local": your own build, whose mtssrv is on your PATH; or the path of its folder, upstream's
+# dist/. It is packed with its libraries. Otherwise the path or https address of a .deb, of a
+# .tar.gz, or of a shell script that installs Mitsuba; "#sha256=…" after it is checked.
+# Empty: "local" if there is such a build, else the package mitsuba from PKG_REPOSITORY.
 MITSUBA_PACKAGE = ""
 
 # Where data files lie on the nodes, and where the server runs.

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ class RangeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), RangeHandler)
         self.content, self.refuse_from, self.code = content, len(content) + 1, 404
         self.starts: list[int] = []
+        self.admit: Callable[[str, int], bool] = lambda path, start: True  # whether an address is still good
 
     def job(self, *names: str) -> list[dict[str, Any]]:
         """Return the nodes' job for objects with these NAMES, without a hash to check them by."""
@@ -43,6 +44,11 @@ class RangeHandler(BaseHTTPRequestHandler):
         self.server.starts.append(start)
         if start >= self.server.refuse_from:
             self.send_error(self.server.code)
+            return
+        if not self.server.admit(self.path, start):
+            self.send_response(403)
+            self.end_headers()
+            self.wfile.write(b"<?xml version='1.0'?><Error><Code>ExpiredToken</Code></Error>")
             return
         if self.headers["If-Match"] != '"e-1"':
             self.send_error(412)

@@ -180,6 +180,10 @@ def test_a_renderer_that_is_taken_over(cloud: LocalCloud) -> None:
     assert ssh(cloud, node, f"sudo {AS_MITSUBA} cat /home/ubuntu/treasure").out == "treasure\n"
     assert in_renderer(cloud, node, "touch /usr/x /etc/x /var/lib/x 2>&1").count("Read-only file system") == 3
     assert in_renderer(cloud, node, "touch /mnt/x && echo written") == "written\n"
+    ssh(cloud, node, "touch /mnt/ours")
+    assert in_renderer(cloud, node, "mv /mnt/ours /mnt/theirs && echo moved") == ""
+    ssh(cloud, node, "sudo chmod -t /mnt")
+    assert in_renderer(cloud, node, "mv /mnt/ours /mnt/theirs && echo moved") == "moved\n"
     keys = "cat /etc/ssh/ssh_host_ed25519_key /var/lib/cloud/instance/user-data.txt /var/lib/cloud/instance/obj.pkl"
     assert in_renderer(cloud, node, f"{keys} 2>&1").count("Permission denied") == 3
     assert in_renderer(cloud, node, "sudo -n true && echo root") == ""

@@ -19,7 +19,7 @@ from tests.localcloud.places import PROJECT
 from tests.support import LocalCloud, free_port, interrupt, wait_until
 
 COMMANDS = (
-    "createNodes install start status syncData terminateAll addSpotNodes tunnel systemLoad terminate spotPrices "
+    "createNodes install start status syncData terminateAll addSpotNodes tunnel render systemLoad terminate spotPrices "
     "cancelSpot cancelAllSpot login runCommand logs regions completion extend policy"
 ).split()
 

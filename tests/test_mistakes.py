@@ -39,7 +39,9 @@ class Mistake:
 MISTAKES = [
     Mistake("unknown type", ("createNodes", "c9.huge", "1"), "us-east-1 has no instance type 'c9.huge'"),
     Mistake("count 0", ("createNodes", "c1.xlarge", "0"), "COUNT must be a whole number from 1 to 5000, not '0'", 2),
-    Mistake("count -1", ("createNodes", "c1.xlarge", "--", "-1"), "COUNT must be a whole number from 1 to 5000, not '-1'", 2),
+    Mistake(
+        "count -1", ("createNodes", "c1.xlarge", "--", "-1"), "COUNT must be a whole number from 1 to 5000, not '-1'", 2
+    ),
     Mistake("count x", ("createNodes", "c1.xlarge", "x"), "COUNT must be a whole number from 1 to 5000, not 'x'", 2),
     Mistake("no count", ("createNodes", "c1.xlarge"), "Missing argument 'COUNT'", 2),
     Mistake("unknown command", ("createNode",), "No such command 'createNode'; did you mean createNodes?", 2),
@@ -73,7 +75,10 @@ MISTAKES = [
     ),
     Mistake("unknown profile", ("status",), "no AWS credentials", env={"AWS_PROFILE": "nobody"}),
     Mistake(
-        "unknown region", ("status",), "'us-east-9' is no region that boto3 knows; did you mean us-east-", settings={"AWS_REGION": "us-east-9"}
+        "unknown region",
+        ("status",),
+        "'us-east-9' is no region that boto3 knows; did you mean us-east-",
+        settings={"AWS_REGION": "us-east-9"},
     ),
     Mistake(
         "no nodes", ("install", "empty"), "no running nodes in group 'empty' (us-east-1); ./cluster.py createNodes"
@@ -161,7 +166,10 @@ def test_wrong_setting(cloud: LocalCloud, name: str) -> None:
     ("text", "says"),
     [
         ("AWS_REGION = 'us-east-1\n", "line 1: unterminated string literal"),
-        ("AWS_REGION = region\n", "line 1, can't be read: NameError: name 'region' is not defined; a text needs quotes"),
+        (
+            "AWS_REGION = region\n",
+            "line 1, can't be read: NameError: name 'region' is not defined; a text needs quotes",
+        ),
         ("1 / 0\n", "can't be read: ZeroDivisionError"),
     ],
 )

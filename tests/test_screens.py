@@ -198,7 +198,9 @@ def test_words_after_two_dashes_are_the_command(serving: LocalCloud) -> None:
     done = serving.cluster("runCommand", "--group", GROUP, "--", "printf", "%s\n", "a  b", "--config")
     assert done.code == 0, done.err
     shorts = [node["short"] for node in serving.nodes(GROUP)]
-    assert sorted(done.out.splitlines()) == sorted(f"{short}: {word}" for short in shorts for word in ("a  b", "--config"))
+    assert sorted(done.out.splitlines()) == sorted(
+        f"{short}: {word}" for short in shorts for word in ("a  b", "--config")
+    )
     quoted = serving.cluster("runCommand", "--", "echo $((6*7))", env={})
     assert quoted.code == 1  # there is no group default
     assert "no running nodes in group 'default'" in quoted.last_line

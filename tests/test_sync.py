@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.awsrequest import AWSResponse
 
 import cluster
 from tests.ranges import range_server, run_sync
-from tests.support import LocalCloud, Result, interrupt, wait_until
+from tests.support import LocalCloud, Result, impatience, interrupt, wait_until
 
 pytestmark = pytest.mark.xdist_group("sync")  # two nodes serve them all
 
@@ -206,3 +209,208 @@ def test_no_address_shows_in_the_output(two_nodes: LocalCloud, tmp_path: Path) -
     done = bucket.sync(str(data))
     assert "X-Amz-Signature" not in done.out + done.err
     assert "Signature" not in done.out + done.err
+
+
+def test_an_object_that_is_replaced_after_it_was_listed(two_nodes: LocalCloud, tmp_path: Path) -> None:
+    s3 = two_nodes.client("s3")
+    s3.put_object(Bucket="scenes", Key="data/replaced", Body=b"old")
+    objects, _ = cluster.plan_objects(s3, "scenes", "data", "replaced")
+    s3.put_object(Bucket="scenes", Key="data/replaced", Body=b"new")
+    job = [one._asdict() for one in cluster.sign(s3, "scenes", objects)]
+    assert run_sync(tmp_path, job)["error"] == "replaced: it has changed at its source meanwhile; run this again"
+    assert not (tmp_path / "replaced").exists()
+
+
+class Heads:
+    """Stands for an S3 client that knows one object's head."""
+
+    def __init__(self, **head: Any) -> None:
+        self.head = head
+
+    def head_object(self, **_: Any) -> dict[str, Any]:
+        """Return the head."""
+        return self.head
+
+
+MD5, SHA256 = 32 * "a", 64 * "b"
+
+
+@pytest.mark.parametrize(
+    ("head", "etag", "digest"),
+    [
+        ({}, MD5, MD5),
+        ({"ServerSideEncryption": "AES256"}, MD5, MD5),
+        ({"ServerSideEncryption": "aws:kms"}, MD5, ""),
+        ({"ServerSideEncryption": "aws:kms:dsse"}, MD5, ""),
+        ({"SSECustomerAlgorithm": "AES256"}, MD5, ""),
+        ({}, f"{MD5}-2", ""),
+        ({"ServerSideEncryption": "aws:kms", "Metadata": {"sha256": SHA256}}, MD5, SHA256),
+        ({"Metadata": {"sha256": "odd"}}, MD5, MD5),
+    ],
+)
+def test_what_an_object_can_be_checked_by(head: dict[str, Any], etag: str, digest: str) -> None:
+    assert cluster.fetch_digest(Heads(**head), "bucket", "key", etag) == digest
+
+
+class NoBody:
+    """What an answer without content brings."""
+
+    def stream(self) -> list[bytes]:
+        """Return nothing."""
+        return []
+
+
+@pytest.mark.parametrize(("endpoint", "sent"), [("", True), ("http://127.0.0.1:1", False)])
+def test_aws_gets_a_checksum_and_other_endpoints_none(
+    endpoint: str, sent: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket with Object Lock demands one: https://docs.aws.amazon.com/AmazonS3/latest/API/API_PutObject.html"""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    if endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+    settings = cluster.Settings(AWS_ACCESS_KEY_ID="AKIAEXAMPLE", AWS_SECRET_ACCESS_KEY="secret", folder=tmp_path)
+    s3 = cluster.open_s3(settings)
+    seen: dict[str, str] = {}
+
+    def answer_ourselves(request: Any, **_: Any) -> Any:
+        seen.update({name.lower(): str(value) for name, value in request.headers.items()})
+        return AWSResponse(request.url, 200, {}, NoBody())
+
+    s3.meta.events.register("before-send.s3.PutObject", answer_ourselves)
+    s3.put_object(Bucket="scenes", Key="data/x", Body=b"x")
+    assert any(name.startswith(("x-amz-checksum", "x-amz-trailer")) for name in seen) == sent
+
+
+def test_names_in_s3_steer_no_terminal(two_nodes: LocalCloud) -> None:
+    bucket = Bucket(two_nodes, "moto")
+    wrong = {"sha256": "0" * 64}
+    bucket.s3.put_object(Bucket="scenes", Key="data/escape/\x1b]0;owned\x07", Body=b"x", Metadata=wrong)
+    bucket.s3.put_object(Bucket="scenes", Key="data/escape/\x1b[2J" + 300 * "x", Body=b"x")
+    done = bucket.sync("escape")
+    assert done.code == 1
+    assert "checksum is wrong" in done.err
+    assert "Left out" in done.err
+    assert "\x1b" not in done.out + done.err
+
+
+def test_a_node_imports_nothing_from_its_folders(two_nodes: LocalCloud) -> None:
+    bucket = Bucket(two_nodes, "localbucket")
+    bucket.s3.put_object(Bucket="scenes", Key="data/imported", Body=b"x")
+    modules = [two_nodes.where.nodes / node["id"] / "home" / "json.py" for node in two_nodes.nodes(GROUP)]
+    for module in modules:
+        module.write_text("raise SystemExit('taken over')")
+    done = bucket.sync("imported")
+    for module in modules:
+        module.unlink()
+    assert done.code == 0, done.err
+
+
+# What nobody means to send
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("", "NAME is empty: is a variable unset?"),
+        (" ", "NAME is empty: is a variable unset?"),
+        (".", ". is the tool's folder, or contains it"),
+        ("/", "/ is the tool's folder, or contains it"),
+        ("HOME", "is your home folder, or contains it"),
+        ("KEYS", "is the SSH key's folder, or contains it"),
+        ("KEY", "keys and settings are never sent"),
+        ("config.py", "keys and settings are never sent"),
+        ("id", "a private key is never sent"),
+        ("nothing", "there is no file to send in"),
+    ],
+)
+def test_names_by_a_slip(cloud: LocalCloud, tmp_path: Path, name: str, why: str) -> None:
+    keys = tmp_path / "keys"
+    for folder in ("home", "keys", "nothing"):
+        (tmp_path / folder).mkdir()
+    for path, text in (("keys/key.pem", "no key yet"), ("id", "\n-----BEGIN RSA PRIVATE KEY-----\n")):
+        (tmp_path / path).write_text(text)
+    places = {"HOME": "home", "KEYS": "keys", "KEY": "keys/key.pem", "id": "id", "nothing": "nothing"}
+    given = str(tmp_path / places[name]) if name in places else name
+    env = {"HOME": str(tmp_path / "home")}
+    config = {"SSH_PRIVATE_KEY_FILE": str(keys / "key.pem"), "S3_PATH": "s3://scenes/data"}
+    if name == "config.py":
+        given = str(cloud.config(config))
+        env["MITSUBA_CLUSTER_CONFIG"] = given
+    done = cloud.cluster("syncData", given, GROUP, settings=None if name == "config.py" else config, env=env)
+    assert done.code == 1, done.out
+    assert why in done.last_line
+
+
+def test_keys_settings_and_links_stay_here(two_nodes: LocalCloud, tmp_path: Path) -> None:
+    bucket = Bucket(two_nodes, "localbucket")
+    scene, outside = tmp_path / "scene", tmp_path / "outside"
+    for folder in (scene / "deep" / ".ssh", scene / ".git", scene / ".aws", outside):
+        folder.mkdir(parents=True)
+    secrets = {"deep/.ssh/id": "x", ".git/config": "x", ".aws/credentials": "x", ".s3cfg": "[default]\n"}
+    for name, text in (
+        secrets.items() | {"deep/old.pem": "-----BEGIN OPENSSH PRIVATE KEY-----", "good.vol": "1"}.items()
+    ):
+        (scene / name).write_text(text)
+    (outside / "passwords").write_text("x")
+    (scene / "out").symlink_to(outside / "passwords")
+    (scene / "folder").symlink_to(outside)
+    (scene / "loop").symlink_to("loop")
+    (scene / "again.vol").symlink_to("good.vol")
+    os.mkfifo(scene / "pipe")
+    (scene / os.fsdecode(b"\xff")).write_text("x")
+    config = scene / "settings.py"
+    config.write_text((two_nodes.where.root / "config.py").read_text() + '\nS3_PATH = "s3://scenes/data"\n')
+    done = two_nodes.cluster("--config", str(config), "syncData", str(scene), GROUP)
+    assert done.code == 0, done.err
+    left = ("deep/.ssh", ".git", ".aws", ".s3cfg", "deep/old.pem", "out", "folder", "loop", "pipe", "settings.py")
+    for name in left:
+        assert f"Left out: {scene / name} (" in done.err
+    assert done.err.count("Left out: ") == len(left) + 1, done.err
+    found = bucket.s3.list_objects_v2(Bucket="scenes", Prefix="data/scene/")["Contents"]
+    assert sorted(one["Key"] for one in found) == ["data/scene/again.vol", "data/scene/good.vol"]
+    assert bucket.on_nodes("scene/again.vol") == [b"1", b"1"]
+
+
+def answer(cloud: LocalCloud, text: str, *words: str) -> Result:
+    """Run the tool at a terminal whose user types TEXT when he is asked."""
+    here, there = pty.openpty()
+    env = cloud.environment(MITSUBA_CLUSTER_CONFIG=str(cloud.config({"S3_PATH": "s3://scenes/data"})))
+    env |= impatience({"ASK_ABOVE_FILES": 2})
+    with cloud.start(sys.executable, "cluster.py", *words, env=env, stdin=there, stderr=there) as child:
+        os.close(there)
+        shown = ""
+        with suppress(OSError):  # the end of a pseudo-terminal is an error
+            while block := os.read(here, 1 << 16):
+                shown += block.decode()
+                if text and "[y/N]: " in shown:
+                    os.write(here, text.encode())
+                    text = ""
+        assert child.stdout
+        out = child.stdout.read()
+    os.close(here)
+    return Result(child.returncode, out, shown.replace("\r", ""))
+
+
+def test_a_large_folder_is_asked_about(two_nodes: LocalCloud, tmp_path: Path) -> None:
+    bucket = Bucket(two_nodes, "localbucket")
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(bytes(1000))
+    what = f"{folder} has 3 files, 3.0 kB"
+    refused = answer(two_nodes, "n\n", "syncData", str(folder), GROUP)
+    assert refused.code == 1, refused.err
+    assert f"{what}. Send all of it? [y/N]" in refused.err
+    assert refused.last_line == "Error: nothing was sent"
+    config = {"S3_PATH": "s3://scenes/data"}
+    limits: dict[str, float] = {"ASK_ABOVE_FILES": 2}
+    piped = two_nodes.cluster("syncData", str(folder), GROUP, settings=config, limits=limits)
+    assert piped.code == 1
+    assert piped.last_line == f"Error: {what}; add --yes to send so much without being asked"
+    assert bucket.on_nodes("frames/0.png") == [None, None]
+    agreed = answer(two_nodes, "y\n", "syncData", str(folder), GROUP)
+    assert agreed.code == 0, agreed.err
+    told = two_nodes.cluster("syncData", str(folder), GROUP, "--yes", settings=config, limits=limits)
+    assert told.code == 0, told.err
+    assert told.out.count("has everything already") == 2

@@ -189,6 +189,8 @@ class Daemon:
             for name, value in body.items():
                 setattr(self.cloud.options, name, value)
             return vars(self.cloud.options)
+        if what == "config":
+            return self.config
         if what == "port":
             return self.config.get("SSH_PORT", 22)
         if what == "stall":

@@ -15,6 +15,7 @@ import http.server
 import ipaddress
 import json
 import os
+import secrets
 import shlex
 import socket
 import struct
@@ -32,6 +33,7 @@ CORES = 4
 VERSION = "0.6.0"
 SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
+RENDER, DONE = b"\x00\x01", b"\x00\x02"  # between the stand-ins, see mitsuba/mtssrv
 STEPS = ("wait-for-boot", "install", "start-server", "sync")  # that a fault can spoil
 
 
@@ -89,11 +91,15 @@ class ProcessNode:
         self.folder = network.folder / instance.id
         self.cores = CORES
         self.role = ""
-        self.workers: list[str] = []
+        self.workers: list[str] = []  # that a head should have
+        self.linked: list[str] = []  # and has
+        self.boot = secrets.token_hex(16)
+        self.started = ""  # the present start of the server's unit
+        self.clients: set[asyncio.StreamWriter] = set()
+        self.journal: list[tuple[float, str]] = []  # the server's complaints, each with its time
         self.installed = False
         self.deadline: float | None = None
         self.restarts, self.problem = 0, ""  # of its server
-        self.journal = ["mtssrv: Listening on port 7554"]
         self.listener: asyncssh.SSHAcceptor | None = None
         self.impostor: asyncio.Server | None = None  # what answers in sshd's place
         self.server: asyncio.Server | None = None
@@ -118,9 +124,12 @@ class ProcessNode:
         self.call(self._close())
 
     def reboot(self) -> None:
-        """Drop everything and come back, without the server."""
+        """Drop everything and come back."""
         self.call(self._close())
+        self.boot = secrets.token_hex(16)
         self.call(self._listen())
+        if self.role:
+            self.call(self.serve())
 
     async def drop(self) -> None:
         """Drop every connection without a word."""
@@ -191,10 +200,11 @@ class ProcessNode:
         return config
 
     async def _close(self) -> None:
-        for one in (self.listener, self.server, self.impostor):
+        for one in (self.listener, self.impostor):
             if one:
                 one.close()
-        self.listener = self.server = self.impostor = None
+        self.listener = self.impostor = None
+        await self.lose_server()
         await self.drop()
 
     async def attend(self, process: asyncssh.SSHServerProcess[bytes]) -> None:
@@ -264,19 +274,51 @@ class ProcessNode:
     # mtssrv
 
     async def serve(self) -> None:
-        """Start (or restart) a server of this node's role that knows the handshake."""
-        if self.server:
-            self.server.close()
+        """Start (or restart) a server of this node's role; a head's links those workers that answer."""
+        self.end_server()
+        nodes = {node.instance.private_ip: node for node in self.known(self.network)}
+        self.linked = [one for one in self.workers if one in nodes and nodes[one].server]
+        self.started = secrets.token_hex(16)
         if self.trouble.get("server") == "exits":
             return
         self.server = await asyncio.start_server(self.greet, self.instance.private_ip, SERVER_PORT)
+
+    def end_server(self) -> None:
+        """End the server, and with it what its clients render."""
+        if self.server:
+            self.server.close()
+        self.server = None
+        for writer in list(self.clients):
+            writer.transport.abort()
+
+    async def lose_server(self) -> None:
+        """End the server; a head that was linked to it dies of that, and starts again without it."""
+        self.end_server()
+        for node in self.known(self.network):
+            if node.server and self.instance.private_ip in node.linked:
+                await node.serve()
+
+    async def render(self, job: dict[str, str], client: asyncio.StreamReader) -> bool:
+        """Let a job's time pass, unless the server is frozen; return False where the picture is lost."""
+        data = job.get("data", "")
+        if data and not (self.data("/mnt") / data).exists():
+            text = f'WARN  [StreamBackend] Uncaught exception "The file "{data}" could not be found!" - cleaning up!'
+            self.journal.append((time.time(), text))
+            return False
+        end, start = time.monotonic() + float(job.get("seconds", 0)), self.started
+        until = self.data("/mnt") / job.get("until", "")
+        while time.monotonic() < end or not until.exists() or self.trouble.get("server") == "silent":
+            await asyncio.sleep(0.05)
+            if client.at_eof() or self.started != start:
+                return False
+        return True
 
     def offered(self) -> int:
         """Return the cores that this node's server announces."""
         if self.role != "head":
             return self.cores
         nodes = {node.instance.private_ip: node for node in ProcessNode.known(self.network)}
-        return max(1, self.cores - 2) + sum(nodes[one].cores for one in self.workers if one in nodes)
+        return max(1, self.cores - 2) + sum(nodes[one].cores for one in self.linked if one in nodes)
 
     @staticmethod
     def known(network: ProcessNetwork) -> list[ProcessNode]:
@@ -284,7 +326,8 @@ class ProcessNode:
         return [node for node in NODES if node.network is network]
 
     async def greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Do mtssrv's half of the handshake."""
+        """Do mtssrv's half of the handshake, and render."""
+        self.clients.add(writer)
         try:
             if self.trouble.get("server") == "silent":
                 await reader.read()
@@ -298,12 +341,16 @@ class ProcessNode:
                 name = f"ip-{self.instance.private_ip.replace('.', '-')}"
                 writer.write(HELLO + self.offered().to_bytes(2, "big") + name.encode() + b"\0")
                 await writer.drain()
-                while await reader.readexactly(2) != QUIT:
-                    pass
+                while await reader.readexactly(2) == RENDER:
+                    number, size = struct.unpack(">II", await reader.readexactly(8))
+                    if not await self.render(json.loads(await reader.readexactly(size)), reader):
+                        break
+                    writer.write(DONE + struct.pack(">I", number))
             await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         finally:
+            self.clients.discard(writer)
             writer.close()
 
 
@@ -351,9 +398,10 @@ async def wait_for_boot(node: ProcessNode, arguments: list[str]) -> tuple[int, s
 async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Tell what the node pretends to be."""
     version = VERSION if node.installed else ""
-    linked = " ".join(node.workers)
+    linked = " ".join(node.linked)
     return 0, (
         f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
+        f"boot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
         f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nclients=0\nrestarts={node.restarts}\nproblem={node.problem}\n"
     )
 
@@ -377,21 +425,22 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
 
 
 async def server_log(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
-    """There is no journal."""
-    return 0, "(a process node has no journal)\n"
+    """Tell what the server has to complain about; it logs nothing else."""
+    since = float(arguments[0].removeprefix("@")) if arguments else 0
+    return 0, "".join(f"{text}\n" for at, text in node.journal if at >= since) or "(a process node has no journal)\n"
 
 
 async def journal(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Return the lines of a made-up journal after the cursor, which is their number."""
     seen = int(arguments[1] or 0)
-    lines = [f"{line}\n" for line in node.journal[seen:]]
-    return 0, "".join(lines) + (f"-- cursor: {len(node.journal)}\n" if lines else "")
+    lines = ["mtssrv: Listening on port 7554\n", *(f"{line}\n" for _, line in node.journal)]
+    return 0, "".join(lines[seen:]) + (f"-- cursor: {len(lines)}\n" if lines[seen:] else "")
 
 
 async def lack_file(node: ProcessNode) -> None:
     """Let the server have been restarted for want of a data file."""
     node.restarts, node.problem = 1, "ERROR: smoke.vol: unable to open the file"
-    node.journal.append(node.problem)
+    node.journal.append((time.time(), node.problem))
 
 
 async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
@@ -414,9 +463,13 @@ async def mute(node: ProcessNode) -> None:
 
 async def stop_server(node: ProcessNode) -> None:
     """End the server, as if it had died for good."""
-    if node.server:
-        node.server.close()
-        node.server = None
+    await node.lose_server()
+
+
+async def cut_clients(node: ProcessNode) -> None:
+    """Cut the connections of the server's clients, and nothing else."""
+    for writer in list(node.clients):
+        writer.transport.abort()
 
 
 async def refuse(node: ProcessNode) -> None:
@@ -442,6 +495,8 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "mute": mute,
     "server-gone": stop_server,
     "server-lacks-file": lack_file,
+    "server-restarts": ProcessNode.serve,
+    "clients-cut": cut_clients,
     "sshd-refuses": refuse,
     "sshd-resets": lambda node: node.replace_sshd(reset),
     "sshd-silent": lambda node: node.replace_sshd(lambda _: None),

@@ -17,13 +17,15 @@ def play(where: Places, nodes: int) -> int:
     """Play the session on the cloud in WHERE; return 0, or the exit code of the first command that failed."""
     data = where.root / "smoke.vol"
     data.write_bytes(os.urandom(16 << 20))
+    scene = where.root / "scene.xml"
+    scene.write_text('<scene version="0.6.0"><float name="seconds" value="1"/></scene>\n')
     head = ""
     client = str(HERE / "mitsuba" / "mitsuba")
     for words in (
         ["./cluster.py", "createNodes", "c1.xlarge", str(nodes)],
         ["./cluster.py", "install"],
         ["./cluster.py", "start"],
-        ["mitsuba", "-c", "HEAD", "scene.xml"],
+        ["mitsuba", "-c", "HEAD", str(scene)],
         ["./cluster.py", "status"],
         ["./cluster.py", "syncData", str(data)],
         ["./cluster.py", "terminateAll"],

@@ -1,0 +1,88 @@
+"""Installing the user's own build on real nodes that have none of its libraries."""
+
+from __future__ import annotations
+
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.build import COMPILER, compile_c, make_build
+from tests.localcloud.places import HERE
+from tests.support import LocalCloud, Result, ssh
+from tests.test_package import NEWER
+
+pytestmark = [pytest.mark.xdist_group("nspawn"), pytest.mark.skipif(not COMPILER, reason="needs gcc")]
+GROUP = "own-build"
+
+
+@pytest.fixture(scope="module")
+def node(nodes: LocalCloud) -> Iterator[dict[str, Any]]:
+    """One node, without Mitsuba."""
+    made = nodes.cluster("createNodes", "c1.xlarge", "1", GROUP)
+    assert made.code == 0, made.err
+    yield nodes.nodes(GROUP)[0]
+    assert nodes.cluster("terminateAll", GROUP).code == 0
+
+
+def install(cloud: LocalCloud, package: Path, **env: str) -> Result:
+    """Install a package on the node; its image is not known to have any particular glibc."""
+    settings = {"MITSUBA_PACKAGE": str(package), "AMI_IDS": {"us-east-1": "ami-00000000"}}
+    return cloud.cluster("install", GROUP, settings=settings, env={"XDG_CACHE_HOME": str(package.parent)} | env)
+
+
+def test_a_build_serves_on_a_node_that_has_none_of_its_libraries(
+    nodes: LocalCloud, node: dict[str, Any], tmp_path: Path
+) -> None:
+    dist = make_build(tmp_path, newer=NEWER)
+    done = install(nodes, dist, LD_LIBRARY_PATH=str(tmp_path / "search"))
+    assert done.code == 0, done.err
+    assert done.out == f"{node['name']}: Mitsuba 0.6.0\n"
+    started = nodes.cluster("start", GROUP)
+    assert started.code == 0, started.err
+    offer = nodes.run(sys.executable, str(HERE / "mitsuba/mitsuba"), "-c", node["public_name"], "scene.xml")
+    assert "cores" in offer.out, offer.err
+    owners = ssh(nodes, node, "find /opt/mitsuba /usr/local/bin/mtssrv ! -user root -o -perm /go+w").out
+    assert owners == "", "others could write what root runs"
+    assert ssh(nodes, node, "stat -c %a /var/lib/mitsuba-cluster/installed; ls -A ~ | grep mitsuba-").out == "644\n"
+
+
+def test_a_package_that_lacks_libraries_names_them(nodes: LocalCloud, node: dict[str, Any], tmp_path: Path) -> None:
+    dist = make_build(tmp_path)
+    for name, soname in (("known", "libpng16.so.16"), ("unknown", "libFancy_stuff.so.3")):
+        compile_c(tmp_path / soname, f"int {name};")
+        compile_c(dist / f"plugins/{name}.so", "int plugin;", tmp_path / soname)
+    package = tmp_path / "mitsuba.tar.gz"
+    with tarfile.open(package, "w:gz") as archive:
+        archive.add(dist, "mitsuba")
+    before = ssh(nodes, node, "readlink -f /opt/mitsuba/*").out
+    done = install(nodes, package)
+    assert done.code == 1
+    lacking = next(line for line in done.err.splitlines() if "the package needs what this node lacks" in line)
+    for name in ("libFancy_stuff.so.3", "libglass.so.2", "libpng16.so.16", "libspectrum.so.1"):
+        assert name in lacking
+    assert "libQt" not in lacking, "mtsgui is none of a node's programs"
+    assert ssh(nodes, node, "readlink -f /opt/mitsuba/*; ls /opt").out == before + "mitsuba\n", "half-installed"
+
+
+def test_a_processor_that_is_too_old(nodes: LocalCloud, node: dict[str, Any], tmp_path: Path) -> None:
+    dist = make_build(tmp_path, trap=True)
+    done = install(nodes, dist, LD_LIBRARY_PATH=str(tmp_path / "search"))
+    assert done.code == 1
+    assert "it was built for a newer processor than c1.xlarge has: build it with -march=x86-64" in done.err
+    assert ssh(nodes, node, "cat /var/lib/mitsuba-cluster/installed").out == "", "a failed installation counts as one"
+
+
+def test_a_password_in_an_address_is_nowhere_to_be_read(nodes: LocalCloud, node: dict[str, Any]) -> None:
+    line = str(nodes.ask("config")["PKG_REPOSITORY"]).replace("http://", "http://user:hunter2@")
+    done = nodes.cluster("install", GROUP, settings={"PKG_REPOSITORY": line})
+    assert done.code == 0, done.err
+    log = nodes.where.root / f"state/mitsuba-cluster/{GROUP}/{node['id']}.install.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert "hunter2" not in log.read_text()
+    found = ssh(nodes, node, "sudo journalctl --no-pager | grep hunter2; grep -rl hunter2 /etc /var/lib 2> /dev/null")
+    assert found.out == "", "the node shows the password to everybody"
+    assert "hunter2" in ssh(nodes, node, "sudo cat /etc/apt/sources.list.d/mitsuba.list").out
