@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     Stream = socket.socket | paramiko.Channel  # what a handshake needs of either: sendall, recv, shutdown
 
 HERE = Path(__file__).resolve().parent
+T = TypeVar("T")
 Client = Any  # boto3 makes its clients' classes at run time
 
 
@@ -101,6 +102,9 @@ VERSION = "1.0.0"
 RETRY_CODES = (
     "RequestLimitExceeded Throttling ThrottlingException InternalError InternalFailure Unavailable ServiceUnavailable "
     "502 503 504"
+).split()
+NEW_CODES = (  # of calls that name what was made a moment ago
+    "InvalidGroup.NotFound InvalidSecurityGroupID.NotFound InvalidKeyPair.NotFound InvalidInstanceID.NotFound"
 ).split()
 
 
@@ -554,6 +558,7 @@ INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
+NEW_LIMIT = 60  # for all of AWS to know what was just made
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
@@ -652,6 +657,23 @@ def explain_denial(text: str, call: str) -> str:
     return f"{denied}: ask for that permission; {command('policy')} prints all that this tool needs"
 
 
+def once_known(call: Callable[[], T]) -> T:
+    """Make a CALL that names what was just made: again, while the part of AWS that answers does not know it yet.
+
+    https://docs.aws.amazon.com/ec2/latest/devguide/eventual-consistency.html
+    """
+    from botocore.exceptions import ClientError
+
+    deadline = time.monotonic() + NEW_LIMIT
+    while True:
+        try:
+            return call()
+        except ClientError as error:
+            if error_code(error) not in NEW_CODES or time.monotonic() > deadline:
+                raise
+        time.sleep(POLL / 2)
+
+
 def clock_trouble(error: Exception) -> str:
     """Say so where this machine's clock differs from AWS's so much that no signature is good; else ""."""
     from email.utils import parsedate_to_datetime
@@ -686,6 +708,9 @@ def explain(error: Exception) -> str:
             "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
         )
         return f"your AWS session has expired; renew it, e.g. with {renew} ({code or text})"
+    if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
+        role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
+        return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
     if code in CREDENTIAL_CODES:
         region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
         check = f"check AWS_PROFILE, `aws configure`, or {Call.settings}{region if code in REGION_CODES else ''}"
@@ -984,7 +1009,7 @@ def rule_owner(identity: Identity) -> str:
 def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
     """Add one ingress rule; one that is there already is as good."""
     with tolerate("InvalidPermission.Duplicate"):
-        ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission])
+        once_known(lambda: ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission]))
 
 
 def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> None:
@@ -1232,9 +1257,6 @@ def prefer_gcm(transport: paramiko.Transport) -> None:
     ciphers: tuple[str, ...] = tuple(options.ciphers)
     first = tuple(cipher for cipher in ciphers if "gcm" in cipher)
     options.ciphers = first + tuple(cipher for cipher in ciphers if cipher not in first)
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -2348,11 +2370,12 @@ PRICE_LIMIT = 5  # the look-up of a price
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 CLOUD_INIT_LIMIT = 600
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
-LAUNCH_TRIES = 6  # of one RunInstances request, with growing pauses (1, 2, 4 … s)
+LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
+LAUNCH_PAUSE = 10  # at most, between two tries
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
-    "Unsupported"
+    "Unsupported SpotMaxPriceTooLow"
 ).split()
 
 
@@ -2389,13 +2412,23 @@ class LaunchRequest(NamedTuple):
     max_hours: float | None = None
 
 
+class Subnet(NamedTuple):
+    """A place for nodes."""
+
+    zone: str
+    id: str
+    vpc: str
+    public: bool  # its nodes get public addresses
+    price: float | None = None  # $ an hour of a node there
+
+
 class Launch(NamedTuple):
     """All that RunInstances needs."""
 
     order: LaunchRequest
     machine: InstanceType
     image: Image
-    subnets: list[tuple[str, str, str]]  # (zone, subnet, VPC), in the order in which they are tried
+    subnets: list[Subnet]  # in the order in which they are tried
     key_name: str
     security_group: str
     user_data: str
@@ -2473,8 +2506,8 @@ def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
     )
 
 
-def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[str, str, str]]:
-    """Return (zone, subnet, VPC) wherever MACHINE can be launched, by zone."""
+def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
+    """Return the subnets in which MACHINE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
@@ -2488,10 +2521,12 @@ def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[tuple[s
             f"{ec2.meta.region_name} has no default VPC: make one with `aws ec2 create-default-vpc`, or set SUBNET_ID"
         )
     zones = {offer["Location"] for offer in offerings["InstanceTypeOfferings"]}
-    places = [(one["AvailabilityZone"], one["SubnetId"], one["VpcId"]) for one in subnets]
-    fit = sorted(place for place in places if place[0] in zones)
+    places = [
+        Subnet(one["AvailabilityZone"], one["SubnetId"], one["VpcId"], one["MapPublicIpOnLaunch"]) for one in subnets
+    ]
+    fit = sorted(place for place in places if place.zone in zones)
     if not fit:
-        here = f"in {places[0][0]}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
+        here = f"in {places[0].zone}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
         there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
         raise ClusterError(f"{machine} is not offered {here}{there}")
     return fit
@@ -2586,18 +2621,21 @@ def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str
     return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
-def fetch_spot_price(ec2: Client, machine: str) -> float | None:
-    """Return the lowest present spot price of any zone; None where it can't be had."""
+def fetch_prices(ec2: Client, settings: Settings, order: LaunchRequest) -> dict[str, float]:
+    """Return the present $ an hour of one of the ORDER's nodes by zone ("": in all); {} where it can't be had."""
+    if not order.spot:
+        price = fetch_on_demand_price(settings, order.type)
+        return {} if price is None else {"": price}
     with excused("the price is unknown"):
-        return min((prices[-1][1] for prices in fetch_spot_history(ec2, machine, 1).values()), default=None)
-    return None
+        history = fetch_spot_history(ec2, order.type, 1)
+        return {zone: prices[-1][1] for zone, prices in history.items()}
+    return {}
 
 
-def fetch_price(ec2: Client, settings: Settings, order: LaunchRequest) -> float | None:
-    """Return the present $ an hour of one of the ORDER's nodes."""
-    if order.spot:
-        return fetch_spot_price(ec2, order.type)
-    return fetch_on_demand_price(settings, order.type)
+def by_price(subnets: Sequence[Subnet], prices: dict[str, float]) -> list[Subnet]:
+    """Return SUBNETS with their prices, the cheapest first, those of unknown price last."""
+    priced = [one._replace(price=prices.get(one.zone, prices.get(""))) for one in subnets]
+    return sorted(priced, key=lambda one: (one.price is None, one.price or 0.0, one.zone))
 
 
 def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
@@ -2710,7 +2748,7 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
         with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
             return
-        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
+        pairs = once_known(lambda: ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"])
     if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
         raise ClusterError(
             f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or put "
@@ -2755,26 +2793,26 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     """Check everything, say what it will cost, and make what a launch needs; launch nothing."""
     settings, ec2 = app.settings, app.ec2
     ssm = open_client(settings, "ssm")
-    machine, image, subnets, cidr, before, price, _ = side_by_side(
+    machine, image, subnets, cidr, before, prices, _ = side_by_side(
         lambda: fetch_instance_type(ec2, order.type),
         lambda: fetch_image(ec2, ssm, settings),
         lambda: fetch_subnets(ec2, settings, order.type),
         lambda: fetch_client_cidr(settings),
         lambda: fetch_nodes(ec2, order.group),
-        lambda: fetch_price(ec2, settings, order),
+        lambda: fetch_prices(ec2, settings, order),
         lambda: look_for_package(settings),
     )
     check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
     hours = settings.MAX_HOURS if order.max_hours is None else order.max_hours
-    announce(app, order, before, price, hours)
+    subnets = by_price(subnets, prices)
+    announce(app, order, before, subnets[0].price, hours)
     ensure_key_file(settings.key_file)
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
-    group = ensure_security_group(ec2, order.group, subnets[0][2])
+    group = ensure_security_group(ec2, order.group, subnets[0].vpc)
     repair_rules(ec2, group, settings, cidr, rule_owner(identity))
     private, public = make_ed25519()
     tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
-    tags |= {TAG_PRICE: f"{price:.6f}"} if price is not None else {}
     tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
     user_data = make_user_data(private, public, hours)
     return Launch(
@@ -2782,9 +2820,10 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     )
 
 
-def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> dict[str, Any]:
+def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
     """Return RunInstances' parameters; the same for each try of one request, to the byte."""
-    tags = [{"Key": name, "Value": value} for name, value in launch.tags.items()]
+    price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
+    tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
     kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.order.spot else [])
     disk = {"VolumeSize": max(launch.disk_gb, launch.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
     if launch.machine.encrypts:
@@ -2795,7 +2834,7 @@ def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> di
         "MinCount": 1,
         "MaxCount": count,
         "KeyName": launch.key_name,
-        "SubnetId": subnet,
+        "SubnetId": subnet.id,
         "SecurityGroupIds": [launch.security_group],
         "UserData": launch.user_data,
         "ClientToken": token,
@@ -2812,31 +2851,32 @@ def launch_parameters(launch: Launch, subnet: str, count: int, token: str) -> di
     return parameters
 
 
-def launch_batch(ec2: Client, parameters: dict[str, Any], note: Callable[[str], None]) -> list[Node]:
+def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
     """Send one RunInstances request until its answer is known.
 
-    A lost answer, a 5xx or a throttle: the same parameters and token, so that EC2 launches
-    once. EC2 is the client here with one attempt of botocore's: it would resend a capacity
-    error (an HTTP 500) for seconds.
+    A lost answer, a throttle, or a security group or key that is not known yet: the same parameters and token, so that
+    EC2 launches once.
     """
     from botocore.exceptions import ClientError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    def send() -> list[Node]:
-        return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
-
-    for attempt in range(LAUNCH_TRIES - 1):
+    deadline = time.monotonic() + LAUNCH_LIMIT
+    pause = POLL / 2
+    while True:
         try:
-            return send()
+            return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
         except (HTTPClientError, ResponseParserError, ClientError) as error:
-            if isinstance(error, ClientError) and error_code(error) not in RETRY_CODES:
+            code = error_code(error)
+            passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
+            if not passing or time.monotonic() > deadline:
                 raise
-            note(f"RunInstances: {error_code(error) or type(error).__name__}; trying again, the same request")
-            time.sleep(2**attempt)
-    return send()
+            if code not in NEW_CODES:
+                note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
+        time.sleep(pause)
+        pause = min(2 * pause, LAUNCH_PAUSE)
 
 
-def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tuple[list[Node], str]:
+def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
     """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
 
     An error before the first node exists is raised; later ones become the reason.
@@ -2845,10 +2885,11 @@ def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tu
 
     nodes: list[Node] = []
     why, count = "", launch.order.number
-    for zone, subnet, _ in launch.subnets:
+    for subnet in launch.subnets:
+        zone = subnet.zone
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()), note)
+                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()))
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
@@ -2862,7 +2903,9 @@ def launch_nodes(ec2: Client, launch: Launch, note: Callable[[str], None]) -> tu
                 if not nodes:
                     raise
                 break
-            note(f"no capacity for {launch.machine.type} in {zone} ({error_code(error)}); trying the next zone")
+            dear = error_code(error) == "SpotMaxPriceTooLow"
+            what = f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.machine.type} in {zone}"
+            note(f"{what} ({error_code(error)}); trying the next zone")
     return nodes, why or "no zone had capacity"
 
 
@@ -2895,18 +2938,22 @@ def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: 
     return outcome
 
 
-def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome[None]]:
-    """Wait until each node answers and has booted; each goes on by itself once it has an address."""
+def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome[None]]:
+    """Wait until each node answers and has booted; each goes on by itself once it has the address that will be used.
+
+    EC2 tells the private address at once, the public one seconds later, and shows new nodes late in its lists.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     progress = Progress("Answering", len(nodes))
+    public = {subnet.zone: subnet.public for subnet in launch.subnets}
     waiting = {node.id: node for node in nodes}
     begun: dict[str, Future[Outcome[None]]] = {}
     done: dict[str, Outcome[None]] = {}
     start = good = time.monotonic()
     while waiting:
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
+            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.order.group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
@@ -2914,7 +2961,8 @@ def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome[Non
                 raise
         waiting |= seen
         for node in seen.values():
-            if node.address and node.id not in begun and node.state in ("pending", "running"):
+            address = node.public_ip if public[node.zone] else node.private_ip
+            if address and node.id not in begun and node.state in ("pending", "running"):
                 begun[node.id] = app.pool.submit(node, boot_step, limit=BOOT_LIMIT, first_boot=True)
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
@@ -2933,18 +2981,16 @@ def await_nodes(app: App, group: str, nodes: Sequence[Node]) -> list[Outcome[Non
 
 def create(app: App, order: LaunchRequest) -> None:
     """Do what createNodes and addSpotNodes have in common."""
-    settings = app.settings
     launch = prepare(app, order)
     where = app.where(order.group)
     ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
     app.left = f"Nodes of {where} may be running and cost money: {ways}."
     started = time.monotonic()
-    one_try = open_client(settings, "ec2", retries={"total_max_attempts": 1}, read_timeout=60)
-    nodes, why = launch_nodes(one_try, launch, note)
+    nodes, why = launch_nodes(app.ec2, launch)
     if not nodes:
         raise ClusterError(f"EC2 gave no {order.type}: {why}")
     note(f"{len(nodes)} of {order.number} nodes launched; waiting until each answers")
-    outcomes = await_nodes(app, order.group, nodes)
+    outcomes = await_nodes(app, launch, nodes)
     put(format_nodes(in_order(outcome.node for outcome in outcomes)))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]

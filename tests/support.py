@@ -20,6 +20,7 @@ import boto3
 
 import cluster
 from tests.localcloud.__main__ import ask, environment, inside
+from tests.localcloud.delays import PACES
 from tests.localcloud.places import PROJECT, Places
 
 LIMIT = 240  # seconds for one command, far beyond what any should take
@@ -105,7 +106,8 @@ class LocalCloud:
 
     @contextmanager
     def options(self, **changes: Any) -> Iterator[None]:
-        """Change EC2's options for a while."""
+        """Change EC2's options for a while; pace="none" takes all of AWS's delays away."""
+        changes = PACES[changes.pop("pace")] | changes if "pace" in changes else changes
         before = self.ask("options", {})
         self.ask("options", changes)
         try:
@@ -141,20 +143,21 @@ class LocalCloud:
         return [{"Key": name, "Value": value} for name, value in tags.items()]
 
     def end(self, group: str) -> None:
-        """End a group past the tool, as far as there is something left of it."""
-        ec2 = self.client("ec2")
-        ours = [{"Name": "tag:mitsuba-group", "Values": [group]}]
-        left = [one for r in ec2.describe_instances(Filters=ours)["Reservations"] for one in r["Instances"]]
-        if ids := [one["InstanceId"] for one in left if one["State"]["Name"] != "terminated"]:
-            ec2.terminate_instances(InstanceIds=ids)
-            wait_until(lambda: all(self.ask_state(one) == "terminated" for one in ids))
-        for one in ec2.describe_security_groups(Filters=ours)["SecurityGroups"]:
-            ec2.delete_security_group(GroupId=one["GroupId"])
+        """End a group past the tool and past AWS's delays, as far as there is something left of it."""
+        self.ask("wipe", group)
 
     def ask_state(self, name: str) -> str:
-        """Return an instance's state as EC2 has it."""
-        found = self.client("ec2").describe_instances(InstanceIds=[name])
-        return str(found["Reservations"][0]["Instances"][0]["State"]["Name"])
+        """Return an instance's state as EC2 shows it: "pending" until lists show it with its address."""
+        filters = [{"Name": "instance-id", "Values": [name]}]
+        found = self.client("ec2").describe_instances(Filters=filters)["Reservations"]
+        shown = found[0]["Instances"][0] if found else {"State": {"Name": "pending"}}
+        state = str(shown["State"]["Name"])
+        return state if state != "running" or shown.get("PublicIpAddress") else "pending"
+
+    def truth(self, group: str) -> tuple[list[str], int]:
+        """Return what there is of GROUP, listed yet or not: instances that are not terminated, security groups."""
+        found = self.ask("truth", group)
+        return sorted(one for one, state in found["instances"].items() if state != "terminated"), len(found["groups"])
 
     def status(self, group: str) -> dict[str, Any]:
         """Return what `status --json` says of GROUP; {} where it says nothing."""
@@ -215,6 +218,15 @@ def free_port() -> int:
         port = 20_000 + secrets.randbelow(12_000)
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
+
+
+def killed(cloud: LocalCloud, rule: dict[str, Any], *words: str) -> Result:
+    """Run the tool, with a signal (SIGKILL, if none is named) from the endpoint at the call that RULE describes."""
+    pid_file = cloud.where.root / f"pid-{words[-1]}"
+    pid_file.unlink(missing_ok=True)
+    with cloud.faults(rule | {"pid_file": str(pid_file)}):
+        script = f'echo $$ > {pid_file}.part; mv {pid_file}.part {pid_file}; exec "$@"'
+        return cloud.run("sh", "-c", script, "sh", sys.executable, "cluster.py", *words)
 
 
 def interrupt(child: subprocess.Popen[str], number: int = signal.SIGINT) -> Result:

@@ -95,7 +95,7 @@ def test_status_json(cloud: LocalCloud, group: str) -> None:
     assert shown["groups"][group]["spot_requests"] == []
     (node,) = shown["groups"][group]["nodes"]
     assert node["state"] == "running"
-    assert node["address"] == node["name"] == node["private_ip"]
+    assert node["address"] == node["name"] == node["public_ip"] != node["private_ip"]
     assert (node["type"], node["market"], node["role"]) == ("c1.xlarge", "on-demand", None)
     assert node["price"] == pytest.approx(0.52)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", node["launched"])
@@ -226,8 +226,7 @@ def test_a_lost_answer_launches_once(cloud: LocalCloud, group: str) -> None:
     with cloud.faults({"kind": "lost", "action": "RunInstances", "nth": 1}):
         made = cloud.cluster("createNodes", "c1.xlarge", "2", group)
     assert made.code == 0, made.err
-    assert "trying again, the same request" in made.err
-    assert len(cloud.nodes(group)) == 2
+    assert len(cloud.truth(group)[0]) == 2
 
 
 def test_instances_that_lists_show_late(cloud: LocalCloud, group: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 import cluster
 from tests.localcloud.places import PROJECT
 from tests.screens import Terminal, show, stop
-from tests.support import LocalCloud, Result
+from tests.support import LocalCloud
 
 GROUP = "screens"
 SCREENS = PROJECT / "tests" / "screens.txt"
@@ -266,8 +266,8 @@ def test_messages_name_the_program_and_the_settings_as_they_were_called(cloud: L
         done = subprocess.run(typed, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
         expected = name if name != str(link) else "mitsuba-nodes"  # PATH finds that very file
         assert f"; {expected} --config {config} createNodes TYPE COUNT nowhere makes some" in done.stderr
-    done = cloud.cluster("syncData", "x", "--config", str(config))
-    assert f"S3_PATH is not set in {config}" in done.last_line
+    unset = cloud.cluster("syncData", "x", "--config", str(config))
+    assert f"S3_PATH is not set in {config}" in unset.last_line
 
 
 def complete(cloud: LocalCloud, typed: str) -> set[str]:
@@ -303,6 +303,3 @@ def test_version_is_pyprojects() -> None:
     assert f'version = "{cluster.VERSION}"' in text or 'dynamic = ["version"]' in text
     done: Any = subprocess.run([*PROGRAM, "--version"], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == f"mitsuba-cluster {cluster.VERSION}\n"
-
-
-__all__ = ["Result"]

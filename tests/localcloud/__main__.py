@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from tests.localcloud.delays import PACES
 from tests.localcloud.image import base_image
 from tests.localcloud.packages import make_repository
 from tests.localcloud.places import PROJECT, Places, default_root
@@ -138,10 +139,12 @@ def main(context: click.Context, root: Path | None) -> None:
 @main.command()
 @click.option("--kind", type=click.Choice(["nspawn", "process"]), help="Kind of node (default: the best that works).")
 @click.option("--package", type=click.Path(exists=True), help="A real mitsuba .deb in place of the stand-in.")
+@click.option("--pace", type=click.Choice(list(PACES)), default="short", help="Of AWS's delays (default: short).")
 @click.pass_obj
-def up(where: Places, kind: str | None, package: str | None) -> None:
+def up(where: Places, kind: str | None, package: str | None, pace: str) -> None:
     """Start the cloud."""
     bring_up(where, kind or best_kind(), package)
+    ask(where, "options", {"pace": pace})
     click.echo(f"up: {ready(where)['kind']} nodes, folder {where.root}")
 
 
@@ -207,7 +210,7 @@ def policy(where: Places, file: Any) -> None:
 @click.argument("changes")
 @click.pass_obj
 def options(where: Places, changes: str) -> None:
-    """Change options of EC2 by a JSON object: list_lag, capacity, vcpu_limit, launch_faults."""
+    """Change options of EC2 by a JSON object: those of aws.Options, or {"pace": "real"}."""
     click.echo(json.dumps(ask(where, "options", json.loads(changes))))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from xml.sax.saxutils import escape
 
+from tests.localcloud.delays import PACES, Seconds, is_late, lag, note_birth
 from tests.localcloud.places import ACCOUNT, REGION
 
 JAMMY, NOBLE, ARM = "ami-0a0e5d9c7acc336f1", "ami-0e2c8caa4b6378d8c", "ami-0123456789abcdef0"
@@ -26,7 +27,7 @@ STATES = {"pending": 0, "running": 16, "shutting-down": 32, "terminated": 48, "s
 ALIVE = ("pending", "running")
 USER_SHUTDOWN = "Client.UserInitiatedShutdown"
 OWN_SHUTDOWN = "Client.InstanceInitiatedShutdown"
-SPOT_PRICE = 0.0871  # $ an hour, what every spot instance costs here
+SPOT_PRICE = 0.0871  # $ an hour in the first zone; each further zone costs a tenth more
 RATES = {"c1.xlarge": 0.52, "c5.large": 0.085, "c7i.large": 0.08925, "t3.micro": 0.0104}
 
 
@@ -57,9 +58,15 @@ class Node(Protocol):
 
 @dataclass
 class Options:
-    """What a person can make AWS do wrong; changed through the control address."""
+    """What AWS does late or refuses; changed through the control address."""
 
-    list_lag: float = 0.0  # seconds for which no list shows a new instance
+    list_lag: Seconds = PACES["short"]["list_lag"]
+    address_lag: Seconds = PACES["short"]["address_lag"]
+    created_lag: Seconds = PACES["short"]["created_lag"]
+    ending_lag: Seconds = PACES["short"]["ending_lag"]
+    holding_lag: Seconds = PACES["short"]["holding_lag"]
+    refusing_regions: dict[str, str] = field(default_factory=dict)  # region -> the code of its refusals
+    spot_prices: dict[str, float] = field(default_factory=dict)  # zone -> $ an hour, where it is not the usual one
     capacity: dict[str, int] = field(default_factory=dict)  # zone -> instances that it has left
     vcpu_limit: int = 0  # 0: no quota
     launch_faults: list[str] = field(default_factory=list)  # of the next instances, one each ("": none)
@@ -171,15 +178,19 @@ def mend_instances(cloud: Cloud) -> None:
         __module__ = "moto.ec2.models.instances"  # moto's metaclass reads the service from it
 
         def __init__(self, backend: Any, *arguments: Any, **keywords: Any) -> None:
-            if not keywords.get("subnet_id"):  # as on AWS: the zone's default subnet
+            interfaces = keywords.get("nics") or []
+            if not keywords.get("subnet_id") and not interfaces:  # as on AWS: the zone's default subnet
                 subnets = backend.get_default_subnets()
                 zone = keywords.get("placement") or sorted(subnets)[0]
                 keywords["subnet_id"] = subnets[zone].id
             super().__init__(backend, *arguments, **keywords)
+            if groups := [name for one in interfaces for name in one.get("Groups", [])]:
+                self.security_groups = [backend.get_security_group_from_id(name) for name in groups]
             self.interrupted_at = ""
+            self.holds_groups = True
             self.spot_instance_request_id = None
             self.instance_lifecycle = None
-            self.born = time.monotonic()
+            note_birth(cloud.options, self)
             self._become("pending")
             self.node = cloud.make_node(self)
             cloud.instances[self.id] = self
@@ -187,15 +198,23 @@ def mend_instances(cloud: Cloud) -> None:
 
         @property
         def public_ip(self) -> Any:
-            """Return the address; a shut-down instance has none."""
-            return self.nics[0].public_ip if self.state in ALIVE else None
+            """Return the address, which comes late; an instance that ends has none."""
+            late = is_late(cloud.options, "address_lag", self)
+            return self.nics[0].public_ip if self.state in ALIVE and not late else None
 
         public_ip_address = public_ip
 
         @property
         def public_dns_name(self) -> Any:
-            """Return the name; process nodes have none that would resolve."""
-            return super().public_dns_name if cloud.public_names else None
+            """Return the name, which comes with the address; process nodes have none that would resolve."""
+            return self.future_public_name if self.public_ip else None
+
+        @property
+        def future_public_name(self) -> str | None:
+            """Return the public name that this instance has or will have."""
+            address = str(self.nics[0].public_ip or "").replace(".", "-")
+            domain = "compute-1" if self.region_name == REGION else f"{self.region_name}.compute"
+            return f"ec2-{address}.{domain}.amazonaws.com" if address and cloud.public_names else None
 
         def _become(self, state: str) -> None:
             self._state.name, self._state.code = state, STATES[state]
@@ -206,7 +225,7 @@ def mend_instances(cloud: Cloud) -> None:
                 self._end("Server.InternalError", "Server.InternalError: Internal error on launch")
                 return
             try:
-                self.node.start(self.public_ip)
+                self.node.start(self.nics[0].public_ip)
                 if wrong:
                     self.node.fault(wrong)
             except (OSError, RuntimeError) as error:
@@ -223,10 +242,21 @@ def mend_instances(cloud: Cloud) -> None:
 
             def finish() -> None:
                 self.node.stop()
+                time.sleep(lag(cloud.options, "ending_lag", self))
                 self._become("terminated")
+                time.sleep(lag(cloud.options, "holding_lag", self))  # its network interface outlives it
+                self.holds_groups = False
 
             threading.Thread(target=finish, daemon=True).start()
             cloud_end_of_spot(self)
+
+        def vanish(self) -> None:
+            """End at once, without AWS's delays: for the tests' own clearing up."""
+            if self.state in ALIVE:
+                super().terminate()
+            self.node.stop(0)
+            self._become("terminated")
+            self.holds_groups = False
 
         def node_exited(self) -> None:
             """The node powered itself off: terminated, or stopped, as it was launched."""
@@ -272,7 +302,7 @@ def cloud_end_of_spot(instance: Any) -> None:
 
 
 def mend_launches(cloud: Cloud) -> None:
-    """RunInstances: MaxCount, ClientToken, capacity, quota, spot, and SSM image names."""
+    """RunInstances: MaxCount, ClientToken, capacity, quota, spot, and no public address in the answer."""
     import moto.ec2.responses.general as general
     from moto.core.responses import ActionResult
     from moto.core.types import Base64EncodedString
@@ -341,7 +371,8 @@ def types_of_zone(region: str, zone: str) -> set[str]:
 
 def zone_of(response: Any) -> str:
     """Return the zone in which a RunInstances call would launch."""
-    subnet = response.params.get("SubnetId")
+    interfaces = response.params.get("NetworkInterfaces") or [{}]
+    subnet = response.params.get("SubnetId") or interfaces[0].get("SubnetId")
     if subnet:
         return str(response.ec2_backend.get_subnet(subnet).availability_zone)
     placement = response.params.get("Placement") or {}
@@ -367,6 +398,8 @@ def check_launch(response: Any, cloud: Cloud) -> Any:
             "The instance initiated shutdown behavior 'stop' is not supported for one-time Spot instances.",
         )
     zone = zone_of(response)
+    if spot and (refused := check_spot_price(response, cloud, zone, spot.get("SpotOptions") or {})):
+        return refused
     known = response.ec2_backend.describe_instance_types([parameters["InstanceType"]])
     if known and parameters["InstanceType"] not in types_of_zone(response.region, zone):
         return error_response(
@@ -376,6 +409,29 @@ def check_launch(response: Any, cloud: Cloud) -> Any:
             "choosing another one.",
         )
     return check_capacity(response, cloud, zone, low, high)
+
+
+def spot_price(backend: Any, cloud: Cloud, kind: str, zone: str) -> float:
+    """Return the present spot price of an instance type in a zone."""
+    offers = backend.describe_instance_type_offerings(
+        location_type="availability-zone", filters={"instance-type": [kind]}
+    )
+    zones = sorted(one["Location"] for one in offers)
+    number = zones.index(zone) if zone in zones else 0
+    return cloud.options.spot_prices.get(zone, SPOT_PRICE * (1 + 0.1 * number))
+
+
+def check_spot_price(response: Any, cloud: Cloud, zone: str, options: dict[str, Any]) -> Any:
+    """Return AWS's refusal of a spot launch whose maximum is below the zone's price, or None."""
+    price = spot_price(response.ec2_backend, cloud, response.params["InstanceType"], zone)
+    highest = float(options.get("MaxPrice") or price)
+    if highest < price:
+        return error_response(
+            "SpotMaxPriceTooLow",
+            f"Your Spot request price of {highest:g} is lower than the minimum required Spot request fulfillment "
+            f"price of {price:g}.",
+        )
+    return None
 
 
 def check_capacity(response: Any, cloud: Cloud, zone: str, low: int, high: int) -> Any:
@@ -414,7 +470,7 @@ def mend_lists(cloud: Cloud) -> None:
             (reservation, instance)
             for reservation in self.ec2_backend.describe_instances(filters=filters)
             for instance in reservation.instances
-            if time.monotonic() - instance.born >= cloud.options.list_lag
+            if not is_late(cloud.options, "list_lag", instance)
         ]
         if wanted:
             known = {instance.id for _, instance in pairs}
@@ -433,16 +489,18 @@ def mend_lists(cloud: Cloud) -> None:
 
 
 def mend_security_groups(cloud: Cloud) -> None:
-    """A group in use can't be deleted; a rule is a duplicate whatever its description."""
+    """A group in use can't be deleted, lists show a new one late; a rule is a duplicate whatever its description."""
     from moto.ec2.exceptions import EC2ClientError, InvalidPermissionDuplicateError
+    from moto.ec2.models.key_pairs import KeyPairBackend
     from moto.ec2.models.security_groups import SecurityGroup, SecurityGroupBackend
 
+    plain_list = SecurityGroupBackend.describe_security_groups
     plain_delete = SecurityGroupBackend.delete_security_group
     plain_add = SecurityGroup.add_ingress_rule
 
     def delete_security_group(self: Any, name: str | None = None, group_id: str | None = None) -> None:
         group = self.get_security_group_by_name_or_id(group_id or name)
-        users = (i for i in cloud.instances.values() if i.state != "terminated")
+        users = (i for i in list(cloud.instances.values()) if i.holds_groups)
         if group and any(group.id == used.id for i in users for used in i.security_groups):
             raise EC2ClientError("DependencyViolation", f"resource {group.id} has a dependent object")
         plain_delete(self, name, group_id)
@@ -456,16 +514,38 @@ def mend_security_groups(cloud: Cloud) -> None:
             raise InvalidPermissionDuplicateError()
         plain_add(self, rule)
 
+    def describe_security_groups(self: Any, *arguments: Any, **keywords: Any) -> list[Any]:
+        found = plain_list(self, *arguments, **keywords)
+        return [group for group in found if not is_late(cloud.options, "created_lag", group)]
+
+    makes_late(cloud, SecurityGroupBackend, "create_security_group")
+    makes_late(cloud, KeyPairBackend, "import_key_pair")
+    SecurityGroupBackend.describe_security_groups = describe_security_groups
     SecurityGroupBackend.delete_security_group = delete_security_group
     SecurityGroup.add_ingress_rule = add_ingress_rule
+
+
+def makes_late(cloud: Cloud, backend: Any, call: str) -> None:
+    """Let a backend's CALL note when it made what it returns."""
+    plain = getattr(backend, call)
+
+    def create(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        made = plain(self, *arguments, **keywords)
+        note_birth(cloud.options, made)
+        return made
+
+    setattr(backend, call, create)
 
 
 def mend_spot(cloud: Cloud) -> None:
     """Spot prices that move for a day (moto: one constant of 2006), and cancelled requests."""
     from moto.core.responses import ActionResult
     from moto.core.utils import utcnow
+    from moto.ec2.exceptions import EC2ClientError
     from moto.ec2.models.spot_requests import SpotRequestBackend
     from moto.ec2.responses.spot_instances import SpotInstances
+
+    plain_list = SpotRequestBackend.describe_spot_instance_requests
 
     def describe_spot_price_history(self: Any) -> Any:
         kinds = self._get_param("InstanceTypes", [])
@@ -474,9 +554,10 @@ def mend_spot(cloud: Cloud) -> None:
         )
         now, history = utcnow(), []
         zones = sorted(one["Location"] for one in offered)
-        for number, zone in enumerate(zones):
+        for zone in zones:
+            now_price = spot_price(self.ec2_backend, cloud, kinds[0], zone)
             for hours in range(0, 24, 3):
-                price = SPOT_PRICE * (1 + 0.1 * number + 0.05 * (hours % 5))
+                price = now_price + SPOT_PRICE * 0.05 * (hours % 5)
                 history.append(
                     {
                         "AvailabilityZone": zone,
@@ -490,11 +571,23 @@ def mend_spot(cloud: Cloud) -> None:
 
     def cancel_spot_instance_requests(self: Any, request_ids: list[str]) -> list[Any]:
         # AWS remembers a cancelled request, and leaves its instance running; moto forgets it.
-        requests = [self.spot_instance_requests[name] for name in request_ids]
+        requests = [self.spot_instance_requests.get(name) for name in request_ids]
+        unknown = [name for name, one in zip(request_ids, requests) if not one or is_hidden(one)]
+        if unknown:
+            raise EC2ClientError(
+                "InvalidSpotInstanceRequestID.NotFound", f"The spot instance request ID '{unknown[0]}' does not exist"
+            )
         for request in requests:
             request.state, request.status_code = "cancelled", "request-canceled-and-instance-running"
         return requests
 
+    def is_hidden(request: Any) -> bool:
+        return is_late(cloud.options, "list_lag", request.instance)
+
+    def describe_spot_instance_requests(self: Any, *arguments: Any, **keywords: Any) -> list[Any]:
+        return [request for request in plain_list(self, *arguments, **keywords) if not is_hidden(request)]
+
+    SpotRequestBackend.describe_spot_instance_requests = describe_spot_instance_requests
     SpotInstances.describe_spot_price_history = describe_spot_price_history
     SpotRequestBackend.cancel_spot_instance_requests = cancel_spot_instance_requests
 
@@ -563,6 +656,38 @@ def tags_of(name: str) -> dict[str, str]:
     from moto.ec2.models import ec2_backends
 
     return dict(ec2_backends[ACCOUNT][REGION].tags.get(name, {}))
+
+
+def tagged(backend: Any, thing: Any, group: str) -> bool:
+    """Tell whether an EC2 resource has the tag of GROUP."""
+    return bool(backend.tags.get(thing.id, {}).get("mitsuba-group") == group)
+
+
+def group_of(cloud: Cloud, group: str) -> tuple[list[Any], list[tuple[Any, Any]]]:
+    """Return the instances, and the (backend, security group) pairs, that have the tag of GROUP, in all regions."""
+    from moto.ec2.models import ec2_backends
+
+    instances = [one for one in list(cloud.instances.values()) if tagged(one.ec2_backend, one, group)]
+    backends = list(ec2_backends[ACCOUNT].values())
+    groups = [(back, one) for back in backends for vpc in list(back.groups.values()) for one in list(vpc.values())]
+    return instances, [(back, one) for back, one in groups if tagged(back, one, group)]
+
+
+def wipe(cloud: Cloud, group: str) -> int:
+    """End all that has the tag of GROUP at once, past AWS's delays; return how many instances it was."""
+    instances, security_groups = group_of(cloud, group)
+    for one in instances:
+        one.vanish()
+    for backend, one in security_groups:
+        backend.groups[one.vpc_id].pop(one.id, None)
+        backend.tags.pop(one.id, None)
+    return len(instances)
+
+
+def truth(cloud: Cloud, group: str) -> dict[str, Any]:
+    """Return what there is of GROUP, whether lists show it yet or not: states by instance id, security groups."""
+    instances, security_groups = group_of(cloud, group)
+    return {"instances": {one.id: one.state for one in instances}, "groups": [one.id for _, one in security_groups]}
 
 
 def firewall_rules(instance: Any, instances: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import http.server
 import ipaddress
-import itertools
 import json
 import os
 import resource
@@ -24,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.localcloud import aws, endpoint, impostor, metadata, nspawn, places, process, s3
+from tests.localcloud import aws, delays, endpoint, impostor, metadata, nspawn, places, process, s3
 from tests.localcloud.places import ACCESS_KEY, CLIENT, METADATA, PUBLIC_NETWORKS, REGION, RESOLVER, ROUTER, SECRET_KEY
 from tests.localcloud.process import ProcessNetwork
 
@@ -101,8 +100,7 @@ class Daemon:
         """Prepare process nodes: a loopback network of SSH listeners."""
         network = ProcessNetwork(self.where.nodes)
         self.config |= {"SSH_PORT": network.port, "PKG_REPOSITORY": network.repository(self.where.apt)}
-        first, second = itertools.tee(network.addresses())
-        return aws.Cloud(network.make_node, first, second, public_names=False)
+        return aws.Cloud(network.make_node, network.addresses(0), network.addresses(1), public_names=False)
 
     # Services
 
@@ -123,8 +121,8 @@ class Daemon:
 
     def name_instance(self, instance: Any) -> None:
         """Let DNS answer for a new instance: public names outside, private ones inside."""
-        public, private = instance.public_dns_name, instance.private_dns_name
-        lines = {"hosts.public": f"{instance.public_ip} {public}\n" if public else ""}
+        public, private = instance.future_public_name, instance.private_dns_name
+        lines = {"hosts.public": f"{instance.nics[0].public_ip} {public}\n" if public else ""}
         lines["hosts.vpc"] = f"{instance.private_ip} {private} {public or ''}\n"
         for folder, line in lines.items():
             part = self.where.root / f"{instance.id}.part"
@@ -158,7 +156,8 @@ class Daemon:
 
         inside = self.kind == "nspawn"
         moto = DomainDispatcherApplication(create_backend_app)
-        front = endpoint.Front(endpoint.with_prices(moto), self.where.calls, self.control, aws.tags_of)
+        refuse = functools.partial(delays.refuse, self.cloud)
+        front = endpoint.Front(endpoint.with_prices(moto), self.where.calls, self.control, aws.tags_of, refuse)
         address = "0.0.0.0" if inside else "127.0.0.1"
         server = make_server(address, places.EC2_PORT if inside else 0, front, threaded=True, request_handler=Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -186,13 +185,21 @@ class Daemon:
         if what == "status":
             return {name: self.describe(instance) for name, instance in self.cloud.instances.items()}
         if what == "options":
-            for name, value in body.items():
+            changes = delays.PACES[body.pop("pace")] if "pace" in body else {}
+            for name, value in (changes | body).items():
                 setattr(self.cloud.options, name, value)
             return vars(self.cloud.options)
+        if what == "wipe":
+            return aws.wipe(self.cloud, body)
+        if what == "truth":
+            return aws.truth(self.cloud, body)
         if what == "config":
             return self.config
         if what == "port":
             return self.config.get("SSH_PORT", 22)
+        if what == "encrypt":
+            s3.Handler.keys = body
+            return body
         if what == "stall":
             s3.Handler.stalled = body
             return body
@@ -218,7 +225,7 @@ class Daemon:
     def find(self, name: str) -> Any:
         """Return the instance that NAME (id, address or public name) means."""
         for one in self.cloud.instances.values():
-            if name in (one.id, one.private_ip, one.nics[0].public_ip, one.public_dns_name):
+            if name in (one.id, one.private_ip, one.nics[0].public_ip, one.future_public_name):
                 return one
         raise ValueError(f"no such node: {name}")
 
@@ -226,7 +233,7 @@ class Daemon:
         """Return one node as `status` shows it; boot: seconds from launch to sshd's answer."""
         node = instance.node
         boot = round(node.answered - instance.born, 2) if node.answered else None
-        return {"state": instance.state, "private": instance.private_ip, "public": instance.public_ip, "boot": boot}
+        return {"state": instance.state, "private": instance.private_ip, "public": node.public_ip, "boot": boot}
 
     # Life
 

@@ -34,6 +34,7 @@ from urllib.parse import parse_qs
 
 from tests.localcloud import iam
 from tests.localcloud.aws import error_response, price_list
+from tests.localcloud.places import REGION
 
 Environ = dict[str, Any]
 Start = Callable[..., Any]
@@ -42,6 +43,7 @@ Application = Callable[[Environ, Start], Iterable[bytes]]
 CONTROL = "/_localcloud/"
 HANG_SECONDS = 3600
 CLOCK_TOLERANCE = 300  # seconds
+STATUS = {"UnauthorizedOperation": 403, "AuthFailure": 401}  # of refusals that are no plain 400
 ERRORS = {
     "throttle": ("RequestLimitExceeded", "Request limit exceeded.", 503),
     "500": ("InternalError", "An internal error has occurred", 500),
@@ -86,6 +88,7 @@ class Front:
     log: Path
     control: Callable[[str, Any], Any]  # (what, body) -> a JSON value
     tags_of: Callable[[str], dict[str, str]] = lambda _: {}  # of an EC2 resource, by its id
+    refuse: Callable[[str, str, dict[str, str]], tuple[str, str] | None] = lambda *_: None  # region, action, parameters
     policy: dict[str, Any] | None = None  # IAM's; None: all is allowed
     faults: list[Fault] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -108,13 +111,18 @@ class Front:
         for fault in struck:
             if (spoiled := self.spoil(fault, environ, start)) is not None:
                 return spoiled
+        if service == "ec2":
+            parameters = {name: values[0] for name, values in parse_qs(body.decode()).items()}
+            if unknown := self.refuse(region_of(environ), action, parameters):
+                self.record(action=action, refused=unknown[0])
+                return respond(start, *error_response(*unknown, STATUS.get(unknown[0], 400)))
         return self.moto(environ, start)
 
     def forbidden(
         self, environ: Environ, service: str, action: str, body: bytes
     ) -> tuple[int, dict[str, str], str] | None:
         """Return IAM's refusal of a call; None where the policy, if there is one, allows it."""
-        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        method, path = environ["REQUEST_METHOD"], f"{environ['PATH_INFO']}?{environ.get('QUERY_STRING', '')}"
         if self.policy:
             for demand in iam.demands(service, action, method, path, body, self.tags_of):
                 if not iam.allows(self.policy, demand):
@@ -204,6 +212,12 @@ def identify(environ: Environ, body: bytes) -> tuple[str, str]:
     if service == "s3":
         return service, f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}"
     return service, parse_qs(body.decode()).get("Action", ["?"])[0]
+
+
+def region_of(environ: Environ) -> str:
+    """Return the region for which a request was signed."""
+    scope = re.search(r"Credential=[^/]+/\d+/([^/]+)/", environ.get("HTTP_AUTHORIZATION", ""))
+    return scope[1] if scope else REGION
 
 
 def clock_is_wrong(environ: Environ) -> bool:

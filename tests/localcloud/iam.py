@@ -104,11 +104,14 @@ def ec2_demands(action: str, body: bytes, tags_of: Callable[[str], dict[str, str
         yield Demand("ec2:CreateTags", f"arn:aws:ec2:{REGION}:{ACCOUNT}:{kind}/*", {"ec2:CreateAction": action})
 
 
-def s3_demand(method: str, path: str) -> Demand:
+def s3_demand(method: str, target: str) -> Demand:
     """Return what an S3 call demands."""
+    path, _, query = target.partition("?")
     bucket, _, key = path.lstrip("/").partition("/")
     if not key:
         return Demand("s3:CreateBucket" if method == "PUT" else "s3:ListBucket", f"arn:aws:s3:::{bucket}")
+    if method == "DELETE" and "uploadId=" in query:
+        return Demand("s3:AbortMultipartUpload", f"arn:aws:s3:::{bucket}/{key}")
     return Demand(S3_ACTIONS.get(method, f"s3:{method.title()}Object"), f"arn:aws:s3:::{bucket}/{key}")
 
 

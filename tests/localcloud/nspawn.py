@@ -36,6 +36,10 @@ TRANSLATION = """table ip localcloud {
     type nat hook postrouting priority 100;
     ct status dnat ip saddr 172.31.0.0/16 snat to ip saddr map @private;
   }
+  chain outside {
+    type filter hook output priority 0;
+    ip daddr 172.31.0.0/16 ip daddr != {ours} ct state new ct status ! dnat drop
+  }
 }"""
 
 
@@ -76,7 +80,7 @@ def set_up_network() -> None:
         ]
     )
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-    nft(TRANSLATION)
+    nft(TRANSLATION.replace("{ours}", f"{{ {ROUTER}, {RESOLVER}, {IMPOSTOR} }}"))  # the rest is private
 
 
 def set_up_cgroups() -> None:

@@ -33,6 +33,7 @@ CORES = 4
 VERSION = "0.6.0"
 SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
+RESTART = 1.0  # seconds, as RestartSec= of the real unit
 RENDER, DONE = b"\x00\x01", b"\x00\x02"  # between the stand-ins, see mitsuba/mtssrv
 STEPS = ("wait-for-boot", "install", "start-server", "sync")  # that a fault can spoil
 
@@ -48,9 +49,9 @@ class ProcessNetwork:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
 
-    def addresses(self) -> Iterator[str]:
-        """Yield the nodes' addresses: 127.N.0.1 and so on, N this cloud's own."""
-        network = ipaddress.ip_network(f"127.{self.second}.0.0/16")
+    def addresses(self, half: int) -> Iterator[str]:
+        """Yield the nodes' addresses, N this cloud's own: public ones from 127.N.0.1, private from 127.N.128.1."""
+        network = ipaddress.ip_network(f"127.{self.second}.{128 * half}.0/17")
         return (str(host) for host in network.hosts() if not str(host).endswith(".255.254"))
 
     def make_node(self, instance: Any) -> ProcessNode:
@@ -106,6 +107,11 @@ class ProcessNode:
         self.connections: set[asyncssh.SSHServerConnection] = set()
         self.trouble: dict[str, str] = {}  # a step's name, or "server" -> what goes wrong with it
 
+    @property
+    def address(self) -> str:
+        """Where sshd listens: as on AWS the private address can't be reached from outside, if there is a public one."""
+        return self.public_ip or str(self.instance.private_ip)
+
     # What the cloud asks of a node
 
     def start(self, public_ip: str | None) -> None:
@@ -149,7 +155,7 @@ class ProcessNode:
         self.listener.close()
         await self.listener.wait_closed()
         await self.drop()
-        self.impostor = await asyncio.start_server(greet, self.instance.private_ip, self.network.port)
+        self.impostor = await asyncio.start_server(greet, self.address, self.network.port)
 
     async def heal(self) -> None:
         """Undo all faults."""
@@ -180,7 +186,7 @@ class ProcessNode:
         public = pair.material_public
         line = public.decode() if isinstance(public, bytes) else public
         self.listener = await asyncssh.listen(
-            self.instance.private_ip,
+            self.address,
             self.network.port,
             server_factory=functools.partial(SshServer, self),
             server_host_keys=[key],
@@ -255,7 +261,7 @@ class ProcessNode:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             cwd=home,
-            env={"PATH": os.environ["PATH"], "HOME": home, "NODE": self.instance.private_ip},
+            env={"PATH": os.environ["PATH"], "HOME": home, "NODE": self.address},
         )
         feeding = asyncio.ensure_future(feed(process, child))
         assert child.stdout
@@ -281,7 +287,8 @@ class ProcessNode:
         self.started = secrets.token_hex(16)
         if self.trouble.get("server") == "exits":
             return
-        self.server = await asyncio.start_server(self.greet, self.instance.private_ip, SERVER_PORT)
+        addresses = sorted({self.instance.private_ip, self.address})
+        self.server = await asyncio.start_server(self.greet, addresses, SERVER_PORT)
 
     def end_server(self) -> None:
         """End the server, and with it what its clients render."""
@@ -327,6 +334,12 @@ class ProcessNode:
 
     async def greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Do mtssrv's half of the handshake, and render."""
+        try:
+            writer.get_extra_info("socket").getpeername()
+        except OSError:  # a reset before the server had accepted it: the real one ends by it, and is restarted
+            await self.lose_server()
+            asyncio.get_running_loop().call_later(RESTART, lambda: asyncio.ensure_future(self.serve()))
+            return
         self.clients.add(writer)
         try:
             if self.trouble.get("server") == "silent":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ class Handler(localbucket.S3Handler):
     record: Record = staticmethod(lambda **_: None)
     metadata: ClassVar[dict[Path, dict[str, str]]] = {}
     pending: ClassVar[dict[str, dict[str, str]]] = {}  # of multipart uploads, by upload id
+    keys: ClassVar[bool] = False  # the bucket encrypts by a KMS key
     stalled: ClassVar[bool] = False  # all but the first bytes of an object wait
     sent = 0
     parts: Sequence[Path] = ()  # of the multipart upload that is being completed
@@ -69,6 +71,15 @@ class Handler(localbucket.S3Handler):
             self.metadata[target] = self.metadata.get(self._copy_source(), {})
         else:
             self.metadata[target] = user_metadata(self.headers)
+        return self._encrypt(target) or etag
+
+    def _encrypt(self, target: Path) -> str:
+        """Return the ETag of an object under a KMS key, which looks like an MD5 and is none; "" without a key."""
+        if not (self.keys or self.headers.get("x-amz-server-side-encryption") == "aws:kms"):
+            return ""
+        etag = secrets.token_hex(16)
+        localbucket.remember_etag(target, etag)
+        self.metadata[target] = self.metadata[target] | {"x-amz-server-side-encryption": "aws:kms"}
         return etag
 
     def _create_multipart_upload(self, bucket: str, key: str) -> None:
@@ -94,6 +105,8 @@ class Handler(localbucket.S3Handler):
         self.metadata[target] = self.pending.pop(self.query["uploadId"], {})
         etag = f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
         localbucket.remember_etag(target, etag)
+        if self.keys:
+            self.metadata[target] = self.metadata[target] | {"x-amz-server-side-encryption": "aws:kms"}
 
 
 class Server(ThreadingHTTPServer):
