@@ -4259,8 +4259,9 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
 # What runs, since when, and what it costs. Touches AWS; the nodes only where they are to be asked.
 
 BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
-LOOK_LIMIT = 5  # for a node's answer, where all that is wanted is a look
-LOOK_RATE = 50  # nodes that this machine can surely ask in a second
+LOOK_LIMIT = 10  # for connecting, where all that is wanted is a look
+ANSWER_LIMIT = 5  # for a node's whole answer to status
+ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
 WATCH_SECONDS = 3  # between two looks of --watch
 SERVER_LOOKS = {"serving": "green", "unlinked": "yellow", "down": "red", "silent": "red"}
 
@@ -4338,13 +4339,13 @@ def look(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[O
     """Run STEP on those of NODES that run; one that does not answer within a few seconds is given up."""
     running = [node for node in nodes if node.state == "running"]
     progress = Progress("Asking", len(running))
-    futures = {node: app.pool.submit(node, step, limit=LOOK_LIMIT) for node in running}
-    deadline = time.monotonic() + LOOK_LIMIT + len(running) / LOOK_RATE
+    futures = {node: app.pool.submit(node, step, limit=ANSWER_LIMIT) for node in running}
+    deadline = time.monotonic() + ANSWER_LIMIT + len(running) / ANSWER_RATE
     while (left := deadline - time.monotonic()) > 0 and not all(future.done() for future in futures.values()):
         progress.done = sum(future.done() for future in futures.values())
         progress.redraw()
         app.pool.wait(futures.values(), min(0.2, left))
-    late: Outcome[T] = Outcome(nodes[0], error=f"frozen or cut off: no answer within {LOOK_LIMIT} s", silent=True)
+    late: Outcome[T] = Outcome(nodes[0], error=f"frozen or cut off: no answer within {ANSWER_LIMIT} s", silent=True)
     found = [future.result() if future.done() else replace(late, node=node) for node, future in futures.items()]
     return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
 
@@ -5300,16 +5301,11 @@ def override_limits() -> None:
 
 
 def main() -> None:
-    """Run the tool; leave at once, since Python would take 0.1 s to clean up what ends with it anyway."""
+    """Run the tool."""
+    override_limits()
     Call.program = called_as(sys.argv[0])
     completing = COMPLETE_VARIABLE in os.environ  # then the shell knows the program by its name
-    try:
-        cli(prog_name=os.path.basename(sys.argv[0]) if completing else Call.program, complete_var=COMPLETE_VARIABLE)
-    except SystemExit as end:
-        runner = sys._getframe(1).f_back  # a profiler or a test that runs this file, and has more to do
-        if runner or not isinstance(end.code, int):
-            raise
-        os._exit(end.code)  # click.echo has flushed all that was said
+    cli(prog_name=os.path.basename(sys.argv[0]) if completing else Call.program, complete_var=COMPLETE_VARIABLE)
 
 
 if __name__ == "__main__":

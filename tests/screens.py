@@ -32,15 +32,12 @@ class Seen:
         return "\n".join(self.lines)
 
 
-def render(raw: str, columns: int) -> list[str]:
-    """Return the lines that RAW leaves on a terminal of so many COLUMNS, those that have scrolled away too."""
+def render(raw: str) -> list[str]:
+    """Return the lines that RAW leaves on a terminal, those that have scrolled away too; a long one stays one."""
     lines, row, column = [""], 0, 0
     for code in CODES.finditer(raw):
         if text := code["text"]:
             for char in text:
-                if column == columns:
-                    row, column = row + 1, 0
-                lines += [""] * (row + 1 - len(lines))
                 lines[row] = lines[row].ljust(column)[:column] + char + lines[row][column + 1 :]
                 column += 1
         elif code["control"] == "\n":
@@ -61,7 +58,6 @@ class Terminal:
     """A program on a pseudo-terminal."""
 
     def __init__(self, cloud: LocalCloud, *words: str, columns: int = 80, rows: int = 24, **env: str) -> None:
-        self.columns = columns
         self.raw = b""
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
@@ -93,7 +89,7 @@ class Terminal:
             pass
         os.close(self.master)
         raw = self.raw.decode("utf-8", "replace")
-        return Seen(self.child.wait(LIMIT), raw, render(raw, self.columns))
+        return Seen(self.child.wait(LIMIT), raw, render(raw))
 
 
 def show(cloud: LocalCloud, *words: str, **options: Any) -> Seen:
