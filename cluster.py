@@ -69,6 +69,7 @@ except ImportError:
 # What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
     import subprocess
+    import urllib.request
 
     import paramiko
 
@@ -89,6 +90,8 @@ TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of t
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 SERVER_PORT = 7554  # mtssrv's own default
+PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
+GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
 PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
@@ -117,6 +120,9 @@ LOG_LINES = 8  # of them, in lines, that are shown
 class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(printable_lines(message)))
+
     def show(self, file: Any = None) -> None:
         """Print the line."""
         complain(self.message)
@@ -143,8 +149,9 @@ class Call:
 
 
 def command(name: str, *arguments: str) -> str:
-    """Return a command line that the user can type; the default group need not be named."""
-    return " ".join([Call.program, *Call.options, name, *(one for one in arguments if one != "default")])
+    """Return a command line that the user can paste, whatever a tag says; the default group need not be named."""
+    words = (shlex.quote(one) for one in arguments if one != "default")
+    return " ".join([Call.program, *Call.options, name, *words])
 
 
 def called_as(path: str) -> str:
@@ -167,6 +174,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """Replace what could steer the terminal: nodes and S3 are not trusted to be polite."""
     return "".join(char if char.isprintable() or char == "\t" else "�" for char in text)
+
+
+def mask(text: str) -> str:
+    """Replace what addresses in TEXT may hold of credentials: user:token@, and signed queries."""
+    text = re.sub(r"(\w://)[^\s/@]*@", r"\1…@", text)
+    return re.sub(r"(\w://[^\s?#'\"]*\?)[^\s#'\"]+", r"\1…", text)
 
 
 def format_duration(seconds: float) -> str:
@@ -241,6 +254,11 @@ def format_bar(done: float, total: float, width: int = 20) -> str:
     """Return a progress bar: [######··············]."""
     filled = int(width * min(done, total) / total) if total else 0
     return f"[{'#' * filled}{'·' * (width - filled)}]"
+
+
+def first_line(text: str) -> str:
+    """Return the first line of TEXT that says something."""
+    return next((printable(line.strip()) for line in text.splitlines() if line.strip()), "")
 
 
 def format_tail(output: str) -> str:
@@ -352,7 +370,7 @@ def put(text: str | bytes, err: bool = False) -> None:
 
 def note(text: str) -> None:
     """Say something about the progress, on stderr."""
-    put(printable_lines(text), err=True)
+    put(printable_lines(mask(text)), err=True)
 
 
 def result(text: str) -> None:
@@ -362,7 +380,7 @@ def result(text: str) -> None:
 
 def warn(text: str) -> None:
     """Say what went wrong and can be done without."""
-    put(f"{paint('Warning:', err=True, fg='yellow')} {printable_lines(text)}", err=True)
+    put(f"{paint('Warning:', err=True, fg='yellow')} {printable_lines(mask(text))}", err=True)
 
 
 def complain(text: str) -> None:
@@ -494,7 +512,11 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
 }
 
+WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+UNQUOTED = ' (is there a value without quotes? name = "value")'
 
 
 def run_config(path: Path) -> dict[str, Any]:
@@ -506,14 +528,14 @@ def run_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ClusterError(f"there is no settings file {path}") from None
     except SyntaxError as error:
-        raise ClusterError(f"{path.name}, line {error.lineno}: {error.msg}") from None
+        raise ClusterError(f"{path.name}, line {error.lineno}: SyntaxError{UNQUOTED}") from None
     except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
         import traceback
 
+        # Not the error's text: a secret without quotes would be in it.
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f", line {lines[-1]}," if lines else ""
-        advice = "; a text needs quotes around it" if isinstance(error, NameError) else ""
-        raise ClusterError(f"{path.name}{where} can't be read: {type(error).__name__}: {error}{advice}") from None
+        line = f", line {lines[-1]}" if lines else ""
+        raise ClusterError(f"{path.name}{line}: {type(error).__name__}{UNQUOTED}") from None
 
 
 def check_together(path: Path, settings: Settings) -> None:
@@ -522,11 +544,11 @@ def check_together(path: Path, settings: Settings) -> None:
 
     if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
         raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
-    everyone = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen == 0
-    if everyone and settings.PUBLIC_SERVER_PORT:
+    wide = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen < WIDEST_PREFIX
+    if wide and settings.PUBLIC_SERVER_PORT:
         raise ClusterError(
-            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to the world; "
-            "set PUBLIC_SERVER_PORT = False and use the tunnel command"
+            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
+            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
         )
 
 
@@ -538,7 +560,7 @@ def load_settings(path: Path) -> Settings:
         click.echo(f"Warning: {path.name} sets {name}, which is no setting{did_you_mean(name, known)}", err=True)
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
-            shown = "(not shown)" if name in SECRETS else repr(values[name])
+            shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
             raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
     values = {name: value for name, value in values.items() if name in known}
     for name in SECRETS:
@@ -555,6 +577,13 @@ def load_settings(path: Path) -> Settings:
 ADDRESS_URL = "https://checkip.amazonaws.com"
 ADDRESS_VARIABLE = "MITSUBA_CLUSTER_ADDRESS_URL"
 INSIDE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")  # RFC 1918 and (carriers') 6598
+# What a rule may let in, as EC2's calls name it.
+SOURCES = {
+    "IpRanges": "CidrIp",
+    "Ipv6Ranges": "CidrIpv6",
+    "PrefixListIds": "PrefixListId",
+    "UserIdGroupPairs": "GroupId",
+}
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
@@ -800,11 +829,36 @@ class SpotRequest(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """One way into a security group: a port for a CIDR, and who added it."""
+    """One way into a security group, as EC2 has it, and the description that its owner gave it."""
 
-    port: int
-    cidr: str
-    owner: str
+    protocol: str
+    first: int | None  # port; None where the protocol has no ports
+    last: int | None
+    kind: str  # one of SOURCES
+    source: str
+    owner: str = ""
+
+    @property
+    def way(self) -> tuple[Any, ...]:
+        """What EC2 tells rules apart by: all but the description."""
+        return self[:-1]
+
+    @property
+    def permission(self) -> dict[str, Any]:
+        """The rule without its description, as EC2's calls take it."""
+        ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
+        return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
+
+    @property
+    def is_one_port(self) -> bool:
+        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
+        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
+
+    def __str__(self) -> str:
+        """Say "tcp 22 from 192.0.2.7/32"."""
+        protocol = "every protocol" if self.protocol == "-1" else self.protocol
+        ports = "" if self.first is None else f" {self.first}" + (f"-{self.last}" if self.last != self.first else "")
+        return f"{protocol}{ports} from {self.source}"
 
 
 class SecurityGroup(NamedTuple):
@@ -812,8 +866,9 @@ class SecurityGroup(NamedTuple):
 
     id: str
     group: str
+    name: str
+    vpc: str
     rules: tuple[Rule, ...] = ()
-    open_inside: bool = False  # its own nodes may talk to each other
 
 
 class Overview(NamedTuple):
@@ -878,15 +933,16 @@ def to_spot_request(raw: dict[str, Any]) -> SpotRequest:
 
 
 def to_security_group(raw: dict[str, Any]) -> SecurityGroup:
-    """Return a raw security group as a SecurityGroup, with the rules for single TCP ports."""
-    rules, inside = [], False
-    for permission in raw.get("IpPermissions", []):
-        for source in permission.get("IpRanges", []):
-            if permission.get("IpProtocol") == "tcp" and permission.get("FromPort") == permission.get("ToPort"):
-                rules.append(Rule(permission["FromPort"], source["CidrIp"], source.get("Description", "")))
-        pairs = [pair.get("GroupId") for pair in permission.get("UserIdGroupPairs", [])]
-        inside = inside or (permission.get("IpProtocol") == "-1" and raw["GroupId"] in pairs)
-    return SecurityGroup(raw["GroupId"], read_tags(raw).get(TAG_GROUP, ""), tuple(rules), inside)
+    """Return a raw security group as a SecurityGroup, with all that it lets in."""
+    rules = [
+        Rule(raw_rule["IpProtocol"], raw_rule.get("FromPort"), raw_rule.get("ToPort"), kind, source[key], about)
+        for raw_rule in raw.get("IpPermissions", [])
+        for kind, key in SOURCES.items()
+        for source in raw_rule.get(kind, [])
+        for about in [printable(source.get("Description", ""))]
+    ]
+    group = read_tags(raw).get(TAG_GROUP, "")
+    return SecurityGroup(raw["GroupId"], group, raw.get("GroupName", ""), raw.get("VpcId", ""), tuple(rules))
 
 
 def our_filter(group: str | None) -> list[dict[str, Any]]:
@@ -902,23 +958,28 @@ def fetch_pages(ec2: Client, call: str, key: str, **arguments: Any) -> list[dict
     return [thing for page in pages for thing in page.get(key, [])]
 
 
+def has_group(one: Node | SpotRequest | SecurityGroup) -> bool:
+    """Tell whether the tag of ONE names a group as this tool does: what others have tagged is foreign."""
+    return GROUP_NAME.fullmatch(one.group) is not None
+
+
 def fetch_nodes(ec2: Client, group: str | None = None) -> list[Node]:
     """Return every node of GROUP (None: of all groups), the lately terminated too, oldest first."""
     reservations = fetch_pages(ec2, "describe_instances", "Reservations", Filters=our_filter(group))
     nodes = [to_node(raw) for reservation in reservations for raw in reservation.get("Instances", [])]
-    return sorted(nodes, key=lambda node: (node.launched, node.id))
+    return sorted(filter(has_group, nodes), key=lambda node: (node.launched, node.id))
 
 
 def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotRequest]:
     """Return the spot requests of GROUP (None: of all groups)."""
     found = fetch_pages(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=our_filter(group))
-    return [to_spot_request(raw) for raw in found]
+    return list(filter(has_group, map(to_spot_request, found)))
 
 
 def fetch_security_groups(ec2: Client, group: str | None = None) -> list[SecurityGroup]:
     """Return the security groups of GROUP (None: of all groups)."""
     found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups", Filters=our_filter(group))
-    return [to_security_group(raw) for raw in found]
+    return list(filter(has_group, map(to_security_group, found)))
 
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
@@ -998,47 +1059,79 @@ def try_client_cidr(settings: Settings) -> str:
         return ""
 
 
+RULE_MARK = "mitsuba-cluster"
+
+
 def rule_owner(identity: Identity) -> str:
     """Return what marks a rule as this machine's: EC2 allows a few characters only."""
     import getpass
 
     who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
-    return f"mitsuba-cluster {identity.fingerprint} {who}"[:255]
+    return f"{RULE_MARK} {identity.fingerprint} {who}"[:255]
 
 
-def authorize(ec2: Client, security_group: str, permission: dict[str, Any]) -> None:
-    """Add one ingress rule; one that is there already is as good."""
-    with tolerate("InvalidPermission.Duplicate"):
-        once_known(lambda: ec2.authorize_security_group_ingress(GroupId=security_group, IpPermissions=[permission]))
-
-
-def revoke(ec2: Client, security_group: str, doomed: set[tuple[int, str]]) -> None:
-    """Remove the rules with these (port, CIDR), whichever of them are still there."""
-    filters = [{"Name": "group-id", "Values": [security_group]}]
-    rules = fetch_pages(ec2, "describe_security_group_rules", "SecurityGroupRules", Filters=filters)
-    ours = [
-        rule for rule in rules if not rule.get("IsEgress") and (rule.get("FromPort"), rule.get("CidrIpv4")) in doomed
+def wanted_rules(group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> list[Rule]:
+    """Return what GROUP has to let in: CIDR, and its own nodes."""
+    ports = [settings.SSH_PORT, SERVER_PORT] if settings.PUBLIC_SERVER_PORT else [settings.SSH_PORT]
+    inside = [SERVER_PORT, PASS_ON_PORT]
+    return [Rule("tcp", port, port, "IpRanges", cidr, owner) for port in ports] + [
+        Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in inside
     ]
-    if ours:
-        with tolerate("InvalidSecurityGroupRuleId.NotFound", "InvalidPermission.NotFound"):
-            ids = [rule["SecurityGroupRuleId"] for rule in ours]
-            ec2.revoke_security_group_ingress(GroupId=security_group, SecurityGroupRuleIds=ids)
+
+
+def is_stale(rule: Rule, group: SecurityGroup, wanted: Sequence[Rule], owner: str) -> bool:
+    """Tell whether a RULE is this machine's (or what older versions made for the nodes), and not WANTED any more."""
+    mine = rule.owner == owner or rule.way == ("-1", None, None, "UserIdGroupPairs", group.id)
+    return mine and rule.way not in {one.way for one in wanted}
 
 
 def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
-    """Open the ports to CIDR and to the group itself; return whether that replaced an old address of ours."""
-    wanted = {settings.SSH_PORT, SERVER_PORT} if settings.PUBLIC_SERVER_PORT else {settings.SSH_PORT}
-    present = {(rule.port, rule.cidr) for rule in group.rules}
-    source = [{"CidrIp": cidr, "Description": owner}]
-    for port in sorted(wanted):
-        if (port, cidr) not in present:
-            authorize(ec2, group.id, {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": source})
-    if not group.open_inside:
-        authorize(ec2, group.id, {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group.id}]})
-    stale = [r for r in group.rules if r.owner == owner and (r.port not in wanted or r.cidr != cidr)]
-    if stale:
-        revoke(ec2, group.id, {(rule.port, rule.cidr) for rule in stale})
-    return any(rule.cidr != cidr for rule in stale)
+    """Add what GROUP has to let in, then remove the owner's old rules; return whether those had another address."""
+    wanted = wanted_rules(group, settings, cidr, owner)
+    present = {rule.way for rule in group.rules}
+    for rule in wanted:
+        if rule.way not in present:
+            permission = rule.permission
+            if rule.owner:
+                permission[rule.kind][0]["Description"] = rule.owner
+            with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
+                send = functools.partial(
+                    ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission]
+                )
+                once_known(send)
+    stale = [rule for rule in group.rules if is_stale(rule, group, wanted, owner)]
+    for rule in stale:
+        with tolerate("InvalidPermission.NotFound"):
+            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
+    return any(rule.owner and rule.source != cidr for rule in stale)
+
+
+def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: Identity) -> tuple[list[Rule], bool]:
+    """Return what GROUP lets in beside this machine and its own nodes, and whether another than this key added any."""
+    owner = rule_owner(identity)
+    wanted = wanted_rules(group, settings, cidr, owner)
+    known = {rule.way for rule in wanted}
+    others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
+    mark = f"{RULE_MARK} {identity.fingerprint} "
+    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+
+
+def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
+    """Say what else RULES let into GROUP, and how to close it."""
+    ways = ", ".join(f"{rule} ({rule.owner or 'no description'})" for rule in rules)
+    permissions = shlex.quote(json.dumps([rule.permission for rule in rules]))
+    close = f"aws ec2 revoke-security-group-ingress --region {ec2.meta.region_name} --group-id {group.id}"
+    return f"security group {group.name} also lets in {ways}; to close that: {close} --ip-permissions {permissions}"
+
+
+def warn_of_rules(
+    ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, identity: Identity
+) -> None:
+    """Name what security GROUPS let in beside this machine and their own nodes."""
+    for group in groups:
+        others, _ = other_rules(group, settings, cidr, identity)
+        if others:
+            warn(describe_rules(ec2, group, others))
 
 
 # --- SSH ---------------------------------------------------------------------
@@ -1178,21 +1271,36 @@ def is_ours(node: Node, identity: Identity) -> bool:
 def not_ours(node: Node) -> str:
     """Say why nothing connects to a NODE that is not ours, and what to do."""
     if node.signature:
-        return "not launched with this key (SSH_PRIVATE_KEY_FILE): use the key that launched it, or another group"
-    end = command("terminateAll", node.group)
-    return (
-        "not launched with this key: it has no signature, as nodes of older versions have none "
-        f"(if it is yours: {end}, and launch it anew)"
-    )
+        what = "or its tags were changed: use the SSH_PRIVATE_KEY_FILE that launched it, or another group"
+    else:
+        what = (
+            f"as nodes of older versions (no signature): if it is yours, {command('terminateAll', node.group)} ends it"
+        )
+    return f"not launched with this key, {what}"
 
 
-def hide_from_git(path: Path) -> None:
-    """Keep git from picking up what is about to replace a tracked placeholder."""
+def hide_from_git(path: Path) -> str:
+    """Keep git from picking up what replaces a tracked placeholder; return why it still would, or ""."""
     import subprocess
 
-    if (path.parent / ".git").exists() and shutil.which("git"):
-        words = ["git", "-C", str(path.parent), "update-index", "--skip-worktree", path.name]
-        subprocess.run(words, env=clean_environment(), capture_output=True, check=False)
+    env = {name: value for name, value in clean_environment().items() if not name.startswith("GIT_")} | {"LC_ALL": "C"}
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        line = ["git", "-C", str(path.parent), *words, "--", path.name]
+        return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+
+    if not (shutil.which("git") and path.parent.is_dir()):
+        return ""
+    listed = git("ls-files", "-v")
+    if listed.returncode:
+        return "" if "not a git repository" in listed.stderr else first_line(listed.stderr)
+    if not listed.stdout:
+        return "" if git("check-ignore", "--quiet").returncode == 0 else "it is not in .gitignore"
+    if not listed.stdout.startswith("S"):
+        why = first_line(git("update-index", "--skip-worktree").stderr)
+        if not git("ls-files", "-v").stdout.startswith("S"):  # S: skip-worktree holds
+            return why or "git update-index --skip-worktree had no effect"
+    return ""
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -1286,29 +1394,31 @@ class Facts(NamedTuple):
     version: str = ""  # of Mitsuba; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
+    idle: float | None = None  # seconds since its last use; None: no guard is there
+    idle_limit: float = 0  # seconds after which it ends; 0: never
+    clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
     boot: str = ""  # changes with each boot of the node
     started: str = ""  # changes with each start of its server
     clock: str = ""  # seconds since 1970
     load: tuple[float, ...] = ()
     memory_mb: tuple[int, ...] = ()  # used, total
-    clients: int = 0  # connections to its server
     restarts: int = 0  # of its server by systemd, since it was started
     problem: str = ""  # what the server's log said last of an error, if it was restarted
 
 
-# Prints NAME=VALUE lines; what a node has not is left out or empty.
-FACTS = """
+# Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
+FACTS = r"""
 set -uo pipefail
 echo "cores=$(nproc)"
 echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
+echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
+echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
 echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
 echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2> /dev/null)"
 echo "clock=$(date +%s.%N)"
-echo "linked=$(tr '\\n' ' ' 2> /dev/null < /run/mtssrv/linked)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
-echo "clients=$(ss -Htn state established '( sport = :7554 )' 2> /dev/null | wc -l)"
 restarts=$(systemctl show --property NRestarts --value mtssrv.service 2> /dev/null)
 echo "restarts=${restarts:-0}"
 if [ "${restarts:-0}" != 0 ]; then
@@ -1420,26 +1530,48 @@ class Remote:
         return output
 
 
+def to_seconds(value: Any) -> float:
+    """Return a report's number as seconds that can be shown, whatever it is."""
+    return min(1e9, max(0.0, float(value)))
+
+
+# What a node may say of itself: units and tables are made of it, and renderers can write to some of its sources.
+FACT_PATTERNS = {
+    "cores": r"[1-9][0-9]{0,4}",
+    "version": r"([0-9][0-9.]{0,30}[0-9])?",
+    "role": r"(head|worker)?",
+    "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
+    "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
+    "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
+}
+
+
 def fetch_facts(remote: Remote) -> Facts:
     """Ask a node about itself."""
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+    for name, pattern in FACT_PATTERNS.items():
+        if not re.fullmatch(pattern, pairs.get(name, "")):
+            raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
     try:
+        guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
             version=pairs.get("version", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
+            idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
+            idle_limit=to_seconds(guard["limit"]),
+            clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
             boot=pairs.get("boot", ""),
             started=pairs.get("started", ""),
             clock=pairs.get("clock", ""),
             load=tuple(map(float, pairs.get("load", "").split())),
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
-            clients=int(pairs.get("clients") or 0),
             restarts=int(pairs.get("restarts") or 0),
             problem=printable(pairs.get("problem", "")),
         )
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
@@ -1495,7 +1627,7 @@ def ssh_command(node: Node, settings: Settings, *options: str) -> Iterator[list[
         known.write(f"{host} {node.host_key}\n")
         known.flush()
         given = {
-            "UserKnownHostsFile": known.name,
+            "UserKnownHostsFile": f'"{known.name}"',  # may have spaces
             "GlobalKnownHostsFile": "/dev/null",
             "StrictHostKeyChecking": "yes",
             "IdentitiesOnly": "yes",
@@ -1617,8 +1749,8 @@ class NodePool:
 
 
 # --- Passing on --------------------------------------------------------------
-# How files come to a folder of a node, from S3 or from another node: the program that fetches them
-# there, and what is heard of it here. Touches one folder of each node.
+# How files come to a folder of a node, from S3, from another node or from here: the programs that fetch and serve
+# them there, and who fetches from whom. Touches one folder of each node.
 
 RANGE_SIZE = 16 * MIB  # bytes that one request asks for
 RANGE_STREAMS = 8  # requests, and files, at once
@@ -1626,6 +1758,12 @@ RANGE_TRIES = 6
 RANGE_TIMEOUT = 30
 FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
 REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
+RECEIVERS = 2  # that a node serves at once
+SERVE_SECONDS = 600  # then a node serves no more, whatever happens here
+SERVE_RATE = 1_000_000  # bytes a second: large files are served for longer
+PEERS_TRIED = 2  # that failed a node; then it fetches from here
+PEER_TRIES, PEER_TIMEOUT = 2, 10  # of a range from another node, which may have died
+SPREAD_PATIENCE = 2  # seconds in which nodes say what they have, before anything is sent from here
 
 
 class Wanted(NamedTuple):
@@ -1675,7 +1813,8 @@ def open_below(folder: int, path: str) -> int:
 class Fetcher:
     """Runs on a node: fetches files into one folder, and records what is complete there."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, tries: int = RANGE_TRIES, timeout: int = RANGE_TIMEOUT) -> None:
+        self.tries, self.timeout = tries, timeout
         self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
@@ -1739,11 +1878,11 @@ class Fetcher:
         import urllib.error
         import urllib.request
 
-        for attempt in range(RANGE_TRIES):
+        for attempt in range(self.tries):
             try:
                 headers = one.headers | {"Range": f"bytes={start}-{end - 1}"}
                 request = urllib.request.Request(one.url, headers=headers)  # noqa: S310 - the tool wrote the address
-                with urllib.request.urlopen(request, timeout=RANGE_TIMEOUT) as answer:  # noqa: S310
+                with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
                     if answer.status != 206 and (start, end) != (0, one.size):
                         raise FetchFailed("its source sends no ranges")
                     while start < end:
@@ -1757,7 +1896,7 @@ class Fetcher:
                                 self.moved += written
                 return
             except urllib.error.HTTPError as error:
-                if error.code in (400, 401, 403, 404, 412) or attempt == RANGE_TRIES - 1:
+                if error.code in (400, 401, 403, 404, 412) or attempt == self.tries - 1:
                     cause = re.search(rb"<Code>(\w+)</Code>", error.read(4096))  # S3's own word for it
                     why = f"{error.code} {cause[1].decode()}" if cause else f"{error.code}"
                     text = "it has changed at its source meanwhile; run this again" if error.code == 412 else ""
@@ -1765,7 +1904,7 @@ class Fetcher:
             except (OSError, ValueError, http.client.HTTPException) as error:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
                     raise
-                if attempt == RANGE_TRIES - 1:
+                if attempt == self.tries - 1:
                     raise FetchFailed(f"it can't be fetched: {getattr(error, 'reason', error)}") from None
             time.sleep(0.5 * 2**attempt)
 
@@ -1861,7 +2000,7 @@ def fetch_files(arguments: list[str]) -> None:
     os.umask(0o022)
     wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
-        fetcher = Fetcher(arguments[0])
+        fetcher = Fetcher(arguments[0], *map(int, arguments[1:]))
     except OSError as error:
         say(error=f"{arguments[0]} can't be written to ({error.strerror}); install prepares it")
         sys.exit(1)
@@ -1909,8 +2048,10 @@ def read_report(line: bytes) -> dict[str, Any]:
     raise NodeError(f"sends a malformed report: {line[:80].decode('utf-8', 'replace')}")
 
 
-def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote) -> Fetched:
-    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come."""
+def fetch_step(
+    folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote, *patience: int
+) -> Fetched:
+    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come. PATIENCE: other tries, and timeout."""
     last: dict[str, Any] = {}
     rest = b""
 
@@ -1923,7 +2064,7 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None
         rest = rest[-MIB:]  # no report is so long
 
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
-    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder])
+    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
         raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
@@ -1932,12 +2073,259 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], show: Callable[[int], None
     return Fetched(**{name: last[name] for name in Fetched._fields})
 
 
+class FileServer:
+    """Answers whoever knows a token HTTP requests for ranges of files, by their numbers; runs on a node, and here."""
+
+    def __init__(self, token: str, sizes: Sequence[int], open_file: Callable[[int], int]) -> None:
+        self.token, self.sizes, self.open_file = token, sizes, open_file
+        self.counting = threading.Lock()
+        self.receivers: list[str] = []  # one for each request that is being answered
+
+    def answer(self, stream: Stream, peer: str) -> None:
+        """Answer one request, and close the STREAM."""
+        try:
+            stream.settimeout(RANGE_TIMEOUT)
+            request = b""
+            while b"\r\n\r\n" not in request and len(request) < 1 << 14:
+                if not (block := stream.recv(4096)):
+                    return
+                request += block
+            status, number, start, end = self.judge(request)
+            with self.counting:
+                if status == 206 and peer not in self.receivers and len(set(self.receivers)) >= RECEIVERS:
+                    status = 503
+                self.receivers.append(peer)
+            try:
+                self.send(stream, status, number, start, end)
+            finally:
+                with self.counting:
+                    self.receivers.remove(peer)
+        except (OSError, EOFError):  # the receiver has gone; it asks again if it can
+            pass
+        finally:
+            stream.close()
+
+    def judge(self, request: bytes) -> tuple[int, int, int, int]:
+        """Return (HTTP status, number of the file, first byte, end) for a REQUEST."""
+        import hmac
+
+        token = re.search(rb"\r\nauthorization: bearer (\w+)\r\n", request, re.I)
+        if not (token and hmac.compare_digest(token[1], self.token.encode())):
+            return 403, 0, 0, 0
+        number = re.match(rb"GET /(\d{1,9}) ", request)
+        span = re.search(rb"\r\nrange: bytes=(\d{1,18})-(\d{1,18})\r\n", request, re.I)
+        if not number or int(number[1]) >= len(self.sizes):
+            return 404, 0, 0, 0
+        if not span or not int(span[1]) <= int(span[2]) < self.sizes[int(number[1])]:
+            return 416, 0, 0, 0
+        return 206, int(number[1]), int(span[1]), int(span[2]) + 1
+
+    def send(self, stream: Stream, status: int, number: int, start: int, end: int) -> None:
+        """Send the answer."""
+        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - start}\r\nConnection: close\r\n\r\n"
+        stream.sendall(head.encode())
+        if status == 206:
+            handle = self.open_file(number)
+            try:
+                while start < end and (block := os.pread(handle, min(MIB, end - start), start)):
+                    stream.sendall(block)
+                    start += len(block)
+            finally:
+                os.close(handle)
+
+
+def serve_files(arguments: list[str]) -> None:
+    """Run on a node: serve complete files of a folder at its private address, until stdin ends or time is up.
+
+    The first line of stdin is a JSON object: token, seconds, and the files as Wanted.
+    """
+    import resource
+
+    folder, address, port = arguments
+    job = json.loads(sys.stdin.readline())
+    wanted = [Wanted(**one) for one in job["wanted"]]
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    fetcher, handles = Fetcher(folder), []
+    record = fetcher.load("record.json") or {}
+    for one in wanted:
+        if not fetcher.is_here(one, record):
+            sys.exit(f"{one.path} is not complete here")
+        below, name = fetcher.open_target(one)
+        handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
+        os.close(below)
+    server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
+    listener = socket.create_server((address, int(port)), backlog=64)
+
+    def accept() -> None:
+        while True:
+            stream, (peer, _) = listener.accept()
+            threading.Thread(target=server.answer, args=(stream, peer), daemon=True).start()
+
+    threading.Timer(job["seconds"], os._exit, [0]).start()
+    threading.Thread(target=accept, daemon=True).start()
+    print("ready", flush=True)
+    sys.stdin.read()
+    os._exit(0)
+
+
+def serve_program() -> str:
+    """Return serve_files as a program of its own."""
+    names = "FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
+    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, FileServer, serve_files)
+
+
+@dataclass(eq=False)
+class Source:
+    """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
+
+    remote: Remote | None = None
+    serving: bool = False
+    failures: int = 0
+
+
+class Spread:
+    """Brings the same files to many nodes: once from here, and on from node to node.
+
+    A source serves one node at a time, so that the nodes that have the files double from round to round.
+    Nothing runs beside the nodes' own steps: a step waits for its source, fetches, and is a source itself.
+    """
+
+    def __init__(self, folder: str, wanted: Sequence[Wanted], paths: Sequence[Path], nodes: int) -> None:
+        import secrets
+
+        self.folder, self.wanted, self.paths = folder, wanted, paths
+        self.token = secrets.token_hex(16)
+        self.changed = threading.Condition()
+        self.here: Source | None = Source()  # while nobody fetches from it
+        self.idle: list[Source] = []  # nodes that serve nobody
+        self.fetching = 0  # nodes
+        self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
+        self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
+
+    def hear(self) -> None:
+        """Note that one more node has said what it has."""
+        with self.changed:
+            self.until = self.until or time.monotonic() + SPREAD_PATIENCE
+            self.unheard -= 1
+            self.changed.notify_all()
+
+    def choose(self, tried: Sequence[Source]) -> Source | None:
+        """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
+        fresh = [source for source in self.idle if source not in tried]
+        if len(tried) < PEERS_TRIED and fresh:
+            source = fresh[0]
+            self.idle.remove(source)
+        else:
+            alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
+            if not self.here or not (alone or len(tried) >= PEERS_TRIED):
+                return None
+            source, self.here = self.here, None
+        self.fetching += 1
+        return source
+
+    def take(self, tried: Sequence[Source]) -> Source:
+        """Wait for a source."""
+        with self.changed:
+            while not (source := self.choose(tried)):
+                self.changed.wait(0.2)
+        return source
+
+    def give_back(self, source: Source, done: bool) -> None:
+        """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
+        with self.changed:
+            self.fetching -= 1
+            source.failures += not done
+            if not source.remote:
+                self.here = source
+            elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
+                self.idle.append(source)
+            self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def address(self, source: Source, remote: Remote) -> Iterator[str]:
+        """Yield the address at which REMOTE reaches a SOURCE: a node's private one, or a port that leads here."""
+        import paramiko
+
+        if source.remote:
+            if not source.serving:
+                self.start(source, source.remote)
+            yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
+            return
+        sizes = [one.size for one in self.wanted]
+        server = FileServer(self.token, sizes, lambda number: os.open(self.paths[number], os.O_RDONLY))
+
+        def accept(channel: paramiko.Channel, *_: object) -> None:
+            threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
+
+        try:
+            port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
+        except (paramiko.SSHException, OSError, EOFError) as error:
+            raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+                remote.transport.cancel_port_forward("127.0.0.1", port)
+
+    def start(self, source: Source, remote: Remote) -> None:
+        """Start a node's program that serves the files."""
+        seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
+        job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
+        arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        with contextlib.ExitStack() as stack:
+            channel = stack.enter_context(remote.session())
+            channel.settimeout(LIVENESS_LIMIT)
+            channel.set_combine_stderr(True)
+            remote.execute(channel, shlex.join(["python3", "-I", "-c", serve_program(), *arguments]))
+            channel.sendall(json.dumps(job).encode() + b"\n")
+            if (answer := channel.recv(4096)) != b"ready\n":
+                raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
+            self.sessions.push(stack.pop_all())
+        source.serving = True
+
+    def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
+        """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
+        try:
+            done = fetch_step(self.folder, self.wanted, show, remote)
+        finally:
+            self.hear()
+        tried: list[Source] = []
+        while done.missing:
+            source, complete = self.take(tried), False
+            try:
+                with self.address(source, remote) as url:
+                    headers = {"Authorization": f"Bearer {self.token}"}
+                    wanted = [
+                        one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
+                    ]
+                    done = fetch_step(self.folder, wanted, show, remote, PEER_TRIES, PEER_TIMEOUT)
+                complete = True
+            except SilentNode:
+                raise
+            except NodeError:
+                if not source.remote:
+                    raise
+                tried.append(source)
+            finally:
+                self.give_back(source, complete)
+        with self.changed:
+            self.idle.append(Source(remote))
+            self.changed.notify_all()
+        return done
+
+
 # --- Command line ------------------------------------------------------------
 # The one error boundary, what a run holds, and what the commands share.
 
-GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
 LIMITS_VARIABLE = "MITSUBA_CLUSTER_LIMITS"
+
+
+def warn_of_git(path: Path) -> None:
+    """Keep git's hands off a file with secrets, or say that this failed."""
+    if why := hide_from_git(path):
+        warn(f"git may pick up the secrets in {path} ({why})")
 
 
 def warn_of_secrets(path: Path, settings: Settings) -> None:
@@ -1946,10 +2334,10 @@ def warn_of_secrets(path: Path, settings: Settings) -> None:
         note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             note(f"Warning: other users of this machine can read it: chmod 600 {path}")
-        hide_from_git(path)
+        warn_of_git(path)
     s3cfg = settings.folder / ".s3cfg"
     if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
-        hide_from_git(s3cfg)
+        warn_of_git(s3cfg)
 
 
 class App:
@@ -2029,6 +2417,7 @@ class App:
         ready = self.choose_running(group, nodes)
         if cidr:
             self.allow_access(groups, cidr)
+        warn_of_rules(ec2, groups, self.settings, cidr, self.identity)
         return ready
 
     def ours(self, nodes: Sequence[Node]) -> list[Node]:
@@ -2301,13 +2690,13 @@ def find_node(app: App, name: str) -> Node:
 
     ClusterError where there is none, or more than one.
     """
-    nodes = [node for node in fetch_nodes(app.ec2) if node.state in ALIVE]
+    nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
     if name == "head":
         found = [node for node in nodes if node.role == "head" and node.state == "running"]
         found = [node for node in found if node.group == "default"] or found
     else:
         exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
-        found = exact or [node for node in nodes if name and (node.id.startswith(name) or node.name.startswith(name))]
+        found = exact or [node for node in nodes if (node.id.startswith(name) or node.name.startswith(name))]
     if len(found) > 1:
         which = ", ".join(f"{node.name} ({node.group}, {node.id})" for node in in_order(found))
         raise ClusterError(f"{printable(name)!r} may be {which}: name one of them by its id")
@@ -2356,6 +2745,508 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
     market = [] if any(node.market == "spot" for node in nodes) else ["MARKET"]
     spare = ["PRIVATE", "ID", *market, "NAME", "$/H", "TYPE", "MARKET", "ENDS IN"]
     return format_table(rows, 10_000 if wide else terminal_width(), spare)
+
+
+# --- Guard -------------------------------------------------------------------
+# mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
+# links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
+# each other, the constants that guard_program lists, and Python's own modules. All times are of the monotonic clock.
+
+HELLO = b"\x1b\xcd"
+QUIT = b"\x00\x0c"
+FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
+NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
+GUARD_TIMEOUT = 2.0  # seconds for one handshake
+WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
+WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
+WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
+JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
+JOIN_QUIET = 60  # seconds without any client before that restart of the head
+JOIN_DOUBLINGS = 7
+USE_LOOK = 60  # seconds over which it is judged whether a node is in use
+BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
+LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
+LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
+CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
+HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
+FILE_BYTES = 1 << 20  # of a file that the guard reads
+MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
+
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, version, own, head, workers with their cores
+IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
+LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
+MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
+STATE_PATH = "/run/mitsuba-cluster/state.json"
+MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
+
+
+class AnotherBuild(Exception):
+    """The server is a Mitsuba of another version or flavour."""
+
+
+def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
+    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
+    data = b""
+    while len(data) < size:
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
+        part = stream.recv(size - len(data))
+        if not part:
+            raise EOFError("the server closed the connection")
+        data += part
+    return data
+
+
+def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
+    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
+
+    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to the last byte (but of a
+    server that talks on and on): a reset that comes before the server has accepted ends it, and its head with it.
+    """
+    stream.settimeout(max(0.001, deadline - time.monotonic()))
+    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
+    answer = receive_exactly(stream, 2, deadline)
+    if answer == b"\x00\x0d":
+        raise AnotherBuild(version)
+    if answer != HELLO:
+        raise ValueError("what answers is not mtssrv")
+    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
+    name = b""
+    while not name.endswith(b"\0"):
+        if len(name) > NAME_BYTES:
+            raise ValueError("its node's name does not end")
+        name += receive_exactly(stream, 1, deadline)
+    try:
+        stream.sendall(QUIT)
+        stream.shutdown(socket.SHUT_WR)
+        receive_exactly(stream, NAME_BYTES, deadline)
+    except (OSError, EOFError):
+        pass
+    return cores, name[:-1].decode("utf-8", "replace")
+
+
+def handshake(
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+) -> tuple[int, str]:
+    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    deadline = time.monotonic() + limit
+    for samples, double in FLAVOURS:
+        try:
+            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
+                return shake_hands(stream, version, samples, double, deadline)
+        except AnotherBuild:
+            pass
+    raise AnotherBuild(version)
+
+
+class Answer(NamedTuple):
+    """What came of a handshake."""
+
+    alive: bool
+    problem: str = ""  # why the server can't be linked
+    connections: int = 1  # that it took
+
+
+def ask_address(address: str, version: str, most_cores: int) -> Answer:
+    """Shake hands with the server at ADDRESS, which may have so many cores."""
+    opened = []
+
+    def connect_to_it(limit: float) -> socket.socket:
+        connection = socket.create_connection((address, SERVER_PORT), limit)
+        opened.append(limit)
+        return connection
+
+    try:
+        cores, _ = handshake(connect_to_it, version, GUARD_TIMEOUT)
+    except AnotherBuild:
+        return Answer(True, f"is another build than Mitsuba {version}", len(opened))
+    except (OSError, EOFError, ValueError) as error:
+        return Answer(False, f"does not answer: {error}", len(opened))
+    wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
+    return Answer(True, wrong, len(opened))
+
+
+def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
+    """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
+    found: dict[str, Answer] = {}
+    threads = [
+        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
+        for pair in addresses.items()
+    ]
+    deadline = time.monotonic() + 2 * GUARD_TIMEOUT
+    for thread in threads:
+        thread.daemon = True
+        thread.start()
+    for thread in threads:
+        thread.join(max(0, deadline - time.monotonic()))
+    return {one: found.get(one, Answer(False, "does not answer")) for one in addresses}
+
+
+def read_file(path: str) -> str:
+    """Return a plain file's text; "" where there is none, nor follow a link, wait for a FIFO, or read without end."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, errors="replace") as file:
+            return file.read(FILE_BYTES) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
+    except OSError:
+        return ""
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file that everybody may read, whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(f"{path}.new", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.new", path)
+
+
+def read_plan() -> dict[str, Any]:
+    """Return what start wants of this node; {} before the first start."""
+    try:
+        return dict(json.loads(read_file(PLAN_PATH)))
+    except ValueError:
+        return {}
+
+
+def say(text: str) -> None:
+    """Write a line to the journal."""
+    print(text, flush=True)
+
+
+def filter_workers() -> None:
+    """Before each start of the head: note those of its workers that answer, and name the others."""
+    plan = read_plan()
+    answers = ask_all(plan["workers"], plan["version"])
+    for one, answer in answers.items():
+        if answer.problem:
+            say(f"{one} is left out: it {answer.problem}")
+    write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
+
+
+class Links(NamedTuple):
+    """What the head's guard knows of the servers."""
+
+    linked: frozenset[str] = frozenset()
+    heard: dict[str, float] = {}  # noqa: RUF012 - nobody changes it; when each server that must answer last did
+    answering: dict[str, float] = {}  # noqa: RUF012 - since when each worker that is not linked does
+    losses: dict[str, int] = {}  # noqa: RUF012 - how often a worker was linked and fell out
+    named: frozenset[str] = frozenset()  # those that answer and can't be linked: named once
+
+
+def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answers: dict[str, Answer]) -> Links:
+    """Carry LINKS on with one more round of ANSWERS."""
+    return Links(
+        linked,
+        {one: now if answers[one].alive else links.heard.get(one, now) for one in (own, *linked)},
+        {one: links.answering.get(one, now) for one in answers.keys() - linked - {own} if not answers[one].problem},
+        links.losses | {one: links.losses.get(one, 0) + 1 for one in links.linked - linked},
+        frozenset(one for one, answer in answers.items() if answer.alive and answer.problem),
+    )
+
+
+def find_silent(links: Links, now: float) -> list[str]:
+    """Return the servers that have been silent for too long: nothing else ends a render that one of them stalls."""
+    return sorted(one for one, heard in links.heard.items() if now - heard > WATCH_SILENCE)
+
+
+def find_joining(links: Links, now: float, quiet: float) -> list[str]:
+    """Return the workers to link now; QUIET: since when nobody has connected to the head."""
+    if now - quiet < JOIN_QUIET:
+        return []
+    pause = {one: JOIN_ANSWERS * 2 ** min(links.losses.get(one, 0), JOIN_DOUBLINGS) for one in links.answering}
+    return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
+
+
+class Look(NamedTuple):
+    """What one look at a node shows."""
+
+    at: float
+    computed: float  # seconds of a core that mtssrv.service has used
+    opened: int  # connections that the node has accepted so far, on any port, but for the guard's own
+    servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
+    logins: dict[str, int]  # the same of those to sshd
+    touched: dict[str, int]  # terminals and the mark: when each was last used
+    working: bool = False  # a command of cluster.py is at work
+
+
+def read_connections(text: str, port: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
+    servers, logins = {}, {}
+    for line in text.splitlines():
+        _, _, own, peer, *rest = line.split()
+        # ss leaves out what is 0.
+        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
+        if own.endswith(f":{port}"):
+            servers[peer] = moved
+        elif '"sshd' in line:
+            logins[peer] = moved
+    return servers, logins
+
+
+def is_below_sshd(process: str) -> bool:
+    """Tell whether a process belongs to an SSH connection that still stands."""
+    while process not in ("0", "1"):
+        # "PID (NAME) STATE PARENT …", and NAME may hold anything
+        name, _, rest = read_file(f"/proc/{process}/stat").partition("(")[2].rpartition(")")
+        if name.startswith("sshd"):
+            return True
+        process = (rest.split() or ["", "0"])[1]
+    return False
+
+
+def is_held(path: str) -> bool:
+    """Tell whether a command that somebody waits for holds PATH open."""
+    import glob
+
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == path and is_below_sshd(link.split("/")[2]):
+                return True
+    return False
+
+
+def run_quietly(*words: str) -> str:
+    """Run a program of the system's; return its output, "" where it fails or hangs."""
+    import subprocess
+
+    try:
+        return subprocess.run(words, stdout=subprocess.PIPE, timeout=30, check=False).stdout.decode("utf-8", "replace")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def take_look(own_connections: int) -> Look:
+    """Look at this node."""
+    import glob
+
+    cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
+    names, values = (line.split() for line in read_file("/proc/net/snmp").splitlines() if line.startswith("Tcp:"))
+    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
+    touched = {}
+    for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
+        with contextlib.suppress(OSError):
+            about = os.stat(path)
+            touched[path] = about.st_mtime_ns if path == MARK_PATH else about.st_atime_ns
+    return Look(
+        time.monotonic(),
+        int(cpu) / 1e9 if cpu.isdigit() else 0.0,
+        int(values[names.index("PassiveOpens")]) - own_connections,
+        servers,
+        logins,
+        touched,
+        is_held(MARK_PATH),
+    )
+
+
+class Connection(NamedTuple):
+    """A connection to mtssrv."""
+
+    since: float
+    moved: float  # when it last moved bytes
+    total: int  # of those
+
+
+class Memory(NamedTuple):
+    """What the guard keeps from look to look, and in /run over its own restarts."""
+
+    at: float  # the last look
+    base: Look  # against which use is judged
+    used: float  # when the node was last used, and
+    how: str  # by what
+    quiet: float  # since when nobody has connected to mtssrv
+    left: float  # when a client was last there
+    opened: int
+    connections: dict[str, Connection]
+
+
+def find_clients(memory: Memory) -> dict[str, Connection]:
+    """Return the clients: connections to mtssrv that two looks have seen; a probe's is short."""
+    return {peer: one for peer, one in memory.connections.items() if memory.at - one.since >= CLIENT_LOOK}
+
+
+def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int) -> str:
+    """Say by what a node was used between two looks; "" if by nothing that counts."""
+    if look.computed - base.computed > BUSY_CORES * (look.at - base.at):
+        return "mtssrv computed"
+    if look.working:
+        return "a command of cluster.py is at work"
+    if any(base.touched.get(path) != when for path, when in look.touched.items()):
+        return "a terminal had input, or start or extend asked for it"
+    if any(one.moved > base.at for one in clients):
+        return "a client moved bytes"
+    most = LOGIN_BYTES + LINK_BYTES * workers
+    if any(count - base.logins.get(peer, 0) > most for peer, count in look.logins.items()):
+        return "an SSH connection moved data"
+    return ""
+
+
+def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
+    """Carry MEMORY on with one more LOOK."""
+    if not memory:
+        memory = Memory(look.at, look, look.at, "the node booted", look.at, look.at, look.opened, {})
+    seen = {}
+    for peer, count in look.servers.items():
+        old = memory.connections.get(peer)
+        if not old or count < old.total:
+            old = Connection(look.at, look.at, count)
+        seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
+    quiet = look.at if seen or look.opened > memory.opened else memory.quiet
+    memory = memory._replace(at=look.at, quiet=quiet, opened=look.opened, connections=seen)
+    clients = find_clients(memory)
+    if clients:
+        memory = memory._replace(left=look.at)
+    if look.at - memory.base.at >= USE_LOOK:
+        how = find_use(memory.base, look, clients.values(), workers)
+        memory = memory._replace(base=look)
+        memory = memory._replace(used=look.at, how=how) if how else memory
+    return memory
+
+
+def judge_idleness(memory: Memory, role: str, limit: float) -> str:
+    """Return "end", "" to stay, or "ask" of a worker: whether its head still answers. LIMIT: seconds, 0 for none.
+
+    Use is known only up to the last look over which it was judged.
+    """
+    idle = memory.at - memory.used
+    if not limit or idle < limit or memory.at != memory.base.at:
+        return ""
+    if role == "worker":
+        return "ask"
+    if role == "head" and find_clients(memory):
+        return "end" if idle >= max(limit, CLIENT_SILENCE) else ""
+    return "end" if role != "head" or memory.at - memory.left >= limit else ""
+
+
+def restore_memory(text: str) -> Memory | None:
+    """Return what an earlier guard of this boot knew; None where there is nothing of use."""
+    try:
+        kept = json.loads(text)
+        kept["base"] = Look(*kept["base"])
+        kept["connections"] = {peer: Connection(*one) for peer, one in kept["connections"].items()}
+        return Memory(**kept)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def report(memory: Memory, limit: float) -> dict[str, Any]:
+    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
+    clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
+    return {"idle": memory.at - memory.used, "used": memory.how, "limit": limit, "clients": clients}
+
+
+def restart_head(why: str) -> None:
+    """Restart the head's server; its filter then links all workers that answer."""
+    say(f"restarts the head {why}")
+    run_quietly("systemctl", "restart", "mtssrv.service")
+
+
+def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, int]:
+    """Shake hands with all servers once, and restart the head where that helps; return the connections to it, too."""
+    own, workers = plan["own"], plan["workers"]
+    answers = ask_all({own: MOST_CORES} | workers, plan["version"])
+    for one in workers:
+        if answers[one].alive and answers[one].problem and one not in links.named:
+            say(f"does not link {one}: it {answers[one].problem}")
+    linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
+    links = renew_links(links, time.monotonic(), own, linked, answers)
+    if silent := find_silent(links, time.monotonic()):
+        restart_head(f"since these are silent: {' '.join(silent)}")
+        links = links._replace(heard={})
+    elif joining := find_joining(links, time.monotonic(), quiet):
+        restart_head(f"to link {' '.join(joining)}")
+        links = links._replace(answering={})
+    return links, answers[own].connections
+
+
+def guard_node(arguments: list[str]) -> None:
+    """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
+    if arguments == ["filter"]:
+        return filter_workers()
+    plan = read_plan()
+    role, workers = plan.get("role", "none"), plan.get("workers", {})
+    limit = 60 * float(read_file(IDLE_PATH) or 0)
+    links, own_connections, refused = Links(), 0, 0
+    say(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    with open(MARK_PATH, "a"):
+        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
+    while True:
+        if role == "head":
+            links, more = keep_serving(plan, links, memory.quiet)
+            own_connections += more
+        if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
+            memory = remember(memory, take_look(own_connections), len(workers))
+            write_file(MEMORY_PATH, json.dumps(memory._asdict()))
+            write_file(STATE_PATH, json.dumps(report(memory, limit)))
+            verdict = judge_idleness(memory, role, limit)
+            if verdict == "ask":
+                refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
+                if refused:
+                    say(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+            else:
+                refused = 0
+            if verdict == "end" or refused >= HEAD_ASKED:
+                say(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
+                run_quietly("systemctl", "poweroff")
+        time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
+
+
+GUARD_UNIT = """\
+[Unit]
+Description=Mitsuba cluster: keeps the head serving, links nodes that come back, ends idle nodes
+StartLimitIntervalSec=0
+
+[Service]
+ExecStart=/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py
+Restart=always
+RestartSec=1
+RuntimeDirectory=mitsuba-cluster
+RuntimeDirectoryPreserve=yes
+NoNewPrivileges=yes
+ProtectHome=yes
+ProtectSystem=strict
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+# $1 the guard as base64 of gzip, $2 its unit, $3 minutes that a node may be idle. At every boot: later ones keep what
+# start has put in its place.
+GUARD_BOOT = r"""
+set -eu
+library=/usr/local/lib/mitsuba-cluster
+if [ ! -e $library/guard.py ]; then
+  mkdir -p $library /etc/mitsuba-cluster
+  printf %s "$1" | base64 -d | gzip -d > $library/guard.py
+  printf '%s\n' "$2" > /etc/systemd/system/mitsuba-guard.service
+  echo "$3" > /etc/mitsuba-cluster/idle-minutes
+  systemctl daemon-reload
+  systemctl enable --quiet mitsuba-guard.service
+fi
+systemctl start --no-block mitsuba-guard.service
+"""
+
+
+def guard_program() -> str:
+    """Return the guard as a program of its own."""
+    names = (
+        "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
+        "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
+        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
+    )
+    parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
+    parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
+    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, take_look, Connection, Memory]
+    parts += [find_clients, find_use, remember, judge_idleness, restore_memory, report, restart_head, keep_serving]
+    return node_program(names, *parts, guard_node)
+
+
+def guard_at_boot(minutes: float) -> list[str]:
+    """Return the command line that installs the guard at a node's first boot."""
+    import base64
+    import gzip
+
+    program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
+    return ["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]
 
 
 # --- createNodes -------------------------------------------------------------
@@ -2436,11 +3327,15 @@ class Launch(NamedTuple):
     disk_gb: int
 
 
-# $1…: every boot, as root, before anything else. Whoever runs on the node could read its
-# user data, in which the host key is, or act with the node's role; so root alone may ask.
-METADATA_GUARD = """
-set -eu
-nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
+# $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
+# Whoever runs on the node could read its user data, in which the host key is, or act with the node's
+# role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
+# reboot changes nothing.
+BOOT = r"""
+set -u
+
+guard_metadata() {
+  nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
 table inet mitsuba_metadata
 delete table inet mitsuba_metadata
 table inet mitsuba_metadata {
@@ -2451,21 +3346,27 @@ table inet mitsuba_metadata {
   }
 }
 RULES
-"""
+}
 
-# $1: seconds from the first boot. The node's own clock decides, and a reboot changes nothing.
-DEADLINE = """
-set -eu
-unit=/etc/systemd/system/mitsuba-deadline
-if [ ! -e $unit.timer ]; then
-  at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
-  printf '%s\\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
-  printf '%s\\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \\
-    '[Install]' 'WantedBy=timers.target' > $unit.timer
-  systemctl daemon-reload
-  systemctl enable --quiet mitsuba-deadline.timer
-fi
-systemctl start --no-block mitsuba-deadline.timer
+set_deadline() (
+  set -e
+  [ "$1" != 0 ] || exit 0
+  unit=/etc/systemd/system/mitsuba-deadline
+  if [ ! -e $unit.timer ]; then
+    at=$(date -u -d "@$(($(date +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
+    printf '%s\n' '[Service]' 'Type=oneshot' 'ExecStart=systemctl poweroff' > $unit.service
+    printf '%s\n' '[Timer]' "OnCalendar=$at" 'Persistent=true' 'AccuracySec=1s' \
+      '[Install]' 'WantedBy=timers.target' > $unit.timer
+    systemctl daemon-reload
+    systemctl enable --quiet mitsuba-deadline.timer
+  fi
+  systemctl start --no-block mitsuba-deadline.timer
+)
+
+guard_metadata
+guarded=$?
+set_deadline "$1"
+exit $((guarded | $?))
 """
 
 # $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
@@ -2479,6 +3380,13 @@ case $code in
   124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
   *) cloud-init status --long; exit 1 ;;
 esac
+"""
+
+
+# As root: fails where the guard of BOOT is not there.
+CHECK_GUARD = """
+nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
+  iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
 
 
@@ -2646,6 +3554,34 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
 
 
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
+
+
 def index_has(apt_line: str, package: str) -> bool:
     """Tell whether an apt repository offers PACKAGE for amd64; OSError where it has no index."""
     import gzip
@@ -2664,7 +3600,7 @@ def index_has(apt_line: str, package: str) -> bool:
     for folder in folders:
         for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
             try:
-                with urllib.request.urlopen(f"{folder}/{name}", timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
                     if wanted.search(unpack(answer.read())):
                         return True
                 trouble = None
@@ -2683,11 +3619,12 @@ def look_for_package(settings: Settings) -> None:
 
     package = plan_package(settings)
     note(f"To be installed: {package.title}")
+    for risk in package_risks(settings, package):
+        warn(risk)
     advice = f"set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings} before you run install"
     try:
         if "://" in package.source:
-            request = urllib.request.Request(package.source, method="HEAD")  # noqa: S310 - https, as just seen
-            urllib.request.urlopen(request, timeout=ADDRESS_LIMIT).close()  # noqa: S310
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
         elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
             warn(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
     except (urllib.error.URLError, OSError, ValueError) as error:
@@ -2732,8 +3669,12 @@ def ensure_key_file(path: Path) -> None:
         return
     if text and "placeholder" not in text:
         raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
     private, _ = make_ed25519()
-    hide_from_git(path)
     write_secret(path, private)
     click.echo(f"Made a new SSH key: {path}", err=True)
 
@@ -2758,16 +3699,22 @@ def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     """Return GROUP's security group; make it, tagged, where it is missing."""
-    if existing := fetch_security_groups(ec2, group):
-        return existing[0]
     name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
+
+    def find() -> SecurityGroup | None:
+        found = fetch_security_groups(ec2, group)
+        return next((one for one in found if (one.name, one.vpc) == (name, vpc)), None)
+
+    if existing := find():
+        return existing
     specification = [{"ResourceType": "security-group", "Tags": tags}]
     about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
     with tolerate("InvalidGroup.Duplicate"):
-        return SecurityGroup(ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"], group)
+        made = ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"]
+        return SecurityGroup(made, group, name, vpc)
     for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
-        if existing := fetch_security_groups(ec2, group):
-            return existing[0]
+        if existing := find():
+            return existing
         time.sleep(POLL)
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
@@ -2777,14 +3724,11 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
-    commands = [["bash", "-c", METADATA_GUARD]]
-    if max_hours:
-        commands.append(["bash", "-c", DEADLINE, "deadline", str(round(max_hours * 3600))])
     config = {
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": commands,
+        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))]],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -2810,6 +3754,10 @@ def prepare(app: App, order: LaunchRequest) -> Launch:
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
     group = ensure_security_group(ec2, order.group, subnets[0].vpc)
+    others, foreign = other_rules(group, settings, cidr, identity)
+    if foreign:
+        raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
+    warn_of_rules(ec2, [group], settings, cidr, identity)
     repair_rules(ec2, group, settings, cidr, rule_owner(identity))
     private, public = make_ed25519()
     tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
@@ -2919,9 +3867,19 @@ def fetch_console(ec2: Client, node: Node) -> str:
         return f"its console can't be read: {explain(error)}"
 
 
+def check_guard(remote: Remote) -> None:
+    """Refuse a node whose boot script could not keep its programs from the metadata service."""
+    if remote.run(root_command("check-guard", CHECK_GUARD))[0]:
+        raise NodeError(
+            "its metadata guard is missing, so any program on it could read its host key: "
+            f"{command('terminate', remote.node.id)} ends it"
+        )
+
+
 def boot_step(remote: Remote) -> None:
     """Wait for the end of cloud-init."""
     remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
+    check_guard(remote)
 
 
 def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
@@ -3030,6 +3988,7 @@ def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: 
 
 INSTALL_LIMIT = 1800
 PACKED_KEPT = 3  # packed builds in the cache folder
+PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
 # Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
 PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
@@ -3057,7 +4016,7 @@ GRAPHICS_LIBRARIES = frozenset(
 
 # $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
-# repository, or else a file or https address of a .deb, .tar.gz or shell script.
+# repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
@@ -3098,7 +4057,10 @@ fetch() {
       step downloading
       printf 'url = "%s"\n' "$package" | curl -fsSL --proto =https --retry 5 -o "$1" --config -
       ;;
-    *) install -m 644 "$package" "$1" && rm -f "$package" ;;
+    *)
+      install -m 644 "$package" "$1"
+      find "${package%/*}" -maxdepth 1 -type f ! -name "${package##*/}" -delete # older ones; this one is passed on
+      ;;
   esac
   if [ -n "$sha256" ]; then echo "$sha256  $1" | sha256sum --check --strict; fi
 }
@@ -3453,16 +4415,16 @@ def plan_package(settings: Settings) -> Package:
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
 
 
-def upload_package(package: Package, remote: Remote) -> str:
-    """Send a package file to a node; return where it lies there."""
-    name = re.sub(r"[^A-Za-z0-9._+~-]", "_", Path(package.source).name)
-    target = f".mitsuba-{package.sha256[:16]}-{name}"  # in the user's home
-    with Path(package.source).open("rb") as file:
-        blocks = iter(lambda: file.read(MIB), b"")
-        return remote.check(f"cat > {target} && readlink -f {target}", limit=INSTALL_LIMIT, stdin=blocks).strip()
+def make_spread(package: Package, nodes: int) -> Spread | None:
+    """Return what brings a package file to the nodes, into a folder in the user's home; None where it is elsewhere."""
+    if not package.is_file:
+        return None
+    path = Path(package.source)
+    name = f"{PACKAGE_FOLDER}/{package.sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
+    return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def install_step(settings: Settings, package: Package, logs: Path, remote: Remote) -> str:
+def install_step(settings: Settings, package: Package, spread: Spread | None, logs: Path, remote: Remote) -> str:
     """Install Mitsuba on one node; return its version."""
     import hashlib
 
@@ -3475,7 +4437,10 @@ def install_step(settings: Settings, package: Package, logs: Path, remote: Remot
             os.fchmod(log.fileno(), 0o600)  # one of an older version
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
-            source = upload_package(package, remote) if package.is_file else package.source
+            check_guard(remote)
+            if spread:
+                spread.bring(lambda moved: None, remote)
+            source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
             code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
@@ -3497,7 +4462,11 @@ def install(app: App, group: str) -> None:
     note(f"Installing {package.title}")
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    outcomes = app.pool.each(nodes, functools.partial(install_step, app.settings, package, logs), progress)
+    spread = make_spread(package, len(nodes))
+    step = functools.partial(install_step, app.settings, package, spread, logs)
+    outcomes = app.pool.each(nodes, step, progress)
+    if spread:
+        spread.sessions.close()
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -3508,8 +4477,10 @@ def install(app: App, group: str) -> None:
 
 SERVER_LIMIT = 40  # seconds from starting a server to its handshake
 LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
-HANDSHAKE_LIMIT = 5  # a server's answer; up to 0.35 s were seen in mid-render
-MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
+HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
+
+
+NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 
 def plan_head(nodes: Sequence[Node]) -> Node:
@@ -3522,31 +4493,30 @@ def plan_head_cores(own: int) -> int:
     return max(1, own - 2)
 
 
-# $1 role, $2 the server's unit, $3 the watchdog's unit, $4 the guard program, $5 the workers'
-# addresses, one a line. On a worker, $3 to $5 are empty.
-START_SERVER = """
+# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 its plan.
+START_SERVER = r"""
 set -euo pipefail
-role=$1 server=$2 watchdog=$3 guard=$4 workers=$5
+role=$1 server=$2 guard=$3 program=$4 plan=$5
 command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
-units=/etc/systemd/system
-mkdir -p /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
-systemctl disable --quiet --now mtssrv-watchdog.service 2> /dev/null || true
-printf '%s\\n' "$server" > $units/mtssrv.service
-printf '%s\\n' "$workers" > /etc/mitsuba-cluster/workers
-printf '%s\\n' "$guard" > /usr/local/lib/mitsuba-cluster/guard.py
-if [ "$role" = head ]; then printf '%s\\n' "$watchdog" > $units/mtssrv-watchdog.service; fi
+units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster
+mkdir -p /etc/mitsuba-cluster $library /run/mitsuba-cluster
+printf '%s\n' "$plan" > /etc/mitsuba-cluster/plan.json
+printf '%s\n' "$program" > $library/guard.py
+printf '%s\n' "$guard" > $units/mitsuba-guard.service
+touch /run/mitsuba-cluster/in-use
+if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
 systemctl daemon-reload
-systemctl enable --quiet mtssrv.service
-systemctl restart mtssrv.service
-if [ "$role" = head ]; then systemctl enable --quiet --now mtssrv-watchdog.service; fi
+systemctl enable --quiet mtssrv.service mitsuba-guard.service
+if [ -n "$server" ]; then systemctl restart mtssrv.service; fi
+systemctl restart mitsuba-guard.service
 echo "$role" > /etc/mitsuba-cluster/role
 """
 
 # What the server said last, for an error message.
 SERVER_LOG = "journalctl --no-pager --quiet --output cat --lines 20 --unit mtssrv.service"
 
-# $1 role, $2 data directory, $3 mtssrv's arguments. No network guard of systemd's own is relied
-# on but for the metadata address; what may connect is the security group's business.
+# No network guard of systemd's own is relied on but for the metadata address; what may connect is the security
+# group's business.
 SERVER_UNIT = """\
 [Unit]
 Description=Mitsuba render server ({role})
@@ -3560,7 +4530,6 @@ User=mitsuba
 Group=mitsuba
 UMask=0002
 WorkingDirectory={data}
-RuntimeDirectory=mtssrv
 {before}ExecStart=/usr/bin/env mtssrv {arguments}
 Restart=always
 RestartSec=1
@@ -3582,179 +4551,15 @@ IPAddressDeny=169.254.169.254 fd00:ec2::254
 WantedBy=multi-user.target
 """
 
-WATCHDOG_UNIT = """\
-[Unit]
-Description=Restarts Mitsuba's head when it or one of its workers falls silent
-After=mtssrv.service
 
-[Service]
-ExecStart={watch}
-Restart=always
-RestartSec=1
-
-[Install]
-WantedBy=multi-user.target
-"""
-
-HELLO = b"\x1b\xcd"
-QUIT = b"\x00\x0c"
-FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
-NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
-WATCH_PAUSE = 1.0  # seconds between two rounds of the watchdog, and as many more as there are
-WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
-WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
-GUARD_TIMEOUT = 2.0  # seconds for one handshake
-
-
-class AnotherBuild(Exception):
-    """The server is a Mitsuba of another version or flavour."""
-
-
-def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
-    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
-    data = b""
-    while len(data) < size:
-        stream.settimeout(max(0.001, deadline - time.monotonic()))
-        part = stream.recv(size - len(data))
-        if not part:
-            raise EOFError("the server closed the connection")
-        data += part
-    return data
-
-
-def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
-    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
-
-    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to
-    the last byte: a connection that is reset before the server has accepted it can end the
-    server, and its head with it; so nothing is closed here with unread bytes but in a session
-    of a server that talks on and on.
-    """
-    stream.settimeout(max(0.001, deadline - time.monotonic()))
-    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive_exactly(stream, 2, deadline)
-    if answer == b"\x00\x0d":
-        raise AnotherBuild(version)
-    if answer != HELLO:
-        raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-    name = b""
-    while not name.endswith(b"\0"):
-        if len(name) > NAME_BYTES:
-            raise ValueError("its node's name does not end")
-        name += receive_exactly(stream, 1, deadline)
-    try:
-        stream.sendall(QUIT)
-        stream.shutdown(socket.SHUT_WR)
-        receive_exactly(stream, NAME_BYTES, deadline)
-    except (OSError, EOFError):
-        pass
-    return cores, name[:-1].decode("utf-8", "replace")
-
-
-def handshake(
-    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
-) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
-    deadline = time.monotonic() + limit
-    for samples, double in FLAVOURS:
-        try:
-            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
-                return shake_hands(stream, version, samples, double, deadline)
-        except AnotherBuild:
-            pass
-    raise AnotherBuild(version)
-
-
-def answers(address: str, version: str) -> bool | None:
-    """Tell whether the server at ADDRESS shakes hands; None: it is another build, but alive."""
-    try:
-        handshake(lambda limit: socket.create_connection((address, SERVER_PORT), limit), version, GUARD_TIMEOUT)
-    except AnotherBuild:
-        return None
-    except (OSError, EOFError, ValueError):
-        return False
-    return True
-
-
-def ask_all(addresses: Sequence[str], version: str) -> dict[str, bool | None]:
-    """Ask many servers at once."""
-    found: dict[str, bool | None] = {}
-    threads = [
-        threading.Thread(target=lambda one: found.update({one: answers(one, version)}), args=(one,), daemon=True)
-        for one in addresses
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def read_words(path: str) -> list[str]:
-    """Return the words of a file; none where it is missing."""
-    try:
-        with open(path) as file:
-            return file.read().split()
-    except OSError:
-        return []
-
-
-def filter_workers(version: str, wanted: str, linked: str) -> None:
-    """Before each start of the head: write to LINKED those workers of WANTED that answer."""
-    workers = read_words(wanted)
-    found = ask_all(workers, version)
-    with open(linked, "w") as file:
-        file.write("".join(f"{worker}\n" for worker in workers if found[worker]))
-
-
-def watch_servers(version: str, own: str, linked: str) -> None:
-    """Restart the head once it, or a worker that it is linked to, is silent for too long."""
-    import subprocess
-
-    heard: dict[str, float] = {}
-    while True:
-        addresses = [own, *read_words(linked)]
-        found = ask_all(addresses, version)
-        now = time.monotonic()
-        heard = {one: now if found[one] is not False else heard.get(one, now) for one in addresses}
-        silent = [one for one, last in heard.items() if now - last > WATCH_SILENCE]
-        if silent:
-            print("silent, so the head is restarted:", *silent, flush=True)
-            subprocess.run(["systemctl", "restart", "mtssrv.service"], check=False)
-            heard = {}
-        time.sleep(WATCH_PAUSE + len(addresses) / WATCH_RATE)
-
-
-def guard(arguments: list[str]) -> None:
-    """Run as a program on the head: filter VERSION WANTED LINKED, or watch VERSION OWN LINKED."""
-    what, version, first, second = arguments
-    (filter_workers if what == "filter" else watch_servers)(version, first, second)
-
-
-GUARD_VALUES = "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE"
-GUARD_PATH = "/usr/local/lib/mitsuba-cluster/guard.py"
-WORKERS_PATH = "/etc/mitsuba-cluster/workers"
-LINKED_PATH = "/run/mtssrv/linked"
-
-
-def guard_program() -> str:
-    """Return the guard as a program of its own."""
-    parts = (AnotherBuild, receive_exactly, shake_hands, handshake, answers, ask_all, read_words)
-    return node_program(GUARD_VALUES, *parts, filter_workers, watch_servers, guard)
-
-
-def server_units(node: Node, role: str, facts: Facts, data: str) -> tuple[str, str]:
-    """Return the texts of mtssrv.service and of its watchdog's unit (a worker has none)."""
-    arguments = f"-i {node.private_ip} -l {SERVER_PORT}"
-    if role == "worker":
-        return SERVER_UNIT.format(role=role, data=data, before="", arguments=arguments), ""
-    python = f"/usr/bin/python3 {GUARD_PATH}"
-    before = f"ExecStartPre={python} filter {facts.version} {WORKERS_PATH} {LINKED_PATH}\n"
-    arguments += f" -p {plan_head_cores(facts.cores)} -s {LINKED_PATH}"
-    watch = f"{python} watch {facts.version} {node.private_ip} {LINKED_PATH}"
-    unit = SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
-    return unit, WATCHDOG_UNIT.format(watch=watch)
+def server_unit(role: str, address: str, cores: int, data: str) -> str:
+    """Return the text of mtssrv.service; CORES are the node's own."""
+    arguments, before = f"-i {address} -l {SERVER_PORT}", ""
+    if role == "head":
+        # As root, so that nothing of the renderer's can stand in the place of what it writes.
+        before = "ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter\n"
+        arguments += f" -p {plan_head_cores(cores)} -s {LINKED_PATH}"
+    return SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
 
 
 def local_mitsuba() -> str:
@@ -3772,12 +4577,28 @@ def local_mitsuba() -> str:
     return ""
 
 
+class StartPlan(NamedTuple):
+    """What start wants of every node."""
+
+    head: Node
+    data: str  # directory
+    cores: dict[str, int]  # of an instance type
+    guard: str  # the program
+    client: str = ""  # the head has one, whom no restart may end
+    linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
+
+    def most_cores(self, node: Node) -> int:
+        """Return how many cores a node's server may announce."""
+        return self.cores.get(node.type) or MOST_CORES
+
+
 class Served(NamedTuple):
     """What a node's server offers after start."""
 
     facts: Facts
     cores: int
-    news: str  # what was done
+    action: str
+    waiting: str = ""  # what start has left to the guard, and why
 
 
 @contextlib.contextmanager
@@ -3827,7 +4648,7 @@ def await_server(remote: Remote, version: str, cores: int | None = None, workers
 def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
     """Tell the user what to type into Mitsuba; the head's name comes last."""
     version, local = served.facts.version, local_mitsuba()
-    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.news}")
+    result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
     if local and local != version:
         note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
     if app.settings.PUBLIC_SERVER_PORT:
@@ -3847,79 +4668,144 @@ def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
 
 
-def start_server(remote: Remote, role: str, facts: Facts, data: str, workers: Sequence[str]) -> None:
-    """Write a node's units and (re)start its server."""
-    server, watchdog = server_units(remote.node, role, facts, data)
-    program = guard_program() if role == "head" else ""
-    remote.check(root_command("start-server", START_SERVER, role, server, watchdog, program, "\n".join(workers)))
+def describe_client(facts: Facts) -> str:
+    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last; "" where there is none."""
+    silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
+    if not silences:
+        return ""
+    address = min(silences, key=lambda one: silences[one])
+    more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
+    return f"client {address}{more}, silent for {format_duration(silences[address])}"
 
 
-def head_step(data: str, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
-    """Make the head serve with WORKERS, unless it does."""
-    wanted = [outcome.node.private_ip for outcome in workers]
-    strangers = [o.node.name for o in workers if o.value.facts.version != facts.version]
+def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
+    """Return the cores of each of the NODES' instance types, as far as EC2 tells."""
+    with excused("the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
+        types = sorted({node.type for node in nodes})
+        found = side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))
+        return {one.type: one.cores for one in found}
+    return {}
+
+
+def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "") -> None:
+    """Give a node's guard its PLAN, with which its idle time begins anew; with a UNIT (re)start its server, too."""
+    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan)]
+    remote.check(root_command("start-server", START_SERVER, *arguments))
+
+
+def look_step(remote: Remote) -> Facts:
+    """Learn what a node is; NodeError where Mitsuba is missing."""
+    facts = fetch_facts(remote)
+    if not facts.version:
+        raise NodeError(NOT_INSTALLED)
+    return facts
+
+
+def worker_step(start: StartPlan, remote: Remote) -> Served:
+    """Make a worker serve, unless it does."""
+    facts, node, cores = look_step(remote), remote.node, None
+    plan = {"role": "worker", "version": facts.version, "own": node.private_ip, "head": start.head.private_ip}
+    if facts.role == "worker":
+        with contextlib.suppress(NodeError):
+            cores = ask_server(remote, facts.version)
+    action = "started" if cores is None else "serves already"
+    if cores is None:
+        if node.private_ip in start.linked:
+            raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
+        configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
+        cores = await_server(remote, facts.version)
+    else:
+        configure_node(remote, start.guard, plan)
+    if not 0 < cores <= start.most_cores(node):
+        raise NodeError(f"its mtssrv announces {cores} cores, and {node.type} has {start.most_cores(node)}")
+    return Served(facts, cores, action)
+
+
+def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
+    """Make the head serve with WORKERS, unless it does, or a client would lose it."""
+    wanted = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+    strangers = [one.node.name for one in workers if one.value.facts.version != facts.version]
     if strangers:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again"
         )
-    cores = sum(outcome.value.cores for outcome in workers) + plan_head_cores(facts.cores)
+    cores = sum(one.value.cores for one in workers) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
+    own, offered = remote.node.private_ip, None
+    plan = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
     serving = facts.role == "head"
-    if serving and set(facts.linked) == set(wanted):
+    if serving:
         with contextlib.suppress(NodeError):
-            if ask_server(remote, facts.version) == cores:
-                return Served(facts, cores, "serves already")
-    start_server(remote, "head", facts, data, wanted)
-    news = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), news)
+            offered = ask_server(remote, facts.version)
+    if offered == cores and set(facts.linked) == wanted.keys():
+        configure_node(remote, start.guard, plan)
+        return Served(facts, cores, "serves already")
+    if start.client:
+        configure_node(remote, start.guard, plan)
+        count = len(wanted.keys() - set(facts.linked))
+        waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
+        what = waiting if count else "the head waits to be restarted"
+        return Served(facts, offered or 0, "serves already", f"{what}: {start.client}")
+    configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
+    action = "restarted: a render that was running is lost" if serving else "started"
+    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
 
 
-def worker_step(data: str, head: Node, remote: Remote) -> Served:
-    """Make a worker serve, unless it does; of the head only learn what it is."""
-    facts = fetch_facts(remote)
-    if not facts.version:
-        raise NodeError("Mitsuba is not installed here; run install first")
-    if remote.node.id == head.id:
-        return Served(facts, 0, "")
-    if facts.role == "worker":
-        with contextlib.suppress(NodeError):
-            return Served(facts, ask_server(remote, facts.version), "serves already")
-    start_server(remote, "worker", facts, data, [])
-    return Served(facts, await_server(remote, facts.version), "started")
+def describe_server(outcome: Outcome[Served]) -> str:
+    """Return the line of one worker in start's output."""
+    served = outcome.value
+    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.action}"
 
 
-def describe_server(outcome: Outcome[Served], head: Node) -> str:
-    """Return the line of one node in start's output."""
-    served: Served = outcome.value
-    if outcome.node.id == head.id:
-        return ""  # its own line comes when it serves
-    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.news}"
+def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -> str:
+    """Say what to do where the head does not serve."""
+    if head.error == NOT_INSTALLED:
+        return f"Mitsuba is not installed on {', '.join(failed)}: {command('install', group)} comes first"
+    ways = f"{command('terminate', head.node.id)}, then {command('start', group)}, makes another node the head"
+    return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
+
+
+def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
+    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
+    head = plan_head(nodes)
+    others = [node for node in nodes if node.id != head.id]
+    (looked,) = app.pool.each([head], look_step)
+    start = StartPlan(head, app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
+    if looked.ok and not force:
+        start = start._replace(client=describe_client(looked.value), linked=frozenset(looked.value.linked))
+        start = start if start.client else start._replace(linked=frozenset())
+    workers = app.pool.each(
+        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
+    )
+    linked = [outcome for outcome in workers if outcome.ok]
+    ready: Outcome[Any] = looked
+    if looked.ok:
+        step = functools.partial(head_step, start, looked.value, linked)
+        (ready,) = app.pool.each([head], step, Progress("Linking", 1))
+    else:
+        note(f"{head.name}: {looked.error}")
+    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
+    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
+    if not ready.ok:
+        raise ClusterError(explain_failed_head(group, ready, failed))
+    say_how_to_connect(app, group, head, ready.value)
+    if failed:
+        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+    if ready.value.waiting:
+        raise ClusterError(
+            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
+            "else they join when it leaves"
+        )
 
 
 @cli.command("start")
 @group_argument
+@click.option("--force", is_flag=True, help="Restart the head even if a client is connected, who loses it.")
 @click.pass_obj
-def start(app: App, group: str) -> None:
+def start(app: App, group: str, force: bool) -> None:
     """Start Mitsuba's servers; the last line names the head node."""
-    nodes = app.open_group(group)
-    head = plan_head(nodes)
-    progress = Progress("Starting", len(nodes), lambda outcome: describe_server(outcome, head))
-    outcomes = app.pool.each(nodes, functools.partial(worker_step, app.settings.DATA_DIR, head), progress)
-    workers = [outcome for outcome in outcomes if outcome.node.id != head.id]
-    ready = next(outcome for outcome in outcomes if outcome.node.id == head.id)
-    linked = [outcome for outcome in workers if outcome.ok]
-    if ready.ok:
-        step = functools.partial(head_step, app.settings.DATA_DIR, ready.value.facts, linked)
-        ready = app.pool.each([head], step, Progress("Linking", 1))[0]
-    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
-    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
-    if not ready.ok:
-        ways = f"{command('terminate', head.id)}, then {command('start', group)}, makes another node the head"
-        raise ClusterError(f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}")
-    say_how_to_connect(app, group, head, ready.value)
-    if failed:
-        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+    start_group(app, group, app.open_group(group), force)
 
 
 def check_local_port(port: int) -> None:
@@ -4304,7 +5190,8 @@ class Asked(NamedTuple):
     server_text: str  # the same as a sentence
     load: tuple[float, ...] | None = None
     server_cores: int | None = None
-    clients: int | None = None  # of a head: Mitsubas that are connected to it
+    idle: float | None = None  # seconds
+    clients: Sequence[dict[str, Any]] = ()  # of a head: the Mitsubas that are connected to it
     restarts: int | None = None
 
 
@@ -4316,14 +5203,17 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[st
     word, text = ("serving", f"serves {format_count(cores, 'core')}") if cores is not None else ("down", why)
     if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
         word, text = "unlinked", f"up but not linked: run {command('start', outcome.node.group)}"
-    text += f"; load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"
-    if facts.role == "head" and cores is not None:
-        text += f"; {format_count(facts.clients, 'client')}"
+    parts = [text, f"load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"]
+    clients = facts.clients if facts.role == "head" else {}
+    for peer, (connected, silent) in clients.items():
+        address = peer.rpartition(":")[0]
+        parts.append(f"client {address} for {format_duration(connected)}, silent for {format_duration(silent)}")
+    if facts.idle is not None and facts.idle_limit:
+        parts.append(f"idle for {format_duration(facts.idle)} of {format_duration(facts.idle_limit)}")
     if facts.restarts:
-        text += f"; restarted {format_count(facts.restarts, 'time')}"
-        text += f", after: {facts.problem}" if facts.problem else ""
-    clients = facts.clients if facts.role == "head" else None
-    return Asked(word, text, facts.load, cores, clients, facts.restarts)
+        parts.append(f"restarted {format_count(facts.restarts, 'time')}{facts.problem and f', after: {facts.problem}'}")
+    listed = [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()]
+    return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
 
 
 def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
@@ -4335,7 +5225,7 @@ def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
         return facts, None, str(error)
 
 
-def look(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[Outcome[T]]:
+def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[Outcome[T]]:
     """Run STEP on those of NODES that run; one that does not answer within a few seconds is given up."""
     running = [node for node in nodes if node.state == "running"]
     progress = Progress("Asking", len(running))
@@ -4352,7 +5242,7 @@ def look(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[O
 
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     """Return node id -> what its server says, of the running NODES."""
-    outcomes = look(app, nodes, server_step)
+    outcomes = ask_briefly(app, nodes, server_step)
     linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
@@ -4368,7 +5258,8 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
         known = [asked.get(node.id, Asked("", "")) for node in nodes]
         more.append(["SERVER", *(paint(one.server, fg=SERVER_LOOKS.get(one.server)) for one in known)])
         more.append(["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)])
-        more.append(["CLIENTS", *("" if one.clients is None else str(one.clients) for one in known)])
+        clients = (str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))
+        more.append(["CLIENTS", *clients])
     if nodes:
         lines.append(format_nodes(nodes, wide, more))
     for node in nodes:
@@ -4408,7 +5299,10 @@ def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]
 
 def fetch_shown(app: App, group: str | None) -> tuple[list[str], Overview]:
     """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
-    overview = fetch_overview(app.ec2, group)
+    overview, _ = side_by_side(
+        lambda: fetch_overview(app.ec2, group),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
+    )
     alive = [node for node in overview.nodes if node.state in ALIVE]
     ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
     groups = sorted({one.group for one in ours})
@@ -4446,6 +5340,7 @@ def status(app: App, group: str | None, as_json: bool, servers: bool, watch: boo
     """Show what is running, since when, and what it costs."""
     if watch:
         watch_status(app, group, wide)
+    address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
     groups, overview = fetch_shown(app, group)
     nodes = overview.nodes
     if as_json:
@@ -4466,6 +5361,8 @@ def status(app: App, group: str | None, as_json: bool, servers: bool, watch: boo
             if node.id in asked:
                 name = paint(node.name, fg=SERVER_LOOKS[asked[node.id].server])
                 put(f"{name}: {printable_lines(asked[node.id].server_text)}")
+    if app.known_identity and overview.security_groups:
+        warn_of_rules(app.ec2, overview.security_groups, app.settings, address.result(), app.known_identity)
     return None
 
 
@@ -4486,7 +5383,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
     while True:
-        outcomes = look(app, nodes, fetch_facts)
+        outcomes = ask_briefly(app, nodes, fetch_facts)
         rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
         good = [outcome for outcome in outcomes if outcome.ok]
         for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
@@ -5235,7 +6132,7 @@ def extend(app: App, hours: float, group: str) -> None:
 
 LOOKS = (
     "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs "
-    "DescribeRegions DescribeSecurityGroupRules DescribeSecurityGroups DescribeSpotInstanceRequests "
+    "DescribeRegions DescribeSecurityGroups DescribeSpotInstanceRequests "
     "DescribeSpotPriceHistory DescribeSubnets"
 )
 CHANGES = (

@@ -169,8 +169,12 @@ def test_metadata(cloud: LocalCloud) -> None:
     assert ssh(cloud, node, "sudo nft delete table inet mitsuba_metadata").code == 0
     assert ssh(cloud, node, ASK).out == "200"
     assert in_renderer(cloud, node, ASK) == "000"  # the unit has a wall of its own
-    assert ssh(cloud, node, f"sudo bash -c {quote(cluster.METADATA_GUARD)}").code == 0
+    refused = cloud.cluster("install", GROUP)
+    assert refused.code == 1
+    assert f"{node['name']}: its metadata guard is missing" in refused.err
+    assert ssh(cloud, node, f"sudo bash -c {quote(cluster.BOOT)} boot 0").code == 0
     assert ssh(cloud, node, ASK).out == "000"
+    assert cloud.cluster("install", GROUP).code == 0
 
 
 def test_a_renderer_that_is_taken_over(cloud: LocalCloud) -> None:

@@ -6,17 +6,14 @@ import functools
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-import cluster
 from tests.localcloud.places import PROJECT
-from tests.support import LocalCloud, free_port, interrupt, wait_until
+from tests.support import LocalCloud, interrupt, wait_until
 
 COMMANDS = (
     "createNodes install start status syncData terminateAll addSpotNodes tunnel render systemLoad terminate spotPrices "
@@ -274,25 +271,6 @@ def test_regions_and_system_load(cloud: LocalCloud, group: str) -> None:
     assert shown.out.count("  0.42 ") == 2
 
 
-def test_tunnel_lets_any_number_of_connections_through(cloud: LocalCloud, group: str) -> None:
-    serve(cloud, group)
-    port = free_port()
-    child = cloud.start(sys.executable, "cluster.py", "tunnel", group, "--port", str(port))
-    assert child.stderr
-    while "Forwarding to" not in (line := child.stderr.readline()):
-        assert line
-
-    def ask() -> int:
-        return cluster.handshake(lambda limit: socket.create_connection(("127.0.0.1", port), limit), "0.6.0", 20)[0]
-
-    assert [ask() for _ in range(50)] == 50 * [6]
-    with ThreadPoolExecutor(50) as pool:
-        assert [one.result() for one in [pool.submit(ask) for _ in range(50)]] == 50 * [6]
-    done = interrupt(child)
-    assert done.code == 130
-    assert "Interrupted. The tunnel is closed." in done.err
-
-
 def test_closed_port_means_tunnel(cloud: LocalCloud, group: str) -> None:
     create(cloud, group, 1)
     closed = {"PUBLIC_SERVER_PORT": False}
@@ -301,7 +279,7 @@ def test_closed_port_means_tunnel(cloud: LocalCloud, group: str) -> None:
         assert done.code == 0, done.err
     assert f"Port 7554 is closed. Run ./cluster.py tunnel {group}" in done.out
     found = cloud.client("ec2").describe_security_groups(Filters=[{"Name": "tag:mitsuba-group", "Values": [group]}])
-    ports = {rule.get("FromPort") for rule in found["SecurityGroups"][0]["IpPermissions"]}
+    ports = {rule.get("FromPort") for rule in found["SecurityGroups"][0]["IpPermissions"] if rule["IpRanges"]}
     assert 7554 not in ports
 
 

@@ -105,7 +105,7 @@ MISTAKES = [
     Mistake(
         "open to the world",
         CREATE,
-        "would open mtssrv, which has no password, to the world",
+        "would open mtssrv, which has no password, to much of the world",
         settings={"CLIENT_CIDR": "0.0.0.0/0"},
     ),
     Mistake(
@@ -165,12 +165,9 @@ def test_wrong_setting(cloud: LocalCloud, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("AWS_REGION = 'us-east-1\n", "line 1: unterminated string literal"),
-        (
-            "AWS_REGION = region\n",
-            "line 1, can't be read: NameError: name 'region' is not defined; a text needs quotes",
-        ),
-        ("1 / 0\n", "can't be read: ZeroDivisionError"),
+        ("AWS_REGION = 'us-east-1\n", "line 1: SyntaxError"),
+        ("AWS_REGION = region\n", "line 1: NameError (is there a value without quotes?"),
+        ("1 / 0\n", "line 1: ZeroDivisionError"),
     ],
 )
 def test_broken_config(cloud: LocalCloud, tmp_path: Path, text: str, says: str) -> None:

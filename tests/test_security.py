@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import copy
 import http.server
+import json
 import os
+import re
 import secrets
+import shlex
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -215,7 +218,7 @@ def test_a_planted_instance(cloud: LocalCloud, group: str) -> None:
     for words in (["runCommand", "echo $NODE", group], ["install", group], ["start", group]):
         done = cloud.cluster(*words)
         assert done.code == 0, done.err
-        assert f"Left out: {bare}: not launched with this key: it has no signature" in done.err
+        assert f"Left out: {bare}: not launched with this key, as nodes of older versions" in done.err
         assert f"Left out: {copy}: not launched with this key" in done.err
     assert done.out.endswith(f"Head node: {own['name']}\n")
     shown = {node["id"]: node["launched_with_this_key"] for node in cloud.nodes(group)}
@@ -257,7 +260,7 @@ def test_an_rsa_key_in_the_agent_signs(cloud: LocalCloud, tmp_path: Path) -> Non
             assert done.out.endswith("\nhi\n"), done.err
             other = cloud.cluster("runCommand", "echo hi", group)
             assert other.code == 1
-            assert "not launched with this key (SSH_PRIVATE_KEY_FILE)" in other.err
+            assert "not launched with this key, or its tags were changed" in other.err
         finally:
             running.terminate()
             cloud.end(group)
@@ -277,3 +280,342 @@ def test_a_signature_is_for_one_group_and_one_host_key(tmp_path: Path) -> None:
     assert cluster.is_signed(identity.public, "default", "ssh-ed25519 AAAA", signature)
     assert not cluster.is_signed(identity.public, "other", "ssh-ed25519 AAAA", signature)
     assert not cluster.is_signed(identity.public, "default", "ssh-ed25519 BBBB", signature)
+
+
+# Security groups that others have changed
+
+
+def permission(protocol: str, cidr: str, about: str = "", **ports: int) -> dict[str, Any]:
+    """Return one rule as EC2's calls take it."""
+    return {
+        "IpProtocol": protocol,
+        "IpRanges": [{"CidrIp": cidr, "Description": about} if about else {"CidrIp": cidr}],
+    } | ports
+
+
+def ingress(cloud: LocalCloud, group: str) -> set[tuple[str, int | None, str]]:
+    """Return (protocol, port, source) of all that the group of this name lets in; "itself" for its own nodes."""
+    named = [{"Name": "group-name", "Values": [f"mitsuba-{group}"]}]
+    rules = set()
+    for raw in cloud.client("ec2").describe_security_groups(Filters=named)["SecurityGroups"]:
+        for one in raw["IpPermissions"]:
+            sources = [source["CidrIp"] for source in one["IpRanges"]]
+            sources += ["itself" for pair in one["UserIdGroupPairs"] if pair["GroupId"] == raw["GroupId"]]
+            rules |= {(one["IpProtocol"], one.get("FromPort"), source) for source in sources}
+    return rules
+
+
+def make_group(cloud: LocalCloud, group: str, name: str) -> str:
+    """Make a security group past the tool, tagged as GROUP's; return its id."""
+    tags = [{"ResourceType": "security-group", "Tags": [{"Key": "mitsuba-group", "Value": group}]}]
+    ec2 = cloud.client("ec2")
+    network = ec2.describe_subnets(Filters=[{"Name": "default-for-az", "Values": ["true"]}])["Subnets"][0]["VpcId"]
+    made = ec2.create_security_group(GroupName=name, Description="x", VpcId=network, TagSpecifications=tags)
+    return str(made["GroupId"])
+
+
+def test_a_planted_security_group(cloud: LocalCloud, group: str) -> None:
+    ec2 = cloud.client("ec2")
+    planted = make_group(cloud, group, f"mitsuba-{group}")
+    make_group(cloud, group, "of-another-name")
+    everything = [permission("-1", "0.0.0.0/0")]
+    cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=everything))
+    wait_until(lambda: ingress(cloud, group))
+    refused = cloud.cluster("createNodes", "c1.xlarge", "1", group)
+    assert refused.code == 1
+    assert "lets in every protocol from 0.0.0.0/0 (no description)" in refused.last_line
+    assert cloud.nodes(group) == []
+    advice = shlex.split(refused.last_line.split("to close that: ")[1])
+    assert advice[:3] == ["aws", "ec2", "revoke-security-group-ingress"]
+    ec2.revoke_security_group_ingress(GroupId=planted, IpPermissions=json.loads(advice[-1]))  # as it would
+    made = cloud.cluster("createNodes", "c1.xlarge", "1", group)
+    assert made.code == 0, made.err
+    here = ec2.describe_instances(InstanceIds=[cloud.nodes(group)[0]["id"]])["Reservations"][0]["Instances"][0]
+    assert [one["GroupId"] for one in here["SecurityGroups"]] == [planted]
+    opened = {(port, source) for _, port, source in ingress(cloud, group)}
+    assert {port for port, source in opened if source == "itself"} == {7554, 7555}
+    ports = {port for port, source in opened if source != "itself"}
+    assert 7554 in ports
+    assert len(ports) == 2, ports  # and sshd's
+
+
+def test_rules_that_others_added_later(cloud: LocalCloud, group: str) -> None:
+    """Strangers' rules and this key's for old addresses are named; those of older versions go."""
+    assert cloud.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+    before = ingress(cloud, group)
+    ec2 = cloud.client("ec2")
+    (name,) = {
+        one["GroupId"]
+        for one in ec2.describe_security_groups()["SecurityGroups"]
+        if one["GroupName"] == f"mitsuba-{group}"
+    }
+    inside = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": name}]}
+    mark = f"mitsuba-cluster {cluster.load_identity(cloud.where.root / 'key.pem').fingerprint} me@old-laptop"
+    old = permission("tcp", "192.0.2.99/32", mark, FromPort=22, ToPort=22)
+    for one in (inside, old):
+        ec2.authorize_security_group_ingress(GroupId=name, IpPermissions=[one])
+    says = f"also lets in tcp 22 from 192.0.2.99/32 ({mark}); to close that: aws ec2"
+    for words in (["runCommand", "true", group], ["status", group], ["createNodes", "c1.xlarge", "1", group]):
+        done = cloud.cluster(*words)
+        assert done.code == 0, done.err
+        assert says in done.err
+    assert ingress(cloud, group) == before | {("tcp", 22, "192.0.2.99/32")}
+    ec2.authorize_security_group_ingress(
+        GroupId=name, IpPermissions=[permission("udp", "192.0.2.98/32", FromPort=1, ToPort=9)]
+    )
+    assert "udp 1-9 from 192.0.2.98/32 (no description)" in cloud.cluster("runCommand", "true", group).err
+    assert "udp 1-9 from 192.0.2.98/32" in cloud.cluster("createNodes", "c1.xlarge", "1", group).last_line
+
+
+# What tags say
+
+
+def test_a_group_whose_name_is_a_command(cloud: LocalCloud, group: str) -> None:
+    assert cloud.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+    (own,) = cloud.nodes(group)
+    evil = "x;touch pwned|sh"
+    name, _ = plant(cloud, evil, own["id"])
+    try:
+        for words in (["status"], ["status", "--json"]):
+            shown = cloud.cluster(*words)
+            assert shown.code == 0, shown.err
+            assert "pwned" not in shown.out + shown.err
+            assert name not in shown.out
+    finally:
+        cloud.client("ec2").terminate_instances(InstanceIds=[name])
+    assert cluster.command("terminateAll", evil).endswith(" terminateAll 'x;touch pwned|sh'")
+
+
+# What this machine gives away
+
+
+def git(folder: Path, *words: str) -> str:
+    """Run git in a folder; return what it says."""
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org", "-c", "init.defaultBranch=main"]
+    return subprocess.run(["git", *who, *words], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A repository with a tracked placeholder."""
+    (tmp_path / "key.pem").write_text("a placeholder\n")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "key.pem")
+    git(tmp_path, "commit", "-qm", "x")
+    return tmp_path
+
+
+def picked_up(folder: Path) -> bool:
+    """Tell whether git would commit a private key of FOLDER."""
+    git(folder, "add", "--all")
+    return "PRIVATE KEY" in git(folder, "diff", "--cached")
+
+
+def test_git_does_not_pick_a_key_up(clone: Path) -> None:
+    cluster.ensure_key_file(clone / "key.pem")
+    assert not picked_up(clone)
+    git(clone, "update-index", "--no-skip-worktree", "key.pem")
+    assert picked_up(clone)
+
+
+def test_a_key_in_a_folder_of_another_repository(clone: Path) -> None:
+    (clone / "tool").mkdir()
+    path = clone / "tool" / "key.pem"
+    with pytest.raises(cluster.ClusterError, match=r"git would pick up a key.*it is not in \.gitignore.*outside"):
+        cluster.ensure_key_file(path)
+    assert not path.exists()
+    (clone / ".gitignore").write_text("tool/*.pem\n")
+    cluster.ensure_key_file(path)
+    assert not picked_up(clone)
+    (clone / ".gitignore").unlink()
+    assert picked_up(clone)
+
+
+def test_a_locked_index(clone: Path) -> None:
+    (clone / ".git" / "index.lock").touch()
+    with pytest.raises(cluster.ClusterError, match=r"git would pick up a key.*index\.lock"):
+        cluster.ensure_key_file(clone / "key.pem")
+    assert (clone / "key.pem").read_text() == "a placeholder\n"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to give a repository away")
+def test_a_repository_of_somebody_else(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(clone))  # whose settings call no folder safe
+    for path in (clone, *clone.rglob("*")):
+        os.chown(path, 65534, 65534)
+    monkeypatch.delenv("SUDO_UID", raising=False)
+    with pytest.raises(cluster.ClusterError, match=r"git would pick up a key.*dubious ownership"):
+        cluster.ensure_key_file(clone / "key.pem")
+    assert (clone / "key.pem").read_text() == "a placeholder\n"
+
+
+def test_ssh_obeys_no_settings_of_the_user(tmp_path: Path) -> None:
+    evil = {
+        "ForwardAgent": "yes",
+        "ControlPath": "/tmp/%h",
+        "VerifyHostKeyDNS": "yes",
+        "KnownHostsCommand": "/bin/echo",
+    }
+    path = tmp_path / "ssh_config"
+    path.write_text("".join(f"{name} {value}\n" for name, value in evil.items()))
+    node = cluster.Node(
+        "i-1", "default", "", "running", datetime.now(timezone.utc), public_ip="192.0.2.7", host_key="x y"
+    )
+
+    def shown(*words: str) -> set[str]:
+        done = subprocess.run([words[0], "-G", *words[1:]], capture_output=True, text=True, check=True)
+        lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+        return {name for name in evil if [name.lower(), evil[name].replace("%h", "192.0.2.7")] in lines}
+
+    with cluster.ssh_command(node, cluster.Settings()) as words:
+        assert shown(*words) == set()
+        assert shown(*[str(path) if word == "none" else word for word in words]) >= {
+            "ForwardAgent",
+            "KnownHostsCommand",
+        }
+
+
+SIGNED = "https://me:hunter2@example.org/m.deb?X-Amz-Signature=5ec4e7&X-Amz-Date=1#sha256=0"
+
+
+def test_addresses_lose_their_credentials() -> None:
+    assert cluster.mask(f"fetching {SIGNED}: no") == "fetching https://…@example.org/m.deb?…#sha256=0: no"
+    assert (
+        cluster.mask("deb http://u:p@127.0.0.1:1/a ./, 'https://x/?a=b'")
+        == "deb http://…@127.0.0.1:1/a ./, 'https://x/?…'"
+    )
+    assert cluster.mask("a@b: what? no") == "a@b: what? no"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"MITSUBA_PACKAGE": "https://me:hunter2@127.0.0.1:1/m.deb?X-Amz-Signature=5ec4e7"},
+        {"PKG_REPOSITORY": "deb http://me:hunter2@127.0.0.1:1/?X-Amz-Signature=5ec4e7 ./"},
+        {"MITSUBA_PACKAGE": "http://me:hunter2@127.0.0.1/m.deb?X-Amz-Signature=5ec4e7"},  # refused
+    ],
+)
+def test_no_message_shows_them(cloud: LocalCloud, settings: dict[str, str]) -> None:
+    no_key = {"SSH_PRIVATE_KEY_FILE": __file__}  # the last thing that is checked
+    done = cloud.cluster("createNodes", "c1.xlarge", "1", "masked", settings=settings | no_key)
+    assert done.code == 1
+    assert "127.0.0.1" in done.err
+    assert "hunter2" not in done.err
+    assert "5ec4e7" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("AWS_SECRET_ACCESS_KEY = wJalrXUtnFEMI/K7MDENG", "line 2: NameError (is there a value without quotes?"),
+        ("AWS_SECRET_ACCESS_KEY = 'wJalrXUtnFEMI", "line 2: SyntaxError"),
+        ("raise ValueError('wJalrXUtnFEMI')", "line 2: ValueError"),
+    ],
+)
+def test_a_secret_without_quotes(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(f"# a comment\n{line}\n")
+    with pytest.raises(cluster.ClusterError, match=re.escape(says)) as raised:
+        cluster.load_settings(path)
+    assert "wJalr" not in raised.value.message
+
+
+@pytest.mark.parametrize(("cidr", "good"), [("0.0.0.0/1", False), ("64.0.0.0/7", False), ("10.0.0.0/8", True)])
+def test_half_the_world_is_not_let_in(tmp_path: Path, cidr: str, good: bool) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(f'CLIENT_CIDR = "{cidr}"\n')
+    with nullcontext() if good else pytest.raises(cluster.ClusterError, match="much of the world"):
+        cluster.load_settings(path)
+    path.write_text(f'CLIENT_CIDR = "{cidr}"\nPUBLIC_SERVER_PORT = False\n')
+    cluster.load_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("broken", "seconds"), [("nft iptables", "0"), ("nft iptables", "60"), ("date", "60"), ("", "0")]
+)
+def test_the_boot_script_fails_if_a_part_does(tmp_path: Path, broken: str, seconds: str) -> None:
+    for name in ("nft", "iptables", "date", "systemctl"):
+        fails = name in broken.split() or name == "date"  # no date: nothing is written below /etc
+        (tmp_path / name).write_text(f"#!/bin/sh\necho {name} >> {tmp_path}/ran\nexit {int(fails)}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "-c", cluster.BOOT, "boot", seconds], env=env, check=False)
+    assert (done.returncode != 0) == bool(broken)
+    assert ("date" in (tmp_path / "ran").read_text().split()) == (seconds != "0")  # even without the guard
+
+
+def test_a_node_without_its_guard_is_refused(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(launch_faults=["check-guard-fails"]):
+        made = cloud.cluster("createNodes", "c1.xlarge", "1", group)
+    assert made.code == 1
+    assert "its metadata guard is missing" in made.err
+    assert "its metadata guard is missing" in cloud.cluster("install", group).err
+    (node,) = cloud.nodes(group)
+    cloud.fault("heal", node)
+    assert cloud.cluster("install", group).code == 0
+    (log,) = (cloud.where.root / "state").glob(f"**/{node['id']}.install.log")
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+# What nodes say
+
+GOOD = {"cores": "4", "version": "0.6.0", "role": "head", "linked": "10.0.0.1 10.0.0.2 ", "load": "0.42 0.31 0.12"}
+GOOD |= {"memory_mb": "612 7168"}
+
+
+class Saying(cluster.Remote):
+    """A node that says what it is told to."""
+
+    def __init__(self, **facts: str | None) -> None:
+        self.output = "".join(f"{name}={value}\n" for name, value in (GOOD | facts).items() if value is not None)
+
+    def check(self, command: str, **options: Any) -> str:
+        """Say it."""
+        return self.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("cores", "0"),
+        ("cores", "null"),
+        ("cores", None),
+        ("version", "0.6\x1b[2J"),
+        ("version", "0.6.0 ; reboot"),
+        ("role", "king"),
+        ("linked", "10.0.0.1;reboot"),
+        ("load", "1e400 0 0"),
+        ("load", "nan 0.1 0.1"),
+        ("load", "0.1"),
+        ("load", None),
+        ("memory_mb", "1"),
+        ("memory_mb", "-1 5"),
+    ],
+)
+def test_a_malformed_report(name: str, value: str | None) -> None:
+    assert cluster.fetch_facts(Saying()).cores == 4
+    with pytest.raises(cluster.NodeError, match=f"reports '{name}' as"):
+        cluster.fetch_facts(Saying(**{name: value}))
+
+
+def test_errors_do_not_steer_the_terminal() -> None:
+    assert cluster.ClusterError("a\x1b]0;b\n    c\r").message == "a�]0;b\n    c�"
+
+
+# Which node is meant
+
+
+def test_a_name_that_means_no_node_or_two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two networks may have the same private address; "" is what an unset variable says."""
+    when = datetime.now(timezone.utc)
+    nodes = [cluster.Node(f"i-{one}", "default", "", "running", when, private_ip="10.0.0.7") for one in "ab"]
+    nodes.append(cluster.Node("i-c", "default", "", "running", when))
+    monkeypatch.setattr(cluster, "fetch_nodes", lambda *_: nodes)
+    app = cluster.App(tmp_path / "config.py")
+    app.config.write_text("")
+    vars(app)["ec2"] = None
+    assert cluster.find_node(app, "i-a").id == "i-a"
+    with pytest.raises(cluster.ClusterError, match="no node '' of this tool"):
+        cluster.find_node(app, "")
+    with pytest.raises(cluster.ClusterError, match=r"'10\.0\.0\.7' may be .*i-a.* .*i-b.*: name one"):
+        cluster.find_node(app, "10.0.0.7")

@@ -11,7 +11,6 @@ import secrets
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -116,90 +115,6 @@ def test_spent_counts_a_minute_at_least_and_the_public_address() -> None:
 @pytest.mark.parametrize("text", ["\033[2Jgone", "a\rb", "\x07"])
 def test_what_nodes_say_cannot_steer_the_terminal(text: str) -> None:
     assert not re.search(r"[\x00-\x08\x0a-\x1f]", cluster.printable(text))
-
-
-class Peer:
-    """A server on loopback that records what it got, and answers with fixed bytes."""
-
-    def __init__(self, *answers: bytes, silent: bool = False) -> None:
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self.listener.getsockname()[1]
-        self.got: list[bytes] = []
-        self.ended: list[str] = []
-        self.answers, self.silent = answers, silent
-        self.thread = threading.Thread(target=self.serve, daemon=True)
-        self.thread.start()
-
-    def serve(self) -> None:
-        """Answer one connection for each of the answers."""
-        with self.listener:
-            for answer in self.answers:
-                connection, _ = self.listener.accept()
-                with connection:
-                    self.converse(connection, answer)
-
-    def converse(self, connection: socket.socket, answer: bytes) -> None:
-        """Answer one greeting and note how the connection ends."""
-        got = connection.recv(100)
-        if not self.silent:
-            connection.sendall(answer)
-            if len(answer) < 2:
-                connection.shutdown(socket.SHUT_WR)
-        try:
-            while more := connection.recv(100):
-                got += more
-            self.ended.append("closed")
-        except ConnectionResetError:
-            self.ended.append("reset")
-        self.got.append(got)
-
-    @contextlib.contextmanager
-    def dial(self, limit: float) -> Iterator[socket.socket]:
-        """Connect to it."""
-        with socket.create_connection(("127.0.0.1", self.port), limit) as connection:
-            yield connection
-
-
-def test_handshake_sends_and_reads_mitsubas_very_bytes() -> None:
-    peer = Peer(ANSWER)
-    assert cluster.handshake(peer.dial, "0.6.0", 1) == (4, "ip-172-31-0-5")
-    peer.thread.join(5)
-    assert peer.got == [GREETING + bytes.fromhex("000c")]
-    assert peer.ended == ["closed"]
-
-
-def test_handshake_tries_double_precision_then_gives_up() -> None:
-    peer = Peer(bytes.fromhex("000d"), bytes.fromhex("000d"))
-    with pytest.raises(cluster.AnotherBuild):
-        cluster.handshake(peer.dial, "0.6.0", 1)
-    peer.thread.join(5)
-    assert peer.got == [GREETING, GREETING[:-1] + b"\1"]
-
-
-@pytest.mark.parametrize(("answer", "error"), [(b"", EOFError), (b"HTTP/1.1 400", ValueError), (b"\x1b", EOFError)])
-def test_handshake_with_a_stranger(answer: bytes, error: type[Exception]) -> None:
-    peer = Peer(answer)
-    with pytest.raises(error):
-        cluster.handshake(peer.dial, "0.6.0", 1)
-    peer.thread.join(5)
-
-
-def test_handshake_with_a_silent_server_ends() -> None:
-    peer = Peer(b"", silent=True)
-    with pytest.raises(TimeoutError):
-        cluster.handshake(peer.dial, "0.6.0", 1)
-    peer.thread.join(5)
-
-
-def test_the_guard_is_a_program_of_its_own(tmp_path: Path) -> None:
-    path = tmp_path / "guard.py"
-    path.write_text(cluster.guard_program())
-    done = subprocess.run(
-        [sys.executable, "-I", str(path), "filter", "0.6.0", str(tmp_path / "none"), str(tmp_path / "linked")],
-        check=False,
-    )
-    assert done.returncode == 0
-    assert (tmp_path / "linked").read_text() == ""
 
 
 @contextlib.contextmanager

@@ -233,7 +233,8 @@ class Daemon:
         """Return one node as `status` shows it; boot: seconds from launch to sshd's answer."""
         node = instance.node
         boot = round(node.answered - instance.born, 2) if node.answered else None
-        return {"state": instance.state, "private": instance.private_ip, "public": node.public_ip, "boot": boot}
+        shown = {"state": instance.state, "private": instance.private_ip, "public": node.public_ip, "boot": boot}
+        return shown | {"received": getattr(node, "received", 0)}
 
     # Life
 

@@ -35,7 +35,7 @@ SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
 RESTART = 1.0  # seconds, as RestartSec= of the real unit
 RENDER, DONE = b"\x00\x01", b"\x00\x02"  # between the stand-ins, see mitsuba/mtssrv
-STEPS = ("wait-for-boot", "install", "start-server", "sync")  # that a fault can spoil
+STEPS = ("wait-for-boot", "check-guard", "install", "start-server", "sync", "serve")  # that a fault can spoil
 
 
 class ProcessNetwork:
@@ -94,6 +94,7 @@ class ProcessNode:
         self.role = ""
         self.workers: list[str] = []  # that a head should have
         self.linked: list[str] = []  # and has
+        self.guard: dict[str, Any] = {}  # what the guard of a real node would say of itself
         self.boot = secrets.token_hex(16)
         self.started = ""  # the present start of the server's unit
         self.clients: set[asyncio.StreamWriter] = set()
@@ -105,6 +106,7 @@ class ProcessNode:
         self.impostor: asyncio.Server | None = None  # what answers in sshd's place
         self.server: asyncio.Server | None = None
         self.connections: set[asyncssh.SSHServerConnection] = set()
+        self.received = 0  # bytes, over SSH
         self.trouble: dict[str, str] = {}  # a step's name, or "server" -> what goes wrong with it
 
     @property
@@ -219,7 +221,9 @@ class ProcessNode:
         root = words[:2] == ["sudo", "-n"]
         words = words[2:] if root else words
         script = words[3] if words[:2] == ["bash", "-c"] and len(words) > 3 else ""
-        step = "sync" if words[:3] == ["python3", "-I", "-c"] else script
+        if words[:3] == ["python3", "-I", "-c"]:
+            script = "serve" if "\nserve_files(" in words[3] else "sync"
+        step = script
         act = ACTS.get(script)
         try:
             if step in self.trouble:
@@ -322,6 +326,8 @@ class ProcessNode:
 
     def offered(self) -> int:
         """Return the cores that this node's server announces."""
+        if self.trouble.get("server") == "greedy":
+            return 9000
         if self.role != "head":
             return self.cores
         nodes = {node.instance.private_ip: node for node in ProcessNode.known(self.network)}
@@ -390,10 +396,21 @@ class SshServer(asyncssh.SSHServer):
         """Note a connection, so that it can be dropped."""
         self.connection = conn
         self.node.connections.add(conn)
+        receive = conn.data_received
+
+        def count(data: bytes, datatype: int | None = None) -> None:
+            self.node.received += len(data)
+            receive(data, datatype)
+
+        conn.data_received = count  # type: ignore[method-assign]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         self.node.connections.discard(self.connection)
+
+    def server_requested(self, listen_host: str, listen_port: int) -> bool:
+        """Let the tool serve files to the node."""
+        return True
 
     def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
         """Let the probe and the tunnel through."""
@@ -408,6 +425,11 @@ async def wait_for_boot(node: ProcessNode, arguments: list[str]) -> tuple[int, s
     return 0, ""
 
 
+async def check_guard(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """There is no metadata service to guard."""
+    return 0, ""
+
+
 async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Tell what the node pretends to be."""
     version = VERSION if node.installed else ""
@@ -415,7 +437,8 @@ async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     return 0, (
         f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
         f"boot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
-        f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nclients=0\nrestarts={node.restarts}\nproblem={node.problem}\n"
+        f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nrestarts={node.restarts}\nproblem={node.problem}\n"
+        f"guard={json.dumps(node.guard) if node.guard else ''}\n"
     )
 
 
@@ -430,10 +453,12 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
     """Start the handshake server in the given role."""
     if not node.installed:
         return 1, "Mitsuba is not installed here; run install first\n"
-    node.role, node.workers = arguments[0], arguments[4].split()
-    if node not in NODES:
-        NODES.append(node)
-    await node.serve()
+    role, unit, plan = arguments[0], arguments[1], json.loads(arguments[4])
+    node.role, node.workers = role, list(plan.get("workers", {}))
+    if unit:
+        if node not in NODES:
+            NODES.append(node)
+        await node.serve()
     return 0, ""
 
 
@@ -474,6 +499,17 @@ async def mute(node: ProcessNode) -> None:
         connection._transport.pause_reading()  # type: ignore[union-attr]  # asyncssh has no public way
 
 
+async def seat_client(node: ProcessNode) -> None:
+    """Let the guard see a client, which has been silent for a while."""
+    clients = {"203.0.113.9:40000": [3000, 2465], "203.0.113.9:40001": [100, 70.5]}
+    node.guard = {"idle": 70, "used": "a client moved bytes", "limit": 3600, "clients": clients}
+
+
+async def dismiss_client(node: ProcessNode) -> None:
+    """Let the guard see it go."""
+    node.guard = node.guard | {"clients": {}}
+
+
 async def stop_server(node: ProcessNode) -> None:
     """End the server, as if it had died for good."""
     await node.lose_server()
@@ -506,6 +542,8 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "heal": ProcessNode.heal,
     "drop": ProcessNode.drop,
     "mute": mute,
+    "client-comes": seat_client,
+    "client-goes": dismiss_client,
     "server-gone": stop_server,
     "server-lacks-file": lack_file,
     "server-restarts": ProcessNode.serve,
@@ -515,12 +553,13 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "sshd-silent": lambda node: node.replace_sshd(lambda _: None),
     "sshd-garbage": lambda node: node.replace_sshd(lambda writer: writer.write(bytes(range(256)) * 64)),
     **{f"{step}-{how}": trouble(step, how) for step in STEPS for how in ("fails", "drops", "dies")},
-    **{f"server-{how}": trouble("server", how) for how in ("silent", "another", "exits")},
+    **{f"server-{how}": trouble("server", how) for how in ("silent", "another", "exits", "greedy")},
 }
 
 # What is acted out instead of run, by the script's $0; all else of root's is refused.
 ACTS: dict[str, Act] = {
     "wait-for-boot": wait_for_boot,
+    "check-guard": check_guard,
     "facts": facts,
     "install": install,
     "start-server": start_server,

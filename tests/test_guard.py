@@ -1,0 +1,387 @@
+"""The guard's functions: the handshake against literal bytes, its decisions over recorded looks and a made-up clock."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cluster
+
+GREETING = bytes.fromhex("1bcd302e362e30000300")  # of mitsuba-server's documentation: 0.6.0, single precision
+ANSWER = bytes.fromhex("1bcd000469702d3137322d33312d302d3500")  # 4 cores, ip-172-31-0-5
+REFUSAL = bytes.fromhex("000d")
+
+
+def own_address() -> str:
+    """Return a loopback address that no other test uses: there mtssrv's own port is free for sure."""
+    return str(ipaddress.IPv4Address("127.192.0.0") + secrets.randbelow(1 << 22))
+
+
+class Peer:
+    """A server on loopback that records what it got, and answers with fixed bytes."""
+
+    def __init__(self, *answers: bytes, silent: bool = False, endless: bool = False) -> None:
+        self.address = own_address()
+        self.listener = socket.create_server((self.address, cluster.SERVER_PORT))
+        self.got: list[bytes] = []
+        self.ended: list[str] = []
+        self.answers, self.silent, self.endless = answers, silent, endless
+        self.thread = threading.Thread(target=self.serve, daemon=True)
+        self.thread.start()
+
+    def serve(self) -> None:
+        """Answer one connection for each of the answers."""
+        with self.listener:
+            for answer in self.answers:
+                connection, _ = self.listener.accept()
+                with connection:
+                    self.converse(connection, answer)
+
+    def converse(self, connection: socket.socket, answer: bytes) -> None:
+        """Answer one greeting and note how the connection ends."""
+        got = connection.recv(100)
+        if not self.silent:
+            connection.sendall(answer)
+            if len(answer) < 2:
+                connection.shutdown(socket.SHUT_WR)
+        try:
+            while self.endless:
+                connection.sendall(b"x")
+                time.sleep(0.01)
+            while more := connection.recv(100):
+                got += more
+            self.ended.append("closed")
+        except (ConnectionResetError, BrokenPipeError):
+            self.ended.append("reset")
+        self.got.append(got)
+
+    @contextlib.contextmanager
+    def dial(self, limit: float) -> Iterator[socket.socket]:
+        """Connect to it."""
+        with socket.create_connection((self.address, cluster.SERVER_PORT), limit) as connection:
+            yield connection
+
+
+def test_handshake_sends_and_reads_mitsubas_very_bytes() -> None:
+    peer = Peer(ANSWER)
+    assert cluster.handshake(peer.dial, "0.6.0", 20) == (4, "ip-172-31-0-5")
+    peer.thread.join(20)
+    assert peer.got == [GREETING + bytes.fromhex("000c")]
+    assert peer.ended == ["closed"]
+
+
+def test_handshake_tries_double_precision_then_gives_up() -> None:
+    peer = Peer(REFUSAL, REFUSAL)
+    with pytest.raises(cluster.AnotherBuild):
+        cluster.handshake(peer.dial, "0.6.0", 20)
+    peer.thread.join(20)
+    assert peer.got == [GREETING, GREETING[:-1] + b"\1"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [(b"", EOFError), (b"HTTP/1.1 400", ValueError), (b"\x1b", EOFError), (ANSWER[:4] + 300 * b"n", ValueError)],
+    ids=["closes", "another protocol", "half", "endless name"],
+)
+def test_handshake_with_a_stranger(answer: bytes, error: type[Exception]) -> None:
+    peer = Peer(answer)
+    with pytest.raises(error):
+        cluster.handshake(peer.dial, "0.6.0", 20)
+    peer.thread.join(20)
+
+
+@pytest.mark.parametrize(
+    ("answer", "options"),
+    [(b"", {"silent": True}), (ANSWER[:4], {"endless": True})],
+    ids=["silent", "a name that drips"],
+)
+def test_one_deadline_ends_a_whole_handshake(answer: bytes, options: dict[str, bool]) -> None:
+    peer = Peer(answer, **options)
+    with pytest.raises(TimeoutError):
+        cluster.handshake(peer.dial, "0.6.0", 0.5)
+    peer.thread.join(20)
+
+
+def test_a_server_that_talks_on_after_the_end_is_left_in_time() -> None:
+    peer = Peer(ANSWER, endless=True)
+    started = time.monotonic()
+    assert cluster.handshake(peer.dial, "0.6.0", 1)[0] == 4
+    assert time.monotonic() - started < 20
+    peer.thread.join(20)
+
+
+def test_a_probe_that_gives_up_resets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reset of a connection that it has not accepted yet ends the real server."""
+    monkeypatch.setattr(cluster, "GUARD_TIMEOUT", 0.3)
+    address = own_address()
+    with socket.create_server((address, cluster.SERVER_PORT)) as frozen:
+        answer = cluster.ask_address(address, "0.6.0", 8)
+        assert not answer.alive
+        connection, _ = frozen.accept()
+        with connection:
+            connection.getpeername()
+            assert connection.recv(100) == GREETING
+            assert connection.recv(100) == b""
+
+
+@pytest.mark.parametrize(
+    ("answers", "most", "expected"),
+    [
+        ((ANSWER,), 4, cluster.Answer(True, "", 1)),
+        ((ANSWER,), 2, cluster.Answer(True, "announces 4 cores, and its instance type has 2", 1)),
+        (
+            (ANSWER[:2] + b"\xff\xff" + ANSWER[4:],),
+            8,
+            cluster.Answer(True, "announces -1 cores, and its instance type has 8", 1),
+        ),
+        ((REFUSAL, REFUSAL), 8, cluster.Answer(True, "is another build than Mitsuba 0.6.0", 2)),
+        ((REFUSAL, ANSWER), 8, cluster.Answer(True, "", 2)),
+    ],
+)
+def test_what_a_handshake_tells_the_guard(answers: tuple[bytes, ...], most: int, expected: cluster.Answer) -> None:
+    assert cluster.ask_address(Peer(*answers).address, "0.6.0", most) == expected
+
+
+def test_one_bad_server_keeps_no_round_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "GUARD_TIMEOUT", 1)
+    good, silent, drips = Peer(ANSWER), Peer(b"", silent=True), Peer(ANSWER[:4], endless=True)
+    found = cluster.ask_all({one.address: 8 for one in (good, silent, drips)}, "0.6.0")
+    assert {one: answer.alive for one, answer in found.items()} == {
+        good.address: True,
+        silent.address: False,
+        drips.address: False,
+    }
+
+
+def test_nothing_but_a_plain_file_is_read(tmp_path: Path) -> None:
+    plain, link, fifo = tmp_path / "plain", tmp_path / "link", tmp_path / "fifo"
+    plain.write_text("10.0.0.1\n")
+    link.symlink_to(plain)
+    os.mkfifo(fifo)
+    assert cluster.read_file(str(plain)) == "10.0.0.1\n"
+    assert [cluster.read_file(str(path)) for path in (link, fifo, tmp_path, tmp_path / "none")] == ["", "", "", ""]
+    assert cluster.read_file("/dev/zero") == ""
+
+
+def test_the_guard_is_a_program_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "PLAN_PATH", str(tmp_path / "plan.json"))
+    monkeypatch.setattr(cluster, "LINKED_PATH", str(tmp_path / "linked"))
+    monkeypatch.setattr(cluster, "GUARD_TIMEOUT", 20)
+    good, greedy = Peer(ANSWER), Peer(ANSWER)
+    plan = {"role": "head", "version": "0.6.0", "workers": {good.address: 4, greedy.address: 2}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    path = tmp_path / "guard.py"
+    path.write_text(cluster.guard_program())
+    done = subprocess.run([sys.executable, "-I", str(path), "filter"], capture_output=True, text=True, check=False)
+    assert done.stdout == f"{greedy.address} is left out: it announces 4 cores, and its instance type has 2\n", done
+    assert (tmp_path / "linked").read_text() == f"{good.address}\n"
+
+
+def test_user_data_has_room_for_the_guard() -> None:
+    """EC2 takes 16 KB in all."""
+    assert len(json.dumps(cluster.guard_at_boot(60))) < 12_000
+
+
+OWN, OTHER = "10.0.0.1", "10.0.0.2"
+GOOD, SILENT = cluster.Answer(True), cluster.Answer(False, "does not answer")
+
+
+def rounds(*answers: tuple[float, cluster.Answer, str]) -> cluster.Links:
+    """Carry on with rounds at which OTHER answered so, and was linked or not."""
+    links = cluster.Links()
+    for now, answer, linked in answers:
+        links = cluster.renew_links(links, now, OWN, frozenset(linked.split()), {OWN: GOOD, OTHER: answer})
+    return links
+
+
+def test_a_linked_worker_that_is_silent_is_found_after_a_while() -> None:
+    links = rounds((0, GOOD, OTHER), (1, SILENT, OTHER), (20, SILENT, OTHER))
+    assert cluster.find_silent(links, 20) == []
+    assert cluster.find_silent(links, 21) == [OTHER]
+    assert (
+        cluster.find_silent(rounds((0, GOOD, OTHER), (20, cluster.Answer(True, "is another build"), OTHER)), 30) == []
+    )
+
+
+def test_a_worker_that_comes_back_is_linked_once_nobody_is_there() -> None:
+    links = rounds((0, SILENT, ""), (10, GOOD, ""), (40, GOOD, ""))
+    assert cluster.find_joining(links, 39, quiet=-60) == []
+    assert cluster.find_joining(links, 40, quiet=-20) == [OTHER]
+    assert cluster.find_joining(links, 40, quiet=-19) == []
+
+
+def test_a_worker_that_comes_and_goes_waits_longer_each_time() -> None:
+    links = rounds((0, GOOD, OTHER), (1, SILENT, ""), (2, GOOD, ""))
+    assert cluster.find_joining(links, 61, quiet=-100) == []
+    assert cluster.find_joining(links, 62, quiet=-100) == [OTHER]
+    links = rounds((0, GOOD, OTHER), (1, GOOD, ""), (2, GOOD, OTHER), (3, GOOD, ""))
+    assert cluster.find_joining(links, 122, quiet=-100) == []
+    assert cluster.find_joining(links, 123, quiet=-100) == [OTHER]
+
+
+def test_a_worker_that_announces_too_much_is_never_linked() -> None:
+    links = rounds((0, cluster.Answer(True, "announces 9000 cores"), ""), (99, cluster.Answer(True, "announces …"), ""))
+    assert cluster.find_joining(links, 9999, quiet=0) == []
+    assert links.named == {OTHER}
+
+
+CONNECTIONS = """\
+0      0      172.31.0.5:7554  203.0.113.9:40312 users:(("mtssrv",pid=301,fd=5)) cubic wscale:7,7 rto:204 rtt:0.1/0.05 \
+mss:1448 cwnd:10 segs_in:2 lastsnd:20 lastrcv:20 lastack:20 delivered:1
+0      0      172.31.0.5:7554  172.31.0.5:53058  users:(("mtssrv",pid=301,fd=6)) cubic rto:204 ato:40 mss:32768 \
+bytes_sent:7 bytes_retrans:3 bytes_acked:7 bytes_received:100 segs_out:2 segs_in:4 lastsnd:120
+0      0      172.31.0.5:40100 172.31.0.6:7554   users:(("mtssrv",pid=301,fd=4)) cubic bytes_sent:9 bytes_acked:9
+0      36     172.31.0.5:22    192.0.2.10:51000  users:(("sshd",pid=410,fd=4),("sshd",pid=400,fd=4)) cubic \
+bytes_sent:5000 bytes_acked:4000 bytes_received:3000 unacked:1
+0      0      [::ffff:172.31.0.5]:22 [::ffff:192.0.2.10]:51001 users:(("sshd-session",pid=510,fd=4)) cubic \
+bytes_received:21
+"""
+
+
+def test_connections_are_read_as_ss_prints_them() -> None:
+    servers, logins = cluster.read_connections(CONNECTIONS, 7554)
+    assert servers == {"203.0.113.9:40312": 0, "172.31.0.5:53058": 107}
+    assert logins == {"192.0.2.10:51000": 7000, "[::ffff:192.0.2.10]:51001": 21}
+
+
+class Clock:
+    """Looks at a made-up node, one after the other."""
+
+    def __init__(self, role: str = "head", limit: float = 3600) -> None:
+        self.role, self.limit = role, limit
+        self.look = cluster.Look(1000, 5.0, 0, {}, {}, {})
+        self.memory = cluster.remember(None, self.look)
+
+    def after(self, seconds: float, **changes: Any) -> Clock:
+        """Go on by so many seconds, a look every ten (a head) or sixty; CHANGES come with the first."""
+        pause = 10 if self.role == "head" else 60
+        end = self.look.at + seconds
+        self.verdict = ""  # what the guard makes of it
+        while self.look.at < end:
+            self.look = self.look._replace(at=self.look.at + pause, **changes)
+            self.memory = cluster.remember(self.memory, self.look)
+            self.verdict = self.verdict or cluster.judge_idleness(self.memory, self.role, self.limit)
+        return self
+
+    @property
+    def silences(self) -> dict[str, float]:
+        """The clients, and for how long they have been silent."""
+        return {peer: silent for peer, (_, silent) in cluster.report(self.memory, 0)["clients"].items()}
+
+
+CLIENT = "203.0.113.9:40312"
+
+
+@pytest.mark.parametrize(("role", "verdict"), [("head", "end"), ("worker", "ask"), ("none", "end")])
+def test_an_unused_node_ends_after_its_limit_and_not_before(role: str, verdict: str) -> None:
+    clock = Clock(role)
+    assert clock.after(3540).verdict == ""
+    assert clock.after(60).verdict == verdict
+    assert Clock(role, limit=0).after(7200).verdict == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "used"),
+    [
+        ({"computed": 5 + 0.06 * 60}, True),
+        ({"computed": 5 + 0.04 * 60}, False),
+        ({"working": True}, True),
+        ({"touched": {"/dev/pts/0": 1}}, True),
+        ({"logins": {"192.0.2.10:51000": 100_001}}, True),
+        ({"logins": {"192.0.2.10:51000": 99_999}}, False),
+        ({"opened": 500}, False),
+        ({}, False),
+    ],
+)
+def test_what_counts_as_use(change: dict[str, Any], used: bool) -> None:
+    clock = Clock("worker")
+    clock.after(3000).after(60, **change)
+    assert clock.after(600, working=False).verdict == ("" if used else "ask")
+
+
+def test_an_idle_shell_counts_only_when_it_is_typed_into() -> None:
+    clock = Clock("worker").after(60, touched={"/dev/pts/0": 1})
+    assert clock.after(3000).verdict == ""
+    assert clock.after(600).verdict == "ask"
+    assert clock.after(60, touched={"/dev/pts/0": 2}).verdict == ""
+
+
+def test_a_watch_of_a_big_cluster_is_no_use() -> None:
+    base = cluster.Look(0, 0, 0, {}, {"a": 0}, {})
+    look = base._replace(at=60, logins={"a": 300_000})
+    assert cluster.find_use(base, look, [], workers=1000) == ""
+    assert cluster.find_use(base, look, [], workers=10) == "an SSH connection moved data"
+
+
+def test_a_client_is_what_two_looks_see() -> None:
+    clock = Clock().after(10, servers={CLIENT: 200})
+    assert clock.silences == {}
+    assert clock.after(10).silences == {CLIENT: 10}
+    assert clock.after(10, servers={CLIENT: 300}).silences == {CLIENT: 0}
+    assert clock.after(10, servers={}).silences == {}
+
+
+def test_a_head_keeps_a_silent_client_for_four_hours() -> None:
+    clock = Clock().after(20, servers={CLIENT: 200})
+    assert clock.after(4 * 3600 - 120).verdict == ""
+    assert clock.after(180).verdict == "end"
+
+
+def test_a_client_that_renders_is_use_and_one_that_leaves_starts_the_clock() -> None:
+    clock = Clock().after(20, servers={CLIENT: 200}).after(3 * 3600)
+    clock.after(60, servers={CLIENT: 900})
+    assert clock.memory.how == "a client moved bytes"
+    assert clock.after(4 * 3600 - 120).verdict == ""
+    assert clock.after(60, servers={}).verdict == ""
+    assert clock.after(3480).verdict == ""
+    assert clock.after(120).verdict == "end"
+
+
+def test_short_renders_between_two_looks_are_seen_by_the_connections_they_open() -> None:
+    clock = Clock().after(100)
+    quiet = clock.memory.quiet
+    clock.after(50, opened=3)
+    assert clock.memory.quiet == quiet + 110
+    clock.after(100)
+    assert clock.memory.quiet == quiet + 110
+
+
+def test_the_guards_own_restart_changes_nothing(tmp_path: Path) -> None:
+    clock = Clock("worker").after(1200, touched={"mark": 1}, logins={"a": 5})
+    kept = json.dumps(clock.memory._asdict())
+    assert cluster.restore_memory(kept) == clock.memory
+    clock.memory = cluster.remember(cluster.restore_memory(kept), clock.look._replace(at=clock.look.at + 1))
+    assert clock.after(2340).verdict == ""
+    assert clock.after(120).verdict == "ask"
+
+
+def test_start_and_extend_begin_the_idle_time_anew_at_the_last_moment() -> None:
+    clock = Clock("worker").after(3540)
+    soon = clock.look._replace(at=clock.look.at + 62, touched={cluster.MARK_PATH: 1})
+    clock.memory = cluster.remember(cluster.restore_memory(json.dumps(clock.memory._asdict())), soon)
+    assert cluster.judge_idleness(clock.memory, "worker", 3600) == ""
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"base": 1}', "\0"])
+def test_what_is_not_a_memory_is_none(text: str) -> None:
+    assert cluster.restore_memory(text) is None
+
+
+def test_a_command_counts_as_long_as_its_connection_stands(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    with mark.open():
+        assert not cluster.is_held(str(mark))  # no sshd is above this process

@@ -1,0 +1,264 @@
+"""Once over the user's uplink: what goes to one node, and who passes it on to whom."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cluster
+from tests.support import LocalCloud, wait_until
+
+SIZE = 4_000_000
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package that does not compress (process nodes do not look into it)."""
+    path = tmp_path / "mitsuba.tar.gz"
+    path.write_bytes(secrets.token_bytes(SIZE))
+    return path
+
+
+def received(cloud: LocalCloud) -> int:
+    """Return how many bytes the nodes have got over SSH."""
+    return sum(node["received"] for node in cloud.ask("status").values())
+
+
+def folder(cloud: LocalCloud, node: dict[str, Any]) -> Path:
+    """Return a process node's home."""
+    return cloud.where.nodes / str(node["id"])
+
+
+def have(cloud: LocalCloud, nodes: list[dict[str, Any]], package: Path) -> list[str]:
+    """Return the names of the nodes that have the package, whole."""
+    wanted = package.read_bytes()
+    found = {node["name"]: list(folder(cloud, node).glob(".mitsuba-package/*")) for node in nodes}
+    return [name for name, files in found.items() if [file.read_bytes() for file in files] == [wanted]]
+
+
+def serving(cloud: LocalCloud) -> list[str]:
+    """Return the ids of the processes that serve files on this cloud's nodes."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if Path(os.readlink(path / "cwd")).is_relative_to(cloud.where.nodes):
+                found += [path.name] if b"\nserve_files(" in (path / "cmdline").read_bytes() else []
+    return found
+
+
+def test_a_package_goes_once_over_the_uplink(cloud: LocalCloud, group: str, package: Path) -> None:
+    settings = {"MITSUBA_PACKAGE": str(package)}
+    assert cloud.cluster("createNodes", "c1.xlarge", "8", group).code == 0
+    before = received(cloud)
+    done = cloud.cluster("install", group, settings=settings)
+    assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (0, 8), done.err
+    sent = received(cloud) - before
+    assert SIZE <= sent <= 1.05 * SIZE + 8 * 60_000, "programs and SSH itself are some 40 kB a node"
+    nodes = cloud.nodes(group)
+    assert len(have(cloud, nodes, package)) == 8
+    wait_until(lambda: not serving(cloud), 20, "the end of the nodes' programs")
+
+    assert cloud.cluster("createNodes", "c1.xlarge", "2", group).code == 0
+    before = received(cloud)
+    done = cloud.cluster("install", group, settings=settings)
+    assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (0, 10), done.err
+    assert received(cloud) - before < SIZE / 2, "nodes that were added later get it from the others"
+    assert len(have(cloud, cloud.nodes(group), package)) == 10
+
+
+def test_the_others_finish_where_nodes_fail(cloud: LocalCloud, group: str, package: Path) -> None:
+    assert cloud.cluster("createNodes", "c1.xlarge", "6", group).code == 0
+    dies, no_source, no_disk, *good = cloud.nodes(group)
+    cloud.fault("sync-dies", dies)
+    cloud.fault("serve-fails", no_source)
+    (folder(cloud, no_disk) / ".mitsuba-package").write_text("a file where the folder belongs")
+    done = cloud.cluster("install", group, settings={"MITSUBA_PACKAGE": str(package)}, limits={"SPREAD_PATIENCE": 0})
+    assert done.code == 1
+    assert sorted(done.out.splitlines()) == sorted(f"{node['name']}: Mitsuba 0.6.0" for node in [no_source, *good])
+    assert f"{no_disk['name']}: .mitsuba-package/" in done.err
+    assert f"failed: {dies['name']}, {no_disk['name']}" in done.last_line
+    assert len(have(cloud, [no_source, *good], package)) == 4
+
+
+def test_killed_here_and_run_again(cloud: LocalCloud, group: str, package: Path) -> None:
+    assert cloud.cluster("createNodes", "c1.xlarge", "3", group).code == 0
+    nodes = cloud.nodes(group)
+    config = str(cloud.config({"MITSUBA_PACKAGE": str(package)}))
+    env = cloud.environment(MITSUBA_CLUSTER_CONFIG=config)
+    child = cloud.start(sys.executable, "cluster.py", "install", group, env=env)
+    wait_until(lambda: [path for node in nodes for path in folder(cloud, node).glob(".mitsuba-cluster/*")])
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    wait_until(lambda: not serving(cloud), 20, "the end of the nodes' programs")
+    done = cloud.cluster("install", group, env={"MITSUBA_CLUSTER_CONFIG": config})
+    assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (0, 3), done.err
+    assert len(have(cloud, nodes, package)) == 3
+
+
+class Idle:
+    """A node whose connection is up."""
+
+    @property
+    def transport(self) -> Idle:
+        """The connection."""
+        return self
+
+    def is_active(self) -> bool:
+        """Say so."""
+        return True
+
+
+def make_spread(nodes: int) -> cluster.Spread:
+    """Return the plan for files of no matter."""
+    return cluster.Spread(".", [], [], nodes)
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (2, 2), (8, 4), (64, 7)])
+def test_the_nodes_that_have_it_double_in_each_round(count: int, most: int) -> None:
+    spread = make_spread(count)
+    for _ in range(count):
+        spread.hear()
+    waiting, rounds, from_here = count, 0, 0
+    while waiting:
+        rounds += 1
+        sources = [source for _ in range(waiting) if (source := spread.choose([]))]
+        assert sources, "everybody waits"
+        waiting -= len(sources)
+        for source in sources:
+            from_here += source.remote is None
+            spread.give_back(source, True)
+            spread.idle.append(cluster.Source(Idle()))  # type: ignore[arg-type]
+    assert rounds <= most
+    assert from_here == 1
+
+
+def test_two_peers_that_fail_lead_here() -> None:
+    spread = make_spread(1)
+    spread.hear()
+    spread.idle = [cluster.Source(Idle()) for _ in range(3)]  # type: ignore[arg-type]
+    tried: list[cluster.Source] = []
+    for _ in range(2):
+        source = spread.choose(tried)
+        assert source
+        assert source.remote
+        spread.give_back(source, False)
+        tried.append(source)
+    source = spread.choose(tried)
+    assert source
+    assert not source.remote
+    assert spread.choose(tried) is None, "one at a time from here"
+
+
+def test_nothing_is_sent_before_the_nodes_have_said_what_they_have() -> None:
+    spread = make_spread(2)
+    spread.hear()
+    assert spread.choose([]) is None
+    spread.hear()
+    source = spread.choose([])
+    assert source
+    assert not source.remote
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+    """A node's program that serves one file: the process, its port and the token."""
+    (tmp_path / "data").write_bytes(bytes(range(256)) * 8000)
+    wanted = cluster.Wanted("data", 2_048_000, "m", "", "", {})
+    fetcher = cluster.Fetcher(str(tmp_path))
+    fetcher.save("record.json", {"data": fetcher.entry(wanted)})
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [sys.executable, "-I", "-c", cluster.serve_program(), str(tmp_path), "127.0.0.1", str(port)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin
+        assert child.stdout
+        token = secrets.token_hex(16)
+        job = {"token": token, "seconds": 60, "wanted": [wanted._asdict()]}
+        child.stdin.write(json.dumps(job) + "\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == "ready\n"
+        yield child, port, token
+        child.kill()
+
+
+def ask(port: int, path: str, token: str, span: str = "bytes=0-9", peer: str = "127.0.0.1") -> tuple[int, bytes]:
+    """Send one request; return the status and the body."""
+    with socket.create_connection(("127.0.0.1", port), 10, (peer, 0)) as stream:
+        stream.sendall(f"GET {path} HTTP/1.1\r\nAuthorization: Bearer {token}\r\nRange: {span}\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: stream.recv(1 << 16), b""))
+    head, body = answer.split(b"\r\n\r\n", 1)
+    return int(head.split()[1]), body
+
+
+def test_a_source_gives_its_files_to_who_knows_the_token(source: tuple[subprocess.Popen[str], int, str]) -> None:
+    child, port, token = source
+    assert ask(port, "/0", token, "bytes=5-9") == (206, bytes(range(5, 10)))
+    assert len(ask(port, "/0", token, "bytes=0-2047999")[1]) == 2_048_000
+    assert ask(port, "/0", "0" * 32) == (403, b"")
+    assert ask(port, "/0", "") == (403, b"")
+    for path in ("/1", "/etc/passwd", "/../data", "/0/../../etc/passwd"):
+        assert ask(port, path, token) == (404, b""), path
+    for span in ("bytes=0-2048000", "bytes=9-5", "bytes=-5", "bytes=0-", "lines=0-5"):
+        assert ask(port, "/0", token, span) == (416, b""), span
+    assert child.stdin
+    child.stdin.close()
+    assert child.wait(20) == 0, "its end is that of its input"
+
+
+def test_a_source_serves_two_at_once() -> None:
+    hold, release = threading.Event(), threading.Event()
+
+    class Held:
+        """A connection whose receiver takes nothing until it is released."""
+
+        def __init__(self) -> None:
+            self.sent = b""
+
+        def settimeout(self, seconds: float) -> None:
+            """Do nothing."""
+
+        def close(self) -> None:
+            """Do nothing."""
+
+        def recv(self, size: int) -> bytes:
+            """Return the request."""
+            return b"GET /0 HTTP/1.1\r\nAuthorization: Bearer x\r\nRange: bytes=0-0\r\n\r\n"
+
+        def sendall(self, data: bytes) -> None:
+            """Wait, and keep what is sent."""
+            hold.set()
+            assert release.wait(20)
+            self.sent += data
+
+    server = cluster.FileServer("x", [1], lambda number: os.open("/dev/zero", os.O_RDONLY))
+    streams = {peer: Held() for peer in ("a", "b", "c")}
+    threads = []
+    for peer in ("a", "b"):
+        hold.clear()
+        threads.append(threading.Thread(target=server.answer, args=(streams[peer], peer)))
+        threads[-1].start()
+        assert hold.wait(20)
+    again, third = Held(), streams["c"]
+    for peer, stream in (("c", third), ("a", again)):
+        hold.clear()
+        threads.append(threading.Thread(target=server.answer, args=(stream, peer)))
+        threads[-1].start()
+        assert hold.wait(20)
+    release.set()
+    for thread in threads:
+        thread.join()
+    codes = [re.findall(rb"HTTP/1.1 (\d+)", stream.sent)[0] for stream in (streams["a"], streams["b"], third, again)]
+    assert codes == [b"206", b"206", b"503", b"206"]

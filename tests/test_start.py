@@ -1,0 +1,141 @@
+"""start: units and scripts, what it refuses and says, and the tunnel; on process nodes."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cluster
+from tests.scripts import find_scripts
+from tests.support import LocalCloud, free_port, interrupt
+
+GROUP = "servers"
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd")
+def test_systemd_takes_the_units(tmp_path: Path) -> None:
+    units = {name for name, text in vars(cluster).items() if isinstance(text, str) and "[Unit]" in text}
+    assert units == {"GUARD_UNIT", "SERVER_UNIT"}
+    for role in ("head", "worker"):
+        (tmp_path / "mitsuba-guard.service").write_text(cluster.GUARD_UNIT)
+        (tmp_path / "mtssrv.service").write_text(cluster.server_unit(role, "10.0.0.1", 4, "/mnt"))
+        files = sorted(map(str, tmp_path.iterdir()))
+        done = subprocess.run(["systemd-analyze", "verify", *files], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_every_script_is_checked_and_can_be_pasted() -> None:
+    scripts = find_scripts()
+    assert {"FACTS", "INSTALL", "START_SERVER", "SERVER_LOG", "GUARD_BOOT", "METADATA_GUARD"} <= scripts.keys()
+    for name, text in scripts.items():
+        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+        assert (name, done.stderr) == (name, "")
+
+
+@pytest.fixture(scope="module")
+def servers(cloud: LocalCloud) -> Iterator[LocalCloud]:
+    """A group of three nodes that serve."""
+    for words in (("createNodes", "c1.xlarge", "3"), ("install",), ("start",)):
+        done = cloud.cluster(*words, GROUP)
+        assert done.code == 0, done.err
+    yield cloud
+    cloud.end(GROUP)
+
+
+@pytest.fixture
+def head(servers: LocalCloud) -> Iterator[dict[str, Any]]:
+    """The head of three nodes that serve; mended afterwards."""
+    (head,) = (node for node in servers.nodes(GROUP) if node["role"] == "head")
+    yield head
+    for node in servers.nodes(GROUP):
+        servers.fault("client-goes", node)
+        servers.fault("heal", node)
+    done = servers.cluster("start", GROUP)
+    assert done.code == 0, done.err
+
+
+def worker_of(cloud: LocalCloud) -> dict[str, Any]:
+    """Return one worker."""
+    return next(node for node in cloud.nodes(GROUP) if node["role"] == "worker")
+
+
+def test_start_before_install_says_so(cloud: LocalCloud, group: str) -> None:
+    assert cloud.cluster("createNodes", "c1.xlarge", "2", group).code == 0
+    done = cloud.cluster("start", group)
+    assert done.code == 1
+    assert done.last_line.startswith("Error: Mitsuba is not installed on ")
+    assert done.last_line.endswith(f": ./cluster.py install {group} comes first")
+    assert "terminate" not in done.err
+
+
+def test_a_head_with_a_client_is_not_restarted(servers: LocalCloud, head: dict[str, Any]) -> None:
+    servers.fault("server-greedy", worker_of(servers))
+    left_out = servers.cluster("start", GROUP)
+    assert left_out.code == 1
+    assert f"{worker_of(servers)['name']}: its mtssrv announces 9000 cores, and c1.xlarge has 8" in left_out.err
+    assert "6 cores in all, restarted" in left_out.out
+    servers.fault("heal", worker_of(servers))
+    servers.fault("client-comes", head)
+
+    refused = servers.cluster("start", GROUP)
+    assert refused.code == 1
+    assert refused.out.splitlines()[-1] == f"Head node: {head['name']}"
+    assert refused.last_line == (
+        "Error: 1 node waits to be linked: client 203.0.113.9 (and 1 more), silent for 1m; ./cluster.py start servers "
+        "--force links them now and ends that client, else they join when it leaves"
+    )
+    shown = servers.cluster("status", GROUP, "--servers").out
+    assert "client 203.0.113.9" in shown
+
+    forced = servers.cluster("start", GROUP, "--force")
+    assert forced.code == 0, forced.err
+    assert "10 cores in all, restarted" in forced.out
+
+
+def test_a_linked_worker_is_not_restarted_under_a_client(servers: LocalCloud, head: dict[str, Any]) -> None:
+    worker = worker_of(servers)
+    servers.fault("client-comes", head)
+    servers.fault("server-another", worker)
+    refused = servers.cluster("start", GROUP)
+    assert refused.code == 1
+    assert f"{worker['name']}: its mtssrv needs a restart, which would end client 203.0.113.9" in refused.err
+
+
+def test_tunnel_lets_any_number_of_connections_through(servers: LocalCloud) -> None:
+    port = free_port()
+    child = servers.start(sys.executable, "cluster.py", "tunnel", GROUP, "--port", str(port))
+    assert child.stderr
+    while "Forwarding to" not in (line := child.stderr.readline()):
+        assert line
+
+    def ask() -> int:
+        open_stream = lambda limit: socket.create_connection(("127.0.0.1", port), limit)  # noqa: E731
+        return cluster.handshake(open_stream, "0.6.0", 60)[0]
+
+    assert [ask() for _ in range(10)] == 10 * [10]
+    with ThreadPoolExecutor(50) as pool:
+        assert [one.result() for one in [pool.submit(ask) for _ in range(50)]] == 50 * [10]
+    done = interrupt(child)
+    assert done.code == 130
+    assert "Interrupted. The tunnel is closed." in done.err
+    with pytest.raises(ConnectionRefusedError):
+        ask()
+
+
+def test_a_tunnel_that_breaks_says_so(servers: LocalCloud, head: dict[str, Any]) -> None:
+    child = servers.start(sys.executable, "cluster.py", "tunnel", GROUP, "--port", str(free_port()))
+    assert child.stderr
+    while "Forwarding to" not in (line := child.stderr.readline()):
+        assert line
+    servers.fault("drop", head)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 1
+    assert f"Error: {head['name']}: ssh ended (exit code 255); run ./cluster.py tunnel servers again" in err
