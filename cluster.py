@@ -816,6 +816,11 @@ class Node(NamedTuple):
         """The last two numbers of the private address, as "4-17": it stays the same for a node's life."""
         return "-".join(self.private_ip.split(".")[-2:])
 
+    @property
+    def age(self) -> tuple[datetime, list[int], str]:
+        """What sorts nodes from the oldest to the youngest; those of one launch by their addresses."""
+        return self.launched, [int(part) for part in self.private_ip.split(".") if part], self.id
+
 
 class SpotRequest(NamedTuple):
     """A spot request of ours."""
@@ -2680,9 +2685,7 @@ node_argument = click.argument("name", type=NodeName(), metavar="NODE")
 
 def in_order(nodes: Iterable[Node]) -> list[Node]:
     """Return NODES as they are shown: the head first, then by age."""
-    return sorted(
-        nodes, key=lambda n: (n.role != "head", n.launched, [int(part) for part in n.private_ip.split(".") if part])
-    )
+    return sorted(nodes, key=lambda node: (node.role != "head", node.age))
 
 
 def find_node(app: App, name: str) -> Node:
@@ -4485,7 +4488,7 @@ NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 def plan_head(nodes: Sequence[Node]) -> Node:
     """Choose the head: the one that was it, else on-demand before spot, else the oldest."""
-    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.launched, node.id))
+    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.age))
 
 
 def plan_head_cores(own: int) -> int:

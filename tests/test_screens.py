@@ -43,7 +43,8 @@ def in_own_words(cloud: LocalCloud, lines: list[str]) -> str:
     text = "\n".join(lines).replace(str(cloud.where.root), "ROOT")
     text = re.sub(r"\b127\.\d+\.(\d+\.\d+)(:\d+)?", r"127.10.\1", text)
     text = re.sub(r"\b(\d+s|\d+m|\dh\d\dm)\b", "9s", text)
-    text = re.sub(r"0\.\d{4}\b", "0.0088", text)
+    text = re.sub(r"\b0\.\d\d+\b", "0.99", text)
+    text = re.sub(r"^Made a new SSH key: .*\n", "", text, flags=re.M)  # only a cloud's first test does
     text = re.sub(r"  +", "  ", text)
     parts = re.split(r"((?:^127\.[\d.]+: (?!head).*\n)+)", text + "\n", flags=re.M)
     return "".join("".join(sorted(part.splitlines(True))) if i % 2 else part for i, part in enumerate(parts)).strip()
@@ -67,7 +68,8 @@ def test_screens(cloud: LocalCloud) -> None:
     ):
         if "--servers" in words:
             cloud.fault("sshd-silent", cloud.nodes("default")[-1])
-        seen = show(cloud, *PROGRAM, *words, **patience)
+        with cloud.options(pace="none"):  # so the nodes are launched in the order of their addresses
+            seen = show(cloud, *PROGRAM, *words, **patience)
         if "--servers" in words:
             cloud.fault("heal", cloud.nodes("default")[-1])
         assert seen.code == 0, seen.raw
