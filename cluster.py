@@ -299,7 +299,7 @@ class Progress:
         self.done = 0
         self.detail = ""
         self.steps: dict[str, str] = {}  # node id -> what it does now
-        self.moved: collections.Counter[str] = collections.Counter()  # node id, or file -> bytes
+        self.moved: dict[str, int] = collections.defaultdict(int)  # node id, or "all" -> bytes
         self.began = self.told = time.monotonic()
 
     def step(self, node: Node, text: str) -> None:
@@ -425,7 +425,9 @@ class Settings(NamedTuple):
     SSH_USER: str = "ubuntu"
     SSH_PORT: int = 22
     AMI_IDS: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
+    UBUNTU_RELEASE: str = "24.04"
     SUBNET_ID: str = ""
+    PRIVATE_NODES: bool = False
     CLIENT_CIDR: str = ""
     PUBLIC_SERVER_PORT: bool = True
     ROOT_VOLUME_GB: int = 16
@@ -498,9 +500,11 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "SSH_USER": (matches(r"[a-z_][a-z0-9_.-]*"), 'a user name such as "ubuntu"'),
     "SSH_PORT": (lambda value: is_whole(value, 1, 65535), "a port from 1 to 65535"),
     "AMI_IDS": (is_images, 'a dict such as {"us-east-1": "ami-0123456789abcdef0"}'),
+    "UBUNTU_RELEASE": (matches(r"22\.04|24\.04|26\.04"), '"22.04", "24.04" or "26.04"'),
     "SUBNET_ID": (matches(r"(subnet-[0-9a-f]+)?"), 'a subnet such as "subnet-0123abcd", or ""'),
     "CLIENT_CIDR": (is_cidr, 'an IPv4 network such as "203.0.113.7/32", or ""'),
     "PUBLIC_SERVER_PORT": (lambda value: isinstance(value, bool), "True or False"),
+    "PRIVATE_NODES": (lambda value: isinstance(value, bool), "True or False"),
     "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
     "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
     "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
@@ -593,6 +597,7 @@ EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
 CREDENTIAL_CODES = REGION_CODES | {"InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
+QUOTA_CODES = {"VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"}
 S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
 
@@ -746,7 +751,7 @@ def explain(error: Exception) -> str:
         return f"AWS refuses these credentials ({code}): {check}"
     if code in DENIED_CODES:
         return explain_denial(text, action)
-    if code in ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"):
+    if code in QUOTA_CODES:
         return (
             f"your account's quota is used up: {text} Raise 'Running On-Demand Standard instances' (or 'All Standard "
             "Spot Instance Requests') at https://console.aws.amazon.com/servicequotas/"
@@ -1146,6 +1151,7 @@ TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
 IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
 LOGIN_LIMIT = 60  # a node that should be up
+REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
@@ -1655,17 +1661,19 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
         raise NodeError(not_ours(node))
     deadline = time.monotonic() + limit
     answered: float | None = None
+    pause = 0.2
     while True:
         try:
             return connect(node, settings, identity)
         except (WrongHostKey, paramiko.AuthenticationException) as error:
             answered = answered or time.monotonic()
+            pause = min(2 * pause, REFUSED_PAUSE)
             if not first_boot or time.monotonic() - answered > FIRST_KEY_LIMIT:
                 raise NodeError(refusal(error, settings)) from error
         except (paramiko.SSHException, OSError, EOFError) as error:
             if time.monotonic() > deadline:
                 raise SilentNode(unreachable(node, settings, error)) from error
-        time.sleep(0.2)
+        time.sleep(pause)
 
 
 def raise_limits() -> None:
@@ -1976,7 +1984,7 @@ class Fetcher:
             except FetchFailed as error:
                 raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
             except OSError as error:
-                where = f"{error.filename}: " if error.filename else ""
+                where = f"{error.filename}: " if error.filename in jobs[job].split("/") else ""
                 raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
             finally:
                 files.shutdown(wait=False, cancel_futures=True)
@@ -3255,17 +3263,35 @@ def guard_at_boot(minutes: float) -> list[str]:
 # --- createNodes -------------------------------------------------------------
 # Plan, access, launch, wait. Touches EC2, makes the user's key, and waits on the nodes for their boot.
 
-# "ebs-gp2" for 22.04; see https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
-UBUNTU_PARAMETER = "/aws/service/canonical/ubuntu/server/22.04/stable/current/amd64/hvm/ebs-gp2/ami-id"
-UBUNTU_NAME = "ubuntu/images/hvm-ssd/ubuntu-jammy-22.04-amd64-server-*"
+# Release -> what the names of its images have for it and for their kind of disk; the gp3 images are younger than 22.04.
+# https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
+UBUNTU = {"22.04": ("jammy", "gp2"), "24.04": ("noble", "gp3"), "26.04": ("resolute", "gp3")}
 CANONICAL = "099720109477"
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
-PRICE_LIMIT = 5  # the look-up of a price
+PRICE_LIMIT = 5  # the look-up of a price, or of a quota
+SURPLUS_PRICE = 0.05  # $ a vCPU-hour above the baseline of T3 and T3a (https://aws.amazon.com/ec2/pricing/on-demand/)
+
+# What a type begins with -> its quota of vCPUs, on demand and spot; "" is all others: A, C, D, H, I, M, R, T, Z.
+# https://docs.aws.amazon.com/ec2/latest/instancetypes/ec2-instance-quotas.html
+QUOTAS = {
+    "dl": ("L-6E869C2A", "L-85EED4F7"),
+    "f": ("L-74FC7D96", "L-88CF9481"),
+    "g": ("L-DB2E81BA", "L-3819A6DF"),
+    "hpc": ("L-F7808C92", ""),
+    "inf": ("L-1945791B", "L-B5D1601B"),
+    "p": ("L-417A185B", "L-7212CCBC"),
+    "trn": ("L-2C3B7624", "L-6B0D517C"),
+    "vt": ("L-DB2E81BA", "L-3819A6DF"),
+    "x": ("L-7295265B", "L-E3A00192"),
+    "": ("L-1216C47A", "L-34B43A08"),
+}
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 CLOUD_INIT_LIMIT = 600
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
+
+GONE = (404, 410)  # HTTP's codes for what does not exist
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
@@ -3282,6 +3308,7 @@ class InstanceType(NamedTuple):
     virtualization: tuple[str, ...]
     cores: int
     encrypts: bool
+    burstable: bool
 
 
 class Image(NamedTuple):
@@ -3293,6 +3320,7 @@ class Image(NamedTuple):
     virtualization: str
     root_device: str
     root_gb: int
+    name: str
 
 
 class LaunchRequest(NamedTuple):
@@ -3304,6 +3332,7 @@ class LaunchRequest(NamedTuple):
     spot: bool = False
     max_price: float | None = None
     max_hours: float | None = None
+    without_mitsuba: bool = False
 
 
 class Subnet(NamedTuple):
@@ -3312,22 +3341,36 @@ class Subnet(NamedTuple):
     zone: str
     id: str
     vpc: str
-    public: bool  # its nodes get public addresses
+    gives_addresses: bool  # public ones, unasked
     price: float | None = None  # $ an hour of a node there
+
+
+class Plan(NamedTuple):
+    """All that is known before a launch."""
+
+    request: LaunchRequest
+    type: InstanceType
+    image: Image
+    subnets: list[Subnet]  # in the order in which they are tried
+    cidr: str  # who may connect
+    present: int  # nodes that the group has already
+    on_demand: float | None  # $ an hour; None: not known, or not needed
+    spot: dict[str, float]  # zone -> $ an hour
+    package: str  # where Mitsuba comes from; "" where that is not known
+    hours: float  # after which the nodes end themselves; 0: never
+    quota: str | None  # of vCPUs; None: not asked for
 
 
 class Launch(NamedTuple):
     """All that RunInstances needs."""
 
-    order: LaunchRequest
-    machine: InstanceType
-    image: Image
-    subnets: list[Subnet]  # in the order in which they are tried
+    plan: Plan
     key_name: str
     security_group: str
     user_data: str
     tags: dict[str, str]
     disk_gb: int
+    private: bool  # no public addresses
 
 
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
@@ -3414,49 +3457,54 @@ def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
         virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
         cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
         encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
+        burstable=raw.get("BurstablePerformanceSupported", False),
     )
 
 
 def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
-    """Return the subnets in which MACHINE can be launched, by zone."""
+    """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
     kind = [{"Name": "instance-type", "Values": [machine]}]
-    subnets, offerings = side_by_side(
+    found, offerings = side_by_side(
         lambda: ec2.describe_subnets(**wanted)["Subnets"],
         lambda: ec2.describe_instance_type_offerings(LocationType="availability-zone", Filters=kind),
     )
-    if not subnets:
+    if not found:
         raise ClusterError(
             f"{ec2.meta.region_name} has no default VPC: make one with `aws ec2 create-default-vpc`, or set SUBNET_ID"
         )
     zones = {offer["Location"] for offer in offerings["InstanceTypeOfferings"]}
-    places = [
-        Subnet(one["AvailabilityZone"], one["SubnetId"], one["VpcId"], one["MapPublicIpOnLaunch"]) for one in subnets
+    subnets = [
+        Subnet(raw["AvailabilityZone"], raw["SubnetId"], raw["VpcId"], raw.get("MapPublicIpOnLaunch", False))
+        for raw in found
     ]
-    fit = sorted(place for place in places if place.zone in zones)
+    fit = sorted(subnet for subnet in subnets if subnet.zone in zones)
     if not fit:
-        here = f"in {places[0].zone}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
+        here = f"in {subnets[0].zone}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
         there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
         raise ClusterError(f"{machine} is not offered {here}{there}")
     return fit
 
 
-def fetch_ubuntu(ec2: Client, ssm: Client) -> str:
-    """Return the id of Ubuntu's newest image: by Canonical's SSM parameter, else from EC2's list."""
+def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
+    """Return the id of the newest image of Ubuntu's RELEASE: by Canonical's SSM parameter, else from EC2's list."""
+    code_name, disk = UBUNTU[release]
+    parameter = f"/aws/service/canonical/ubuntu/server/{release}/stable/current/amd64/hvm/ebs-{disk}/ami-id"
     with excused("Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
-        return str(ssm.get_parameter(Name=UBUNTU_PARAMETER)["Parameter"]["Value"])
-    named = [{"Name": "name", "Values": [UBUNTU_NAME]}]
+        return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
+    folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
+    named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
     images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
     if not images:
-        raise ClusterError(f"no Ubuntu image was found in {ec2.meta.region_name}; name one in AMI_IDS")
+        raise ClusterError(f"no image of Ubuntu {release} was found in {ec2.meta.region_name}; name one in AMI_IDS")
     return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
 
 
 def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
     """Return the image for the region: of AMI_IDS, else Ubuntu's."""
-    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm)
+    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm, settings.UBUNTU_RELEASE)
     found = []
     with tolerate("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"):
         found = ec2.describe_images(ImageIds=[chosen])["Images"]
@@ -3472,6 +3520,7 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
         virtualization=raw.get("VirtualizationType", "hvm"),
         root_device=root,
         root_gb=disks.get(root, {}).get("VolumeSize", 0),
+        name=printable(raw.get("Name", "")),
     )
 
 
@@ -3532,29 +3581,44 @@ def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str
     return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
-def fetch_prices(ec2: Client, settings: Settings, order: LaunchRequest) -> dict[str, float]:
-    """Return the present $ an hour of one of the ORDER's nodes by zone ("": in all); {} where it can't be had."""
-    if not order.spot:
-        price = fetch_on_demand_price(settings, order.type)
-        return {} if price is None else {"": price}
-    with excused("the price is unknown"):
-        history = fetch_spot_history(ec2, order.type, 1)
-        return {zone: prices[-1][1] for zone, prices in history.items()}
+def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
+    """Return zone -> present $ an hour of a spot node, cheapest first; {} where that can't be had."""
+    with excused("spot prices are unknown"):
+        now = {zone: prices[-1][1] for zone, prices in fetch_spot_history(ec2, machine, 1).items()}
+        return dict(sorted(now.items(), key=lambda item: item[1]))
     return {}
 
 
 def by_price(subnets: Sequence[Subnet], prices: dict[str, float]) -> list[Subnet]:
-    """Return SUBNETS with their prices, the cheapest first, those of unknown price last."""
+    """Return SUBNETS with their prices ("": that of all zones), the cheapest first, those of unknown price last."""
     priced = [one._replace(price=prices.get(one.zone, prices.get(""))) for one in subnets]
     return sorted(priced, key=lambda one: (one.price is None, one.price or 0.0, one.zone))
+
+
+def quota_code(machine: str, spot: bool) -> str:
+    """Return Service Quotas' code for the vCPUs of an instance type; "" where there is none."""
+    letters = re.sub("[^a-z].*", "", machine)
+    return next(codes for prefix, codes in QUOTAS.items() if letters.startswith(prefix))[spot]
+
+
+def fetch_quota(settings: Settings, machine: str, spot: bool) -> str:
+    """Return the account's quota of vCPUs in words; "" where it can't be had in a moment."""
+    quick: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 3, "retries": {"total_max_attempts": 1}}
+    with tolerate():
+        quotas = open_client(settings, "service-quotas", **quick)
+        quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(machine, spot))["Quota"]
+        return f"{quota['Value']:g} ({printable(quota['QuotaName'])})"
+    return ""
 
 
 def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
     """Return what COUNT nodes cost, as createNodes says it before the launch."""
     if price is None:
         return f"{count} × {machine}: the price could not be looked up"
-    addresses = f", and {format_money(count * PUBLIC_ADDRESS_PRICE)} for public addresses" if public else ""
-    return f"{count} × {machine}: {format_money(count * price)} an hour{addresses}"
+    addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
+    more = f", and {format_money(addresses)} for public addresses" if public else ""
+    day = format_money(24 * (count * price + addresses))
+    return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
 
 
 def to_request(address: str, method: str = "GET") -> urllib.request.Request:
@@ -3586,9 +3650,10 @@ def package_risks(settings: Settings, package: Package) -> list[str]:
 
 
 def index_has(apt_line: str, package: str) -> bool:
-    """Tell whether an apt repository offers PACKAGE for amd64; OSError where it has no index."""
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
     import gzip
     import lzma
+    import urllib.error
     import urllib.request
 
     found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
@@ -3599,57 +3664,118 @@ def index_has(apt_line: str, package: str) -> bool:
     if suite.endswith("/"):
         folders = [f"{base}/{suite}".rstrip("/")]
     wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    trouble: OSError | None = None
+    indexes: dict[str, Callable[[bytes], bytes]]
+    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
+    missing: urllib.error.HTTPError | None = None
     for folder in folders:
-        for name, unpack in (("Packages.gz", gzip.decompress), ("Packages.xz", lzma.decompress), ("Packages", bytes)):
+        for name, unpack in indexes.items():
             try:
                 with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
                     if wanted.search(unpack(answer.read())):
                         return True
-                trouble = None
+                missing = None
                 break
-            except OSError as error:
-                trouble = error
-    if trouble:
-        raise trouble
+            except urllib.error.HTTPError as error:
+                if error.code not in GONE:
+                    raise
+                missing = error
+    if missing:
+        raise missing
     return False
 
 
-def look_for_package(settings: Settings) -> None:
-    """Say what `install` will install, and warn if it would not find it: better known before the meter runs."""
+def check_package(settings: Settings, without: bool) -> str:
+    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
+    import lzma
     import urllib.error
     import urllib.request
 
-    package = plan_package(settings)
-    note(f"To be installed: {package.title}")
-    for risk in package_risks(settings, package):
-        warn(risk)
-    advice = f"set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings} before you run install"
+    title, doubt, proved = "", "", True
     try:
+        package = plan_package(settings)
+        title = package.title
+        for risk in package_risks(settings, package):
+            warn(risk)
         if "://" in package.source:
             urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
         elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            warn(f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba; {advice}")
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        what = package.source if "://" in package.source else f"PKG_REPOSITORY ({settings.PKG_REPOSITORY})"
-        warn(f"{what} can't be read ({error}); {advice}")
+            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
+    except ClusterError as error:
+        doubt = error.message
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        doubt = f"{title} can't be read ({error})"
+    doubt += f"; set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings}" if doubt and title else ""
+    if doubt and proved and not without:
+        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
+    if doubt:
+        warn(f"{doubt} before you run install" if title else doubt)
+    return title
 
 
-def announce(app: App, order: LaunchRequest, before: Sequence[Node], price: float | None, hours: float) -> None:
-    """Say what will be launched, what it costs, and what stands in the way of the next step."""
-    if order.max_price is not None and price is not None and order.max_price < price:
+def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
+    """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
+    settings, ec2 = app.settings, app.ec2
+    ssm = open_client(settings, "ssm")
+    machine, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
+        lambda: fetch_instance_type(ec2, request.type),
+        lambda: fetch_image(ec2, ssm, settings),
+        lambda: fetch_subnets(ec2, settings, request.type),
+        lambda: fetch_client_cidr(settings),
+        lambda: fetch_nodes(ec2, request.group),
+        lambda: fetch_on_demand_price(settings, request.type) if dry_run or not request.spot else None,
+        lambda: fetch_spot_prices(ec2, request.type) if dry_run or request.spot else {},
+        lambda: check_package(settings, request.without_mitsuba),
+        lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
+    )
+    check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
+    subnets = by_price(subnets, spot if request.spot else {} if on_demand is None else {"": on_demand})
+    lowest = subnets[0].price
+    if request.max_price is not None and lowest is not None and request.max_price < lowest:
         raise ClusterError(
-            f"the spot price of {order.type} is {format_money(price)} an hour now, above your maximum of "
-            f"{format_money(order.max_price)}; see {command('spotPrices', order.type)}"
+            f"the spot price of {request.type} is {format_money(lowest)} an hour now, above your maximum of "
+            f"{format_money(request.max_price)}; see {command('spotPrices', request.type)}"
         )
     present = sum(node.state in ("pending", "running") for node in before)
-    if present:
-        note(f"{app.where(order.group)} has {format_count(present, 'node')} already; {order.number} more are added")
-    note(format_price(order.type, order.number, price))
-    if hours:
-        note(f"Each ends itself after {hours:g} hours.")
+    hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
+    return Plan(request, machine, image, subnets, cidr, present, on_demand, spot, package, hours, quota)
+
+
+def describe(app: App, plan: Plan) -> Iterator[str]:
+    """Yield, line by line, what a launch makes and what it costs: createNodes says it, --dry-run says nothing else."""
+    request, settings, cores = plan.request, app.settings, plan.type.cores * plan.request.number
+    if plan.present:
+        group = app.where(request.group)
+        yield f"{group} has {format_count(plan.present, 'node')} already; {request.number} more are added"
+    yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
+    if plan.spot:
+        shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
+        beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
+        yield f"An hour of a spot node, now: {shown}{beside}"
+    if plan.type.burstable and request.type.startswith("t2."):
+        yield f"{request.type} is burstable: after some minutes of full load it falls to a fraction of its speed"
+    elif plan.type.burstable:
+        most = f"up to {format_money(SURPLUS_PRICE * cores)} an hour more for all"
+        yield f"{request.type} is burstable: full load costs a surcharge, {most}; a c type has none"
+    zones = ", ".join(dict.fromkeys(subnet.zone for subnet in plan.subnets))
+    yield f"Image: {plan.image.id} ({plan.image.name})"
+    yield f"Zones, in the order in which they are tried: {zones}"
+    if settings.PRIVATE_NODES:
+        yield (
+            "PRIVATE_NODES: they get no public address, so this machine must reach the private ones (by a VPN), "
+            "and install needs a NAT gateway"
+        )
+    elif not all(subnet.gives_addresses for subnet in plan.subnets):
+        yield f"{settings.SUBNET_ID} gives no public addresses unasked; the nodes ask for one each, to be reached by it"
+    if plan.hours:
+        yield f"Each ends itself after {plan.hours:g} hours."
     else:
-        note(f"They run until {command('terminateAll', order.group)}; --max-hours would end them by themselves.")
+        yield f"They run until {command('terminateAll', request.group)}; --max-hours would end them by themselves."
+    if plan.package:
+        yield f"To be installed: {plan.package}"
+    if plan.quota is not None:
+        quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
+        yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
 
 
 def make_ed25519() -> tuple[str, str]:
@@ -3736,68 +3862,54 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
     return "#cloud-config\n" + json.dumps(config)
 
 
-def prepare(app: App, order: LaunchRequest) -> Launch:
-    """Check everything, say what it will cost, and make what a launch needs; launch nothing."""
-    settings, ec2 = app.settings, app.ec2
-    ssm = open_client(settings, "ssm")
-    machine, image, subnets, cidr, before, prices, _ = side_by_side(
-        lambda: fetch_instance_type(ec2, order.type),
-        lambda: fetch_image(ec2, ssm, settings),
-        lambda: fetch_subnets(ec2, settings, order.type),
-        lambda: fetch_client_cidr(settings),
-        lambda: fetch_nodes(ec2, order.group),
-        lambda: fetch_prices(ec2, settings, order),
-        lambda: look_for_package(settings),
-    )
-    check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
-    hours = settings.MAX_HOURS if order.max_hours is None else order.max_hours
-    subnets = by_price(subnets, prices)
-    announce(app, order, before, subnets[0].price, hours)
+def prepare(app: App, plan: Plan) -> Launch:
+    """Make what a launch needs: keys, security group, user data."""
+    settings, ec2, name = app.settings, app.ec2, plan.request.group
     ensure_key_file(settings.key_file)
     identity = app.identity
     ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
-    group = ensure_security_group(ec2, order.group, subnets[0].vpc)
-    others, foreign = other_rules(group, settings, cidr, identity)
+    group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
+    others, foreign = other_rules(group, settings, plan.cidr, identity)
     if foreign:
         raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
-    warn_of_rules(ec2, [group], settings, cidr, identity)
-    repair_rules(ec2, group, settings, cidr, rule_owner(identity))
+    warn_of_rules(ec2, [group], settings, plan.cidr, identity)
+    repair_rules(ec2, group, settings, plan.cidr, rule_owner(identity))
     private, public = make_ed25519()
-    tags = {TAG_GROUP: order.group, TAG_HOST_KEY: public} | sign_launch(identity, order.group, public)
-    tags |= {TAG_HOURS: f"{hours:g}"} if hours else {}
-    user_data = make_user_data(private, public, hours)
-    return Launch(
-        order, machine, image, subnets, settings.KEYPAIR_NAME, group.id, user_data, tags, settings.ROOT_VOLUME_GB
-    )
+    tags = {TAG_GROUP: name, TAG_HOST_KEY: public} | sign_launch(identity, name, public)
+    tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
+    user_data = make_user_data(private, public, plan.hours)
+    disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
+    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed)
 
 
 def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
     """Return RunInstances' parameters; the same for each try of one request, to the byte."""
+    plan, request = launch.plan, launch.plan.request
     price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
     tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
-    kinds = ["instance", "volume"] + (["spot-instances-request"] if launch.order.spot else [])
-    disk = {"VolumeSize": max(launch.disk_gb, launch.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
-    if launch.machine.encrypts:
+    kinds = ["instance", "volume"] + (["spot-instances-request"] if request.spot else [])
+    disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
+    if plan.type.encrypts:
         disk["Encrypted"] = True
+    network = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
     parameters: dict[str, Any] = {
-        "ImageId": launch.image.id,
-        "InstanceType": launch.machine.type,
+        "ImageId": plan.image.id,
+        "InstanceType": plan.type.type,
         "MinCount": 1,
         "MaxCount": count,
         "KeyName": launch.key_name,
-        "SubnetId": subnet.id,
-        "SecurityGroupIds": [launch.security_group],
+        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not launch.private}],
         "UserData": launch.user_data,
         "ClientToken": token,
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
-        "BlockDeviceMappings": [{"DeviceName": launch.image.root_device, "Ebs": disk}],
+        "BlockDeviceMappings": [{"DeviceName": plan.image.root_device, "Ebs": disk}],
         "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
     }
-    if launch.order.spot:
+    if request.spot:
         options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
-        if launch.order.max_price is not None:
-            options["MaxPrice"] = f"{launch.order.max_price:.6f}"
+        if request.max_price is not None:
+            options["MaxPrice"] = f"{request.max_price:.6f}"
         parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
     return parameters
 
@@ -3835,8 +3947,8 @@ def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     nodes: list[Node] = []
-    why, count = "", launch.order.number
-    for subnet in launch.subnets:
+    why, count = "", launch.plan.request.number
+    for subnet in launch.plan.subnets:
         zone = subnet.zone
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
@@ -3855,7 +3967,9 @@ def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
                     raise
                 break
             dear = error_code(error) == "SpotMaxPriceTooLow"
-            what = f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.machine.type} in {zone}"
+            what = (
+                f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.plan.type.type} in {zone}"
+            )
             note(f"{what} ({error_code(error)}); trying the next zone")
     return nodes, why or "no zone had capacity"
 
@@ -3907,14 +4021,13 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
     from botocore.exceptions import BotoCoreError, ClientError
 
     progress = Progress("Answering", len(nodes))
-    public = {subnet.zone: subnet.public for subnet in launch.subnets}
     waiting = {node.id: node for node in nodes}
     begun: dict[str, Future[Outcome[None]]] = {}
     done: dict[str, Outcome[None]] = {}
     start = good = time.monotonic()
     while waiting:
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.order.group) if node.id in waiting}
+            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.plan.request.group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
@@ -3922,7 +4035,7 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
                 raise
         waiting |= seen
         for node in seen.values():
-            address = node.public_ip if public[node.zone] else node.private_ip
+            address = node.private_ip if launch.private else node.public_ip
             if address and node.id not in begun and node.state in ("pending", "running"):
                 begun[node.id] = app.pool.submit(node, boot_step, limit=BOOT_LIMIT, first_boot=True)
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
@@ -3940,25 +4053,40 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
     return [done[node.id] for node in nodes]
 
 
-def create(app: App, order: LaunchRequest) -> None:
-    """Do what createNodes and addSpotNodes have in common."""
-    launch = prepare(app, order)
-    where = app.where(order.group)
-    ways = f"{command('status')} shows them, {command('terminateAll', order.group)} ends them"
+def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
+    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
+    from botocore.exceptions import ClientError
+
+    plan = make_plan(app, request, dry_run)
+    for line in describe(app, plan):
+        (result if dry_run else note)(line)
+    if dry_run:
+        return
+    launch = prepare(app, plan)
+    where = app.where(request.group)
+    ways = (
+        f"{command('install', request.group)} goes on with them ({command('createNodes')} would make more), "
+        f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
+    )
     app.left = f"Nodes of {where} may be running and cost money: {ways}."
     started = time.monotonic()
-    nodes, why = launch_nodes(app.ec2, launch)
+    try:
+        nodes, why = launch_nodes(app.ec2, launch)
+    except ClientError as error:
+        if error_code(error) in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
+            note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+        raise
     if not nodes:
-        raise ClusterError(f"EC2 gave no {order.type}: {why}")
-    note(f"{len(nodes)} of {order.number} nodes launched; waiting until each answers")
+        raise ClusterError(f"EC2 gave no {request.type}: {why}")
+    note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
     outcomes = await_nodes(app, launch, nodes)
     put(format_nodes(in_order(outcome.node for outcome in outcomes)))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
-        good = f"{len(outcomes) - len(failed)} of {order.number} nodes"
+        good = f"{len(outcomes) - len(failed)} of {request.number} nodes"
         raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
-    note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', order.group)}")
+    note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
 @cli.command("createNodes")
@@ -3967,10 +4095,12 @@ def create(app: App, order: LaunchRequest) -> None:
 @group_argument
 @click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 @hours_option
+@click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
 @click.pass_obj
-def create_nodes(app: App, machine: str, count: int, group: str, spot: bool, max_hours: float | None) -> None:
+def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
-    create(app, LaunchRequest(machine, count, group, spot, None, max_hours))
+    create(app, LaunchRequest(machine, count, group, **options), dry_run)
 
 
 @cli.command("addSpotNodes")
@@ -4173,7 +4303,8 @@ mount_instance_store() {
     mkfs.ext4 -q -E nodiscard "$disk"
     mkdir -p "$data"
     mount "$disk" "$data"
-    echo "$disk $data ext4 defaults,nofail 0 2" >> /etc/fstab
+    # By UUID: the names of NVMe disks change between boots.
+    echo "UUID=$(blkid --match-tag UUID --output value "$disk") $data ext4 defaults,nofail 0 2" >> /etc/fstab
     return 0
   done
 }
@@ -4214,14 +4345,15 @@ echo "version $version"
 """
 
 
-def digest_file(path: Path, kind: str) -> str:
-    """Return a file's digest in hex."""
+def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
+    """Return a file's digest in hex; COUNT hears of the bytes as they are read."""
     import hashlib
 
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(MIB):
             digest.update(block)
+            count(len(block))
     return digest.hexdigest()
 
 
@@ -4380,7 +4512,7 @@ def pack_build(folder: Path, settings: Settings) -> Package:
     files = list_build(folder)
     libraries, versions = find_libraries(folder, files)
     if settings.AWS_REGION not in settings.AMI_IDS:  # an image of the user's own is asked on the node
-        check_glibc(folder, versions, "22.04")
+        check_glibc(folder, versions, settings.UBUNTU_RELEASE)
     count = len(files)
     files |= {f"lib/{name}": path for name, path in sorted(libraries.items())}
     content = json.dumps(
@@ -4890,7 +5022,6 @@ UNFINISHED = "did not complete successfully"
 class RenderRequest(NamedTuple):
     """What the user wants rendered."""
 
-    program: str  # the local mitsuba
     scenes: tuple[Path, ...]
     output: Path | None
     group: str
@@ -4966,19 +5097,28 @@ class RenderCluster:
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
-        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if it does not."""
+        """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if none does.
+
+        A head that is gone for good is replaced as start does it.
+        """
         deadline = time.monotonic() + HEAL_LIMIT
         progress = Progress("Waiting for the head", HEAL_LIMIT)
         while True:
-            heads = [node for node in self.nodes if node.role == "head" and node.state == "running"]
-            if not heads:
-                raise NodeError(f"the head node is gone; {command('start', self.group)} makes another node the head")
-            outcome = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)[0]
-            if outcome.ok:
-                return heads[0], *outcome.value
-            if time.monotonic() > deadline:
-                raise NodeError(f"the head {heads[0].name} does not serve: {outcome.error}")
-            progress.show(outcome.error.splitlines()[0])
+            running = [node for node in self.nodes if node.state == "running"]
+            problem = "no node is left"
+            if heads := [node for node in running if node.role == "head"]:
+                (outcome,) = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)
+                if outcome.ok:
+                    return heads[0], *outcome.value
+                problem = f"{heads[0].name}: {outcome.error}"
+            elif running:
+                problem = "the head node is gone"
+                note("The head node is gone: another node becomes the head")
+                with tolerate(), contextlib.suppress(ClusterError):
+                    start_group(self.app, self.group, running, force=False)
+            if time.monotonic() > deadline or not running:
+                raise NodeError(f"no head serves: {problem}")
+            progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
 
@@ -5038,7 +5178,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
         Progress.clear()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
-        words, env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
+        ["mitsuba", *words], env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
     )
     reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
     reader.start()
@@ -5082,8 +5222,7 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
             words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
             try:
                 with mitsuba_address(cluster.app, head, request.tunnel) as address:
-                    words = [request.program, "-c", address, *words]
-                    attempt = run_mitsuba(cluster.app.pool, words, head, facts.started)
+                    attempt = run_mitsuba(cluster.app.pool, ["-c", address, *words], head, facts.started)
             except ClusterError as error:
                 attempt = Attempt(-1, "", error.message)
             took = time.monotonic() - began
@@ -5117,10 +5256,10 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
-    request = RenderRequest(**given, program=shutil.which("mitsuba") or "")
+    request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
-    if not request.program:
+    if not shutil.which("mitsuba"):
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
     for scene in request.scenes:
         if not os.access(folder := request.target(scene).parent, os.W_OK):
@@ -5419,6 +5558,7 @@ ASK_ABOVE_BYTES = 10**9
 NEVER_SENT = {".aws", ".git", ".s3cfg", ".ssh"}
 PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File)")
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
+READERS = 4  # files that are hashed at once
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
 
@@ -5487,8 +5627,6 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
     from botocore.exceptions import ClientError
 
     bucket, prefix = settings.bucket
-    if not bucket:
-        raise ClusterError(f'S3_PATH is not set in {Call.settings}; it is "s3://your-bucket/some/prefix"')
     s3 = open_s3(settings)
     try:
         answer = s3.head_bucket(Bucket=bucket)
@@ -5593,6 +5731,38 @@ def confirm_size(name: str, files: dict[str, Path]) -> None:
         raise ClusterError("nothing was sent")
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    """Yield COUNT threads for which nobody waits in the end: Ctrl-C must not wait for a large file."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def counted(label: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar of SIZE bytes while the body works; any thread may add bytes by what this yields."""
+    progress, lock, done = Progress(label, 0, size=size), threading.Lock(), threading.Event()
+
+    def count(more: int) -> None:
+        with lock:
+            progress.moved["all"] += more
+
+    def draw() -> None:
+        while not done.wait(0.2):
+            progress.redraw()
+
+    painter = threading.Thread(target=draw, daemon=True)
+    painter.start()
+    try:
+        yield count
+    finally:
+        done.set()
+        painter.join()
+
+
 def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
     """Tell whether the object is this very file: same size and SHA-256 (or MD5, if the ETag is one)."""
     if not there or there[0] != path.stat().st_size:
@@ -5606,14 +5776,12 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
 
     While one file is sent, the next is being hashed.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from boto3.s3.transfer import TransferConfig
 
     there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     sent = 0
-    with ThreadPoolExecutor(1) as hasher:
+    with threads(1) as hasher:
         hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
         for (key, path), sha256 in zip(files.items(), hashes):
             if is_same(s3, bucket, key, there.get(key), path, sha256):
@@ -5627,12 +5795,10 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
 
 def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
     """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
-    from concurrent.futures import ThreadPoolExecutor
-
     found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
-    with ThreadPoolExecutor(32) as pool:
+    with threads(32) as pool:
         digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
     objects = [RemoteObject(key, str(paths[key]), *found[key], digest) for key, digest in zip(good, digests)]
     return objects, [key for key in found if paths[key] is None]
@@ -5648,8 +5814,17 @@ def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wante
         return str(s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds))
 
     return [
-        Wanted(one.path, one.size, one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'}) for one in objects
+        Wanted(one.path, one.size, one.digest or one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'})
+        for one in objects
     ]
+
+
+def describe_fetched(done: Fetched, moved: int) -> str:
+    """Return a node's line."""
+    if not done.fetched:
+        return "has everything already"
+    there = f"; {done.present} there already" if done.present else ""
+    return f"fetched {format_count(done.fetched, 'file')}, {format_size(moved)}{there}"
 
 
 def sync_step(
@@ -5664,68 +5839,57 @@ def sync_step(
     while True:
         try:
             done = fetch_step(data, wanted, show, remote)
-            break
+            return describe_fetched(done, before + done.moved)
         except Refused as error:  # signed addresses die with the session's credentials: boto3 may have new ones
             if progress.moved[remote.node.id] == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted, before = sign_again(), progress.moved[remote.node.id]
-    if not done.fetched:
-        return "has everything already"
-    there = f"; {done.present} there already" if done.present else ""
-    return f"fetched {format_count(done.fetched, 'file')}, {format_size(before + done.moved)}{there}"
 
 
 def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
     """Upload FILES as far as S3 lacks them, with a bar."""
-    size = sum(path.stat().st_size for path in files.values())
-    progress = Progress("Uploading", 0, size=size)
-    lock = threading.Lock()
-
-    def count(sent: int) -> None:
-        with lock:
-            progress.moved["all"] += sent
-
-    done = threading.Event()
-
-    def draw() -> None:
-        while not done.wait(0.2):
-            progress.redraw()
-
-    # The upload stays in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money.
-    painter = threading.Thread(target=draw, daemon=True)
-    painter.start()
-    try:
-        sent = upload(s3, bucket, files, count)
+    try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
+        with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
+            sent = upload(s3, bucket, files, count)
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    finally:
-        done.set()
-        painter.join()
     note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
 
 
-@cli.command("syncData")
-@click.argument("name")
-@group_argument
-@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
-@click.pass_obj
-def sync_data(app: App, name: str, group: str, yes: bool) -> None:
-    """Put data files on every node through S3.
+def read_files(files: dict[str, Path]) -> list[Wanted]:
+    """Return FILES as what the nodes shall have, once all are hashed."""
+    sizes = [path.stat().st_size for path in files.values()]
+    with counted("Reading", sum(sizes)) as count, threads(READERS) as pool:
+        digests = pool.map(lambda path: digest_file(path, "sha256", count), files.values())
+        return [Wanted(name, size, sha256, sha256, "", {}) for name, size, sha256 in zip(files, sizes, digests)]
 
-    NAME is a file or folder here, which is uploaded first, or the beginning of names under
-    S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
-    """
-    files = plan_files(name, app.settings, app.config)
-    if not yes:
-        confirm_size(name, files)
+
+def sync_from_here(app: App, group: str, files: dict[str, Path]) -> None:
+    """Send FILES once, to a node, and from node to node."""
+    nodes = app.open_group(group)
+    wanted = read_files(files)
+    size = sum(one.size for one in wanted)
+    note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
+    spread = Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes))
+    progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
+
+    def step(remote: Remote) -> str:
+        done = spread.bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
+        return describe_fetched(done, done.moved)
+
+    app.report(app.pool.each(nodes, step, progress), "Synchronized")
+
+
+def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
+    """Upload FILES, and let every node fetch all objects under S3_PATH/NAME."""
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
         send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
         name = os.path.basename(os.path.abspath(name))
-    objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
+    objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:
-        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
+        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {key!r}")
     if not objects:
         raise ClusterError(
             f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
@@ -5738,10 +5902,33 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     outcomes = app.pool.each(nodes, step, progress)
     for one in objects:
         if not one.digest:
-            note(f"{printable(one.path)}: complete by its size, but not verified by hash (it has none in S3)")
+            note(f"{one.path}: complete by its size, but not verified by hash (it has none in S3)")
     app.report(outcomes, "Synchronized")
     if refused:
         raise ClusterError(f"{format_count(len(refused), 'object')} left out")
+
+
+@cli.command("syncData")
+@click.argument("name")
+@group_argument
+@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
+@click.pass_obj
+def sync_data(app: App, name: str, group: str, yes: bool) -> None:
+    """Put data files on every node.
+
+    NAME is a file or folder here. It is uploaded to S3_PATH, from where every node fetches it; or NAME is the beginning
+    of names there, and every node gets all of those. Where S3_PATH is not set, NAME is sent to one node, and from there
+    to the others.
+    """
+    files = plan_files(name, app.settings, app.config)
+    if not yes:
+        confirm_size(name, files)
+    if app.settings.bucket[0]:
+        sync_by_s3(app, name, group, files)
+    elif files:
+        sync_from_here(app, group, files)
+    else:
+        raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in {Call.settings}")
 
 
 # --- terminateAll ------------------------------------------------------------

@@ -34,11 +34,23 @@ PUBLIC_SERVER_PORT = True
 # --- The nodes --------------------------------------------------------------
 
 # The image for a region, e.g. {"us-east-1": "ami-0123456789abcdef0"}. A region that
-# is not listed uses Ubuntu's newest 22.04.
+# is not listed uses Canonical's newest image of UBUNTU_RELEASE.
 AMI_IDS: dict[str, str] = {}
+
+# "22.04", "24.04" or "26.04". A build of your own runs on the release that it was made
+# on and on later ones; a .deb wants the very release for which it was packaged. 24.04
+# runs what was built on 22.04, 24.04 or Debian 12, and has free security updates until
+# 2029 (22.04: until April 2027).
+UBUNTU_RELEASE = "24.04"
 
 # A subnet, e.g. "subnet-0123456789abcdef0". Empty: your account's default network.
 SUBNET_ID = ""
+
+# False: each node gets a public address ($0.005 an hour), also in a subnet that gives
+# none by itself. True: it gets none. Then this machine must reach the nodes' private
+# addresses (a VPN into the subnet's network), and install and syncData need a way from
+# there to the internet (a NAT gateway, which costs more than the addresses).
+PRIVATE_NODES = False
 
 # Size of each node's disk, in GB.
 ROOT_VOLUME_GB = 16
@@ -64,5 +76,6 @@ MITSUBA_PACKAGE = ""
 # Where data files lie on the nodes, and where the server runs.
 DATA_DIR = "/mnt"
 
-# Where syncData keeps your data files: "s3://your-bucket/some/prefix".
+# Where syncData keeps your data files: "s3://your-bucket/some/prefix". As it is here, without a bucket,
+# syncData sends a file once from your machine to a node, and on from node to node.
 S3_PATH = "s3://XXXXXX"

@@ -88,7 +88,12 @@ MISTAKES = [
     Mistake("malformed node", ("login", "; rm -rf /"), "no node '; rm -rf /' of this tool"),
     Mistake("no head", ("tunnel", "empty"), "no running nodes in group 'empty'"),
     Mistake("unknown request", ("cancelSpot", "sir-nothing"), "no spot request 'sir-nothing' of this tool"),
-    Mistake("S3_PATH unset", ("syncData", "x"), "S3_PATH is not set in ", settings={"S3_PATH": "s3://XXXXXX"}),
+    Mistake(
+        "no such file, and no bucket",
+        ("syncData", "x"),
+        "there is no file 'x' here, and S3_PATH is not set in ",
+        settings={"S3_PATH": "s3://XXXXXX"},
+    ),
     Mistake(
         "no bucket", ("syncData", "x"), "there is no bucket 'nowhere-123'", settings={"S3_PATH": "s3://nowhere-123"}
     ),
@@ -123,6 +128,8 @@ WRONG_SETTINGS: dict[str, Any] = {
     "SSH_PORT": "22",
     "AMI_IDS": ["ami-1"],
     "SUBNET_ID": "mine",
+    "UBUNTU_RELEASE": "20.04",
+    "PRIVATE_NODES": "no",
     "CLIENT_CIDR": "everyone",
     "PUBLIC_SERVER_PORT": "yes",
     "ROOT_VOLUME_GB": 1.5,

@@ -183,7 +183,8 @@ def test_too_new_a_build_ends_create_nodes_before_it_costs_anything(
     dist = make_build(tmp_path, newer=True)
     env = {"LD_LIBRARY_PATH": str(tmp_path / "search"), "XDG_CACHE_HOME": str(tmp_path)}
     words = ("createNodes", "c1.xlarge", "1", group)
-    done = cloud.cluster(*words, settings={"MITSUBA_PACKAGE": str(dist)}, env=env)
+    old = {"MITSUBA_PACKAGE": str(dist), "UBUNTU_RELEASE": "22.04"}
+    done = cloud.cluster(*words, settings=old, env=env)
     assert done.code == 1
     assert f"the build in {dist} needs GLIBC_2.36 of a newer glibc than Ubuntu 22.04 has" in done.last_line
     assert cloud.nodes(group) == []

@@ -151,9 +151,14 @@ def head_of(cloud: LocalCloud, group: str) -> dict[str, Any]:
     return next(node for node in cloud.nodes(group) if node["role"] == "head")
 
 
+def running(cloud: LocalCloud, group: str) -> list[dict[str, Any]]:
+    """Return the nodes of a group that run."""
+    return [node for node in cloud.nodes(group) if node["state"] == "running"]
+
+
 def go_on(cloud: LocalCloud, group: str, name: str = "go-on") -> None:
     """Let the scenes end that wait for the file NAME."""
-    for node in cloud.nodes(group):
+    for node in running(cloud, group):
         (cloud.where.nodes / node["id"] / "mnt" / name).touch()
 
 
@@ -264,3 +269,83 @@ def test_tries_that_are_spent_and_the_end_of_the_group(cloud: LocalCloud, tmp_pa
         assert "security group removed: nothing of group 'spent' is left in us-east-1. They cost $" in done.err
         assert done.last_line == f"Error: 1 of 1 pictures missing: {scene}"
         assert cloud.status(group) == {}
+
+
+def test_a_head_that_is_gone_for_good(cloud: LocalCloud, tmp_path: Path) -> None:
+    for group in serving(cloud, "headless", 2):
+        scene = write_scene(tmp_path / "a.xml", until="go-on")
+        child = Rendering(cloud, tmp_path / "log", scene, "--group", group, "--then-terminate")
+        head = head_of(cloud, group)
+        cloud.client("ec2").terminate_instances(InstanceIds=[head["id"]])
+        child.await_line(rf"lost: {head['name']} is (terminated|shutting-down).*; trying again")
+        go_on(cloud, group)
+        done = child.end()
+        assert (done.code, (tmp_path / "a.exr").read_text()) == (0, f"{WHOLE}a.xml"), done.err
+        assert "The head node is gone: another node becomes the head\n" in done.err
+        assert "nothing of group 'headless' is left" in done.err
+
+
+@pytest.fixture(scope="module")
+def real_farm(nodes: LocalCloud) -> Iterator[str]:
+    """Four real nodes that serve, one of them a spot node; the head's guard is quick."""
+    group = "night"
+    for words in (
+        ("createNodes", "c1.xlarge", "3"),
+        ("addSpotNodes", "c1.xlarge", "1", "0.5"),
+        ("install",),
+        ("start",),
+    ):
+        done = nodes.cluster(*words, group, limits={"WATCH_SILENCE": 4})
+        assert done.code == 0, done.err
+    yield group
+    nodes.cluster("terminateAll", group)
+
+
+def lose_one(cloud: LocalCloud, group: str, folder: Path, fault: str, victim: dict[str, Any], reason: str) -> Result:
+    """Let something happen to a node in mid-render; see why the render began again, and its whole picture."""
+    name = f"go-on-{fault}"
+    child = Rendering(cloud, folder / "log", write_scene(folder / "a.xml", until=name), "--group", group)
+    if fault == "interrupt":
+        cloud.ask("interrupt", {"node": victim["id"], "seconds": 0})
+    else:
+        cloud.fault(fault, victim)
+    if fault == "cut":
+        wait_until(lambda: not mitsubas(folder), what="the end of the render that hangs")
+        cloud.fault("plug", victim)
+    child.await_line(rf"a\.xml: \w+ lost: {reason}; trying again \(2 of 5\)")
+    cloud.cluster("runCommand", f"touch /mnt/{name}", group)  # fails on a node that is frozen
+    done = child.end()
+    assert (done.code, (folder / "a.exr").read_text()) == (0, f"{WHOLE}a.xml"), done.err
+    return done
+
+
+@pytest.mark.xdist_group("nspawn-render")
+def test_a_spot_node_that_is_taken_back(nodes: LocalCloud, real_farm: str, tmp_path: Path) -> None:
+    spot = next(node for node in nodes.nodes(real_farm) if node["market"] == "spot")
+    reason = rf"{spot['name']} (is (shutting-down|terminated) .*|does not answer)"
+    done = lose_one(nodes, real_farm, tmp_path, "interrupt", spot, reason)
+    assert len(re.findall(r"rendering on \d+ cores", done.err)) == 2
+
+
+@pytest.mark.xdist_group("nspawn-render")
+def test_a_worker_that_freezes(nodes: LocalCloud, real_farm: str, tmp_path: Path) -> None:
+    worker = next(node for node in running(nodes, real_farm) if node["role"] == "worker")
+    lose_one(nodes, real_farm, tmp_path, "freeze", worker, f"{worker['name']} does not answer")
+    nodes.fault("thaw", worker)
+
+
+@pytest.mark.xdist_group("nspawn-render")
+@pytest.mark.parametrize(("fault", "reason"), [("reboot", "has rebooted"), ("cut", "was silent for 4s")])
+def test_a_head_that_reboots_or_is_cut_off(
+    nodes: LocalCloud, real_farm: str, tmp_path: Path, fault: str, reason: str
+) -> None:
+    head = head_of(nodes, real_farm)
+    lose_one(nodes, real_farm, tmp_path, fault, head, f"{head['name']} {reason}")
+
+
+@pytest.mark.xdist_group("nspawn-render")
+def test_a_scene_that_kills_servers(nodes: LocalCloud, real_farm: str, tmp_path: Path) -> None:
+    scene = write_scene(tmp_path / "a.xml", kills="true")
+    done = render(nodes, scene, "--group", real_farm)
+    assert (done.code, done.err.count("mtssrv died on ")) == (1, 2), done.err
+    assert done.err.count("rendering on") == 2

@@ -23,6 +23,7 @@ from tests.localcloud.delays import PACES, Seconds, is_late, lag, note_birth
 from tests.localcloud.places import ACCOUNT, REGION
 
 JAMMY, NOBLE, ARM = "ami-0a0e5d9c7acc336f1", "ami-0e2c8caa4b6378d8c", "ami-0123456789abcdef0"
+RESOLUTE = "ami-0c8ca7be1b4637d8e"
 STATES = {"pending": 0, "running": 16, "shutting-down": 32, "terminated": 48, "stopping": 64, "stopped": 80}
 ALIVE = ("pending", "running")
 USER_SHUTDOWN = "Client.UserInitiatedShutdown"
@@ -110,6 +111,9 @@ def image(image_id: str, name: str, architecture: str, boot_mode: str) -> dict[s
 IMAGES = [
     image(JAMMY, "ubuntu/images/hvm-ssd/ubuntu-jammy-22.04-amd64-server-20261012", "x86_64", "uefi-preferred"),
     image(NOBLE, "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04-amd64-server-20261015", "x86_64", "uefi-preferred"),
+    image(
+        RESOLUTE, "ubuntu/images/hvm-ssd-gp3/ubuntu-resolute-26.04-amd64-server-20261015", "x86_64", "uefi-preferred"
+    ),
     image(ARM, "ubuntu/images/hvm-ssd/ubuntu-jammy-22.04-arm64-server-20261012", "arm64", "uefi"),
     image("ami-0fedcba9876543210", "secure/uefi-only-amd64", "x86_64", "uefi"),
 ]
@@ -139,6 +143,18 @@ def price_list(kind: str) -> str:
     term = {"T": {"priceDimensions": {"D": price}}}
     products = [json.dumps({"terms": {"OnDemand": term}})] if price else []
     return json.dumps({"FormatVersion": "aws_v1", "PriceList": products})
+
+
+QUOTA_NAMES = {  # of a few codes that Service Quotas has for EC2
+    "L-1216C47A": "Running On-Demand Standard (A, C, D, H, I, M, R, T, Z) instances",
+    "L-34B43A08": "All Standard (A, C, D, H, I, M, R, T, Z) Spot Instance Requests",
+}
+
+
+def quota(cloud: Cloud, code: str) -> str:
+    """Return Service Quotas' answer to GetServiceQuota."""
+    value = float(cloud.options.vcpu_limit or 1152)
+    return json.dumps({"Quota": {"QuotaCode": code, "QuotaName": QUOTA_NAMES[code], "Value": value}})
 
 
 def mend(cloud: Cloud) -> None:
@@ -332,7 +348,7 @@ def mend_launches(cloud: Cloud) -> None:
                     "Arguments on this idempotent request are inconsistent with arguments used in previous request(s).",
                 )
             return ActionResult(reservation)
-        if refusal := check_launch(self, cloud):
+        if refusal := flatten_network(parameters) or check_launch(self, cloud):
             return refusal
         zone = zone_of(self)
         count = int(parameters["MaxCount"])
@@ -358,6 +374,20 @@ def mend_launches(cloud: Cloud) -> None:
     InstanceResponse.run_instances = run_instances
     general.General.get_console_output = get_console_output
     assert issubclass(EC2ClientError, Exception)
+
+
+def flatten_network(parameters: dict[str, Any]) -> Any:
+    """Put the one NetworkInterface of a launch where moto expects its parts; AWS refuses both ways at once."""
+    interfaces = parameters.pop("NetworkInterfaces", [])
+    if interfaces and (parameters.get("SubnetId") or parameters.get("SecurityGroupIds")):
+        text = (
+            "Network interfaces and an instance-level subnet ID or security groups may not be specified on one request"
+        )
+        return error_response("InvalidParameterCombination", text)
+    for interface in interfaces:
+        parameters["SubnetId"], parameters["SecurityGroupIds"] = interface["SubnetId"], interface["Groups"]
+        parameters["AssociatePublicIpAddress"] = interface.get("AssociatePublicIpAddress")
+    return None
 
 
 @functools.cache
@@ -641,7 +671,7 @@ def seed_parameters() -> None:
     """Canonical's public SSM parameters, in each region that has a local counterpart."""
     from moto.ssm.models import Parameter, ssm_backends
 
-    releases = (("22.04", "gp2", JAMMY), ("24.04", "gp3", NOBLE))
+    releases = (("22.04", "gp2", JAMMY), ("24.04", "gp3", NOBLE), ("26.04", "gp3", RESOLUTE))
     for region in (REGION, "us-west-2", "eu-west-1"):
         parameters: Any = ssm_backends[ACCOUNT][region]._parameters
         for release, disk, image_id in releases:

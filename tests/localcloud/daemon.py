@@ -155,9 +155,10 @@ class Daemon:
                 """Say nothing: the front keeps its own log."""
 
         inside = self.kind == "nspawn"
-        moto = DomainDispatcherApplication(create_backend_app)
+        quota = functools.partial(aws.quota, self.cloud)
+        moto = endpoint.with_prices(DomainDispatcherApplication(create_backend_app), quota)
         refuse = functools.partial(delays.refuse, self.cloud)
-        front = endpoint.Front(endpoint.with_prices(moto), self.where.calls, self.control, aws.tags_of, refuse)
+        front = endpoint.Front(moto, self.where.calls, self.control, aws.tags_of, refuse)
         address = "0.0.0.0" if inside else "127.0.0.1"
         server = make_server(address, places.EC2_PORT if inside else 0, front, threaded=True, request_handler=Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -181,15 +181,19 @@ class Front:
         return respond(start, 200, {"Content-Type": "application/json"}, text + "\n")
 
 
-def with_prices(moto: Application) -> Application:
-    """Return moto with a Pricing API, which it lacks."""
+def with_prices(moto: Application, quota: Callable[[str], str]) -> Application:
+    """Return moto with a Pricing API and EC2's Service Quotas, which it lacks."""
 
     def answer(environ: Environ, start: Start) -> Iterable[bytes]:
-        if "/pricing/" not in environ.get("HTTP_AUTHORIZATION", ""):
+        signed = environ.get("HTTP_AUTHORIZATION", "")
+        if "/pricing/" not in signed and "/servicequotas/" not in signed:
             return moto(environ, start)
-        filters = json.loads(environ["wsgi.input"].read())["Filters"]
-        kind = next(one["Value"] for one in filters if one["Field"] == "instanceType")
-        return respond(start, 200, {"Content-Type": "application/x-amz-json-1.1"}, price_list(kind))
+        asked = json.loads(environ["wsgi.input"].read())
+        if "/pricing/" in signed:
+            text = price_list(next(one["Value"] for one in asked["Filters"] if one["Field"] == "instanceType"))
+        else:
+            text = quota(asked["QuotaCode"])
+        return respond(start, 200, {"Content-Type": "application/x-amz-json-1.1"}, text)
 
     return answer
 
