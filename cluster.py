@@ -5909,7 +5909,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
 
 
 @cli.command("syncData")
-@click.argument("name")
+@click.argument("name", type=click.Path())
 @group_argument
 @click.option("--yes", is_flag=True, help="Send a large folder without asking.")
 @click.pass_obj

@@ -67,11 +67,11 @@ class Terminal:
         self.child = cloud.start(*words, env=around, **ends)
         os.close(slave)
 
-    def read(self, until: str = "") -> bool:
-        """Read until the screen has shown UNTIL; return False at the program's end."""
+    def read(self, until: str = "", times: int = 1) -> bool:
+        """Read until the screen has shown UNTIL so many TIMES; return False at the program's end."""
         deadline = time.monotonic() + LIMIT
         while time.monotonic() < deadline:
-            if until and until in self.raw.decode("utf-8", "replace"):
+            if until and self.raw.decode("utf-8", "replace").count(until) >= times:
                 return True
             if select.select([self.master], [], [], 1)[0]:
                 try:
