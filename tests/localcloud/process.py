@@ -483,7 +483,7 @@ async def lack_file(node: ProcessNode) -> None:
 
 async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Move the deadline that the user data set."""
-    return 0, "moved\n"
+    return 0, "ends at another time\n"
 
 
 def reset(writer: asyncio.StreamWriter) -> None:
