@@ -30,6 +30,7 @@ part of the day: createNodes, install, start, status, syncData, terminateAll, Sp
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -68,7 +69,6 @@ except ImportError:
 # What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
     import subprocess
-    import tempfile
     import urllib.request
 
     import paramiko
@@ -101,6 +101,7 @@ POLL = 1.0  # between two looks at EC2, one call for all nodes
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
 SYNC_LIMIT = 24 * 3600
 MIB = 1 << 20
+VERSION = "1.0.0"
 
 RETRY_CODES = (
     "RequestLimitExceeded Throttling ThrottlingException InternalError InternalFailure Unavailable ServiceUnavailable "
@@ -121,7 +122,11 @@ class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(mask("\n".join(map(printable, message.split("\n")))))
+        super().__init__(mask(printable_lines(message)))
+
+    def show(self, file: Any = None) -> None:
+        """Print the line."""
+        complain(self.message)
 
 
 class NodeError(Exception):
@@ -136,12 +141,35 @@ class Terminated(BaseException):
     """SIGTERM has come; unwinds like Ctrl-C's KeyboardInterrupt."""
 
 
-PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added where it was given
+class Call:
+    """How the user called this program: messages say what can be typed, and which file can be edited."""
+
+    program = "./cluster.py"
+    options: tuple[str, ...] = ()  # --config FILE, where it was given
+    settings = "config.py"  # the file that is read
 
 
 def command(name: str, *arguments: str) -> str:
     """Return a command line that the user can paste, whatever a tag says; the default group need not be named."""
-    return " ".join([*PROGRAM, name, *(shlex.quote(one) for one in arguments if one != "default")])
+    words = (shlex.quote(one) for one in arguments if one != "default")
+    return " ".join([Call.program, *Call.options, name, *words])
+
+
+def called_as(path: str) -> str:
+    """Return how to call the program at PATH again: by its name where PATH finds it, else by its path."""
+    name = os.path.basename(path)
+    found = shutil.which(name)
+    if found and os.path.realpath(found) == os.path.realpath(path):
+        return shlex.quote(name)
+    return shlex.quote(path if os.sep in path else f"./{path}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" where WORD is nearly one of those that are KNOWN, else ""."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def printable(text: str) -> str:
@@ -190,34 +218,42 @@ def format_money(dollars: float) -> str:
     return f"${dollars:.2f}" if dollars >= 0.1 or not dollars else f"${dollars:.4f}"
 
 
-def wrap(words: Sequence[str], width: int) -> list[str]:
-    """Join WORDS by commas into lines of at most WIDTH (one word a line at least)."""
-    lines: list[str] = []
-    for word in words:
-        if lines and len(lines[-1]) + 2 + len(word) <= width:
-            lines[-1] += ", " + word
-        else:
-            lines.append(word)
-    return lines
+def visible(cell: str) -> int:
+    """Return the width of a cell on the screen: colours take none."""
+    return len(click.unstyle(cell))
 
 
-def format_table(rows: Sequence[Sequence[str]], width: int) -> str:
-    """Align ROWS (the first is the header) in columns; stack the cells where WIDTH is too small."""
-    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    if sum(columns) + 2 * (len(columns) - 1) <= width:
-        lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, columns)) for row in rows)
+def fit_columns(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]) -> Sequence[Sequence[str]]:
+    """Leave out the columns SPARE, one after the other, until ROWS fit into WIDTH; of NAME only the common tail."""
+    for title in spare:
+        if sum(max(map(visible, column)) + 2 for column in zip(*rows)) - 2 <= width:
+            break
+        if title == "NAME":  # of the form ec2-203-0-113-1.compute-1.amazonaws.com
+            rows = [[re.sub(r"(ec2-[\d-]+)\.[\w.-]+", r"\1…", cell) for cell in row] for row in rows]
+        elif title in rows[0]:
+            at = rows[0].index(title)
+            rows = [[cell for i, cell in enumerate(row) if i != at] for row in rows]
+    return rows
+
+
+def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str] = ()) -> str:
+    """Align ROWS (the first is the header) in columns; where WIDTH is too small leave SPARE ones out, then stack."""
+    rows = fit_columns(rows, width, spare)
+    sizes = [max(map(visible, column)) for column in zip(*rows)]
+    if sum(sizes) + 2 * (len(sizes) - 1) <= width:
+        lines = ("  ".join(cell + " " * (size - visible(cell)) for cell, size in zip(row, sizes)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
     header, *body = rows
     blocks = []
     for row in body:
         pairs = [f"{name.lower()} {cell}" for name, cell in zip(header[1:], row[1:]) if cell]
-        blocks.append("\n  ".join([row[0], *wrap(pairs, width - 2)]))
+        blocks.append("\n  ".join([row[0], *pairs]))
     return "\n".join(blocks)
 
 
 def format_bar(done: float, total: float, width: int = 20) -> str:
     """Return a progress bar: [######··············]."""
-    filled = int(width * min(done, total) / total) if total else width
+    filled = int(width * min(done, total) / total) if total else 0
     return f"[{'#' * filled}{'·' * (width - filled)}]"
 
 
@@ -237,40 +273,76 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
+def is_lively(stream: Any) -> bool:
+    """Tell whether a stream is a terminal for colours and cursor codes; see https://no-color.org."""
+    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+
+
+def paint(text: str, err: bool = False, **look: Any) -> str:
+    """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if that has them."""
+    text = printable(text)
+    return click.style(text, **look) if is_lively(sys.stderr if err else sys.stdout) else text
+
+
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
 
 
 class Progress:
-    """A bar on a terminal, nothing of it in a pipe; a line for each node that is done."""
+    """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
 
-    shown = False  # a bar stands on the terminal's last line
+    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
+    """
 
-    def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None) -> None:
-        self.label, self.total, self.say = label, total, say
-        self.done = 0.0
+    shown = 0  # characters of a bar that stand on the terminal's last line
+
+    def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
+        self.label, self.total, self.say, self.size = label, total, say, size
+        self.done = 0
         self.detail = ""
+        self.steps: dict[str, str] = {}  # node id -> what it does now
+        self.moved: dict[str, int] = collections.defaultdict(int)  # node id, or "all" -> bytes
+        self.began = self.told = time.monotonic()
+
+    def step(self, node: Node, text: str) -> None:
+        """Note what NODE does now, in a word or two: "booting", "unpacking"."""
+        with OUTPUT:
+            self.steps[node.id] = text
 
     @staticmethod
     def clear() -> None:
         """Remove the bar, so that a line can be printed; the caller holds OUTPUT."""
         if Progress.shown:
-            click.echo("\r\033[K", nl=False, err=True)
-            Progress.shown = False
+            click.echo(f"\r{' ' * Progress.shown}\r", nl=False, err=True)
+            Progress.shown = 0
+
+    def describe(self) -> str:
+        """Return what stands beside the bar: nodes, bytes, rate, time left, the nodes' steps, the time gone."""
+        gone, moved = time.monotonic() - self.began, sum(self.moved.values())
+        parts = [f"{self.done}/{self.total}"] if self.total else []
+        if self.size:
+            parts.append(f"{format_size(moved)} of {format_size(self.size)}")
+            if moved and gone > 1:
+                rate = moved / gone
+                parts.append(f"{format_size(rate)}/s, {format_duration(max(0, self.size - moved) / rate)} left")
+        steps = sorted(self.steps.values())
+        parts += [self.detail] if self.detail else [f"{steps.count(step)} {step}" for step in dict.fromkeys(steps)]
+        return ", ".join([*parts, format_duration(gone)])
 
     def redraw(self) -> None:
         """Draw the bar anew."""
-        if sys.stderr.isatty():
-            text = f"{self.label} {format_bar(self.done, self.total)} {self.detail or self.counted()}"
-            with OUTPUT:
-                click.echo("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], nl=False, err=True)
-                Progress.shown = True
-
-    def counted(self) -> str:
-        """Return "3/8"."""
-        return f"{int(self.done)}/{self.total}"
+        with OUTPUT:
+            if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+                moved = sum(self.moved.values())
+                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
+                text = f"{self.label} {bar} {self.describe()}"[: shutil.get_terminal_size().columns - 1]
+                click.echo("\r" + text.ljust(Progress.shown), nl=False, err=True)
+                Progress.shown = len(text)
+            elif time.monotonic() - self.told > 60:
+                self.told = time.monotonic()
+                note(f"{self.label}: {self.describe()}")
 
     def show(self, detail: str) -> None:
-        """Show a detail beside the bar."""
+        """Show a detail beside the bar, in place of the nodes' steps."""
         self.detail = detail
         self.redraw()
 
@@ -278,32 +350,65 @@ class Progress:
         """Count a node, and print its line: success to stdout, failure to stderr."""
         with OUTPUT:
             self.done += 1
+            self.steps.pop(outcome.node.id, None)
             if outcome.error:
-                note(f"{outcome.node.name}: {outcome.error}")
+                put(f"{paint(outcome.node.name, err=True, fg='red')}: {printable_lines(outcome.error)}", err=True)
             elif self.say and (line := self.say(outcome)):
                 result(line)
 
 
-def say_line(text: str, err: bool) -> None:
-    """Print TEXT, made printable, past the bar."""
+def printable_lines(text: str) -> str:
+    """Make each line of TEXT printable."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def put(text: str | bytes, err: bool = False) -> None:
+    """Print what is printable or painted already, past the bar; any thread may."""
     with OUTPUT:
         Progress.clear()
-        click.echo("\n".join(map(printable, text.split("\n"))), err=err)
+        click.echo(text, nl=isinstance(text, str), err=err)
 
 
 def note(text: str) -> None:
-    """Say something about the progress, on stderr; any thread may."""
-    say_line(mask(text), True)
+    """Say something about the progress, on stderr."""
+    put(printable_lines(mask(text)), err=True)
 
 
 def result(text: str) -> None:
-    """Print a result, on stdout; any thread may."""
-    say_line(text, False)
+    """Print a result, on stdout."""
+    put(printable_lines(text))
 
 
 def warn(text: str) -> None:
     """Say what went wrong and can be done without."""
-    note(f"Warning: {text}")
+    put(f"{paint('Warning:', err=True, fg='yellow')} {printable_lines(mask(text))}", err=True)
+
+
+def complain(text: str) -> None:
+    """Say what went wrong."""
+    put(f"{paint('Error:', err=True, fg='red')} {printable_lines(text)}", err=True)
+
+
+class Lines:
+    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix, self.rest = prefix.encode(), b""
+
+    def __call__(self, block: bytes) -> None:
+        """Print the lines that BLOCK completes; what does not end is cut into long ones."""
+        *lines, self.rest = (self.rest + block).split(b"\n")
+        if len(self.rest) > MIB:
+            lines, self.rest = [*lines, self.rest], b""
+        if lines and sys.stdout.isatty():
+            result("\n".join((self.prefix + line.rstrip(b"\r")).decode("utf-8", "replace") for line in lines))
+        elif lines:
+            put(b"".join(self.prefix + line + b"\n" for line in lines))
+
+    def end(self) -> None:
+        """Print what came after the last line."""
+        if self.rest:
+            self(b"\n")
 
 
 # --- Settings ----------------------------------------------------------------
@@ -423,6 +528,8 @@ UNQUOTED = ' (is there a value without quotes? name = "value")'
 
 def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
+    if path.is_dir():
+        raise ClusterError(f"{path} is a folder, no settings file; did you mean {path / 'config.py'}?")
     try:
         return runpy.run_path(str(path))
     except FileNotFoundError:
@@ -457,7 +564,7 @@ def load_settings(path: Path) -> Settings:
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
     known = set(Settings._fields)
     for name in values.keys() - known:
-        click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
+        click.echo(f"Warning: {path.name} sets {name}, which is no setting{did_you_mean(name, known)}", err=True)
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
             shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
@@ -546,9 +653,10 @@ def open_client(settings: Settings, service: str, region: str = "", **options: A
     }
     with open_session(settings, settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY) as session:
         partitions = session.get_available_partitions()
-        if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
-            url = "https://docs.aws.amazon.com/ec2"
-            raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see {url}")
+        known = [name for partition in partitions for name in session.get_available_regions("ec2", partition)]
+        if region not in known:
+            advice = did_you_mean(region, known) or "; see https://docs.aws.amazon.com/ec2"
+            raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows{advice}")
         return session.client(service, region_name=region, config=Config(**(defaults | options)))
 
 
@@ -628,7 +736,7 @@ def explain(error: Exception) -> str:
     text = str((getattr(error, "response", None) or {}).get("Error", {}).get("Message", "")) or str(error)
     text = " ".join(printable(text.replace("\n", " ")).split())
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
-        return f"no AWS credentials: run `aws configure`, or see the top of config.py ({text})"
+        return f"no AWS credentials: run `aws configure`, or see the top of {Call.settings} ({text})"
     if kind == "MissingDependencyException":
         add = f"{shlex.quote(sys.executable)} -m pip install 'botocore[crt]'"
         return f"your AWS profile was made by `aws login`, for which boto3 needs one more package: {add}"
@@ -642,7 +750,7 @@ def explain(error: Exception) -> str:
         return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
     if code in CREDENTIAL_CODES:
         region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
-        check = f"check AWS_PROFILE, `aws configure`, or config.py{region if code in REGION_CODES else ''}"
+        check = f"check AWS_PROFILE, `aws configure`, or {Call.settings}{region if code in REGION_CODES else ''}"
         return f"AWS refuses these credentials ({code}): {check}"
     if code in DENIED_CODES:
         return explain_denial(text, action)
@@ -701,6 +809,13 @@ class Node(NamedTuple):
     idle_minutes: float | None = None
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
+    key_name: str = ""  # of the key pair that it was launched with
+    security_groups: tuple[str, ...] = ()  # their names
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name."""
+        return f"mitsuba-{self.group}" in self.security_groups
 
     @property
     def address(self) -> str:
@@ -711,6 +826,16 @@ class Node(NamedTuple):
     def name(self) -> str:
         """What to print: the public name, else the address, else the id."""
         return self.public_name or self.address or self.id
+
+    @property
+    def short(self) -> str:
+        """The last two numbers of the private address, as "4-17": it stays the same for a node's life."""
+        return "-".join(self.private_ip.split(".")[-2:])
+
+    @property
+    def age(self) -> tuple[datetime, list[int], str]:
+        """What sorts nodes from the oldest to the youngest; those of one launch by their addresses."""
+        return self.launched, [int(part) for part in self.private_ip.split(".") if part], self.id
 
 
 class SpotRequest(NamedTuple):
@@ -744,11 +869,6 @@ class Rule(NamedTuple):
         """The rule without its description, as EC2's calls take it."""
         ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
         return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
-
-    @property
-    def is_one_port(self) -> bool:
-        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
-        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
 
     def __str__(self) -> str:
         """Say "tcp 22 from 192.0.2.7/32"."""
@@ -814,6 +934,8 @@ def to_node(raw: dict[str, Any]) -> Node:
         idle_minutes=to_number(tags.get(TAG_IDLE)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
+        key_name=raw.get("KeyName", ""),
+        security_groups=tuple(one.get("GroupName", "") for one in raw.get("SecurityGroups", [])),
     )
 
 
@@ -909,6 +1031,11 @@ def total(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
+def at_least(nodes: Iterable[Node]) -> str:
+    """Return what stands before a cost of NODES: "at least " where the price of one is not known."""
+    return "at least " if any(node.price is None for node in nodes) else ""
+
+
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
     """Set one tag of many nodes, a thousand a call."""
     ids = [node.id for node in nodes]
@@ -918,8 +1045,14 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
 
 def fetch_regions(settings: Settings) -> list[str]:
     """Return the names of the regions that the account can use; the one of config.py need not be among them."""
-    ec2 = open_client(settings, "ec2", find_partition(settings.AWS_REGION)[1])
-    return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
+    from botocore.exceptions import ClientError
+
+    first = open_client(settings, "ec2", find_partition(settings.AWS_REGION)[1])
+    try:
+        found = first.describe_regions()["Regions"]
+    except ClientError:  # a policy of the organization can close any region
+        found = open_client(settings, "ec2").describe_regions()["Regions"]
+    return sorted(one["RegionName"] for one in found)
 
 
 def fetch_client_cidr(settings: Settings) -> str:
@@ -931,7 +1064,7 @@ def fetch_client_cidr(settings: Settings) -> str:
     if settings.CLIENT_CIDR:
         return settings.CLIENT_CIDR
     url = os.environ.get(ADDRESS_VARIABLE, ADDRESS_URL)
-    advice = 'set CLIENT_CIDR in config.py, e.g. "203.0.113.7/32"'
+    advice = f'set CLIENT_CIDR in {Call.settings}, e.g. "203.0.113.7/32"'
     try:
         with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310 - ours, or the user's own
             text = answer.read(100).decode("ascii", "replace").strip()
@@ -1010,7 +1143,9 @@ def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: I
     known = {rule.way for rule in wanted}
     others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
     mark = f"{RULE_MARK} {identity.fingerprint} "
-    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+    one_port = [r for r in others if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    alike = [rule for rule in one_port if rule.owner.startswith(mark)]
+    return others, len(alike) < len(others)
 
 
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
@@ -1041,6 +1176,7 @@ LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
+CLOUD_INIT_LIMIT = 600
 MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
@@ -1114,6 +1250,11 @@ def load_identity(path: Path, may_ask: bool = True) -> Identity:
     if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
         return agent_identity(path, match[0])
     if "PRIVATE KEY" not in text:
+        if not path.exists():
+            raise ClusterError(
+                f"there is no SSH key {path}: copy it from the machine that launched the nodes; for nodes of this "
+                "machine's own, createNodes makes one (choose another KEYPAIR_NAME)"
+            )
         raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
@@ -1301,6 +1442,8 @@ class Facts(NamedTuple):
     clock: str = ""  # seconds since 1970
     load: tuple[float, ...] = ()
     memory_mb: tuple[int, ...] = ()  # used, total
+    restarts: int = 0  # of its server by systemd, since it was started
+    problem: str = ""  # what the server's log said last of an error, if it was restarted
 
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
@@ -1316,6 +1459,26 @@ echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2>
 echo "clock=$(date +%s.%N)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
+restarts=$(systemctl show --property NRestarts --value mtssrv.service 2> /dev/null)
+echo "restarts=${restarts:-0}"
+if [ "${restarts:-0}" != 0 ]; then
+  log=$(journalctl --no-pager --quiet --output cat --lines 200 --unit mtssrv.service 2> /dev/null)
+  echo "problem=$(grep -iE 'error|exception|fail|cannot|could not' <<< "$log" | tail -n 1 | cut -c 1-300)"
+fi
+"""
+
+
+# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
+WAIT_FOR_BOOT = r"""
+set -euo pipefail
+command -v cloud-init > /dev/null || exit 0
+code=0
+timeout "$1" cloud-init status --wait > /dev/null || code=$?
+case $code in
+  0 | 2) ;;
+  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
+  *) cloud-init status --long; exit 1 ;;
+esac
 """
 
 
@@ -1462,6 +1625,8 @@ def fetch_facts(remote: Remote) -> Facts:
             clock=pairs.get("clock", ""),
             load=tuple(map(float, pairs.get("load", "").split())),
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
+            restarts=int(pairs.get("restarts") or 0),
+            problem=printable(pairs.get("problem", "")),
         )
     except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
@@ -1833,8 +1998,8 @@ class Fetcher:
         os.close(folder)
         return self.entry(one)
 
-    def make_room(self, missing: Sequence[Wanted]) -> None:
-        """Remove parts that nobody will complete; FetchFailed where there is no room for what is MISSING."""
+    def make_room(self, missing: Sequence[Wanted]) -> int:
+        """Remove parts that nobody will complete; return the bytes that are MISSING, FetchFailed if they do not fit."""
         wanted, there = {self.part_name(one) for one in missing}, 0
         for name in os.listdir(self.state):
             if name in wanted:
@@ -1845,6 +2010,7 @@ class Fetcher:
         need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
         if need > free:
             raise FetchFailed(f"{need // MIB} MB are needed, {free // MIB} MB are free")
+        return need
 
     def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
         """Fetch those of WANTED that are not here and have a source; return what was done, as numbers."""
@@ -1855,7 +2021,7 @@ class Fetcher:
             record = self.load("record.json")
             record = record if isinstance(record, dict) else {}
             missing = [one for one in wanted if not self.is_here(one, record)]
-            self.make_room(missing)
+            lacking = self.make_room(missing)
             files, saved = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS), time.monotonic()
             jobs = {files.submit(self.fetch, one): one.path for one in missing if one.url}
             try:
@@ -1874,7 +2040,7 @@ class Fetcher:
                 self.ranges.shutdown(wait=False, cancel_futures=True)
                 self.save("record.json", record)
             done = {"fetched": len(jobs), "present": len(wanted) - len(missing), "missing": len(missing) - len(jobs)}
-            return done | {"moved": self.moved}
+            return done | {"moved": self.moved, "lacking": 0 if jobs else lacking}
 
 
 def fetch_files(arguments: list[str]) -> None:
@@ -1924,6 +2090,7 @@ class Fetched(NamedTuple):
     present: int  # were there already
     missing: int  # have no source yet
     moved: int  # bytes
+    lacking: int  # bytes of what is missing, without what an earlier try has brought
 
 
 class Refused(NodeError):
@@ -2076,7 +2243,7 @@ class Source:
     """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
 
     remote: Remote | None = None
-    serving: bool = False
+    channel: paramiko.Channel | None = None
     failures: int = 0
 
 
@@ -2096,6 +2263,7 @@ class Spread:
         self.here: Source | None = Source()  # while nobody fetches from it
         self.idle: list[Source] = []  # nodes that serve nobody
         self.fetching = 0  # nodes
+        self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
         self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
 
@@ -2104,9 +2272,9 @@ class Spread:
         with self.changed:
             self.until = self.until or time.monotonic() + SPREAD_PATIENCE
             self.unheard -= 1
-            self.changed.notify_all()
+            self.changed.notify()
 
-    def choose(self, tried: Sequence[Source]) -> Source | None:
+    def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
         fresh = [source for source in self.idle if source not in tried]
         if len(tried) < PEERS_TRIED and fresh:
@@ -2114,17 +2282,20 @@ class Spread:
             self.idle.remove(source)
         else:
             alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
+            alone = alone and lacking <= min(self.waiting, default=lacking)  # so least comes from here
             if not self.here or not (alone or len(tried) >= PEERS_TRIED):
                 return None
             source, self.here = self.here, None
         self.fetching += 1
         return source
 
-    def take(self, tried: Sequence[Source]) -> Source:
+    def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
         with self.changed:
-            while not (source := self.choose(tried)):
-                self.changed.wait(0.2)
+            self.waiting.append(lacking)
+            while not (source := self.choose(tried, lacking)):
+                self.changed.wait(1)  # whoever was woken may have tried this source
+            self.waiting.remove(lacking)
         return source
 
     def give_back(self, source: Source, done: bool) -> None:
@@ -2136,7 +2307,7 @@ class Spread:
                 self.here = source
             elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
                 self.idle.append(source)
-            self.changed.notify_all()
+            self.changed.notify()
 
     @contextlib.contextmanager
     def address(self, source: Source, remote: Remote) -> Iterator[str]:
@@ -2144,8 +2315,11 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.serving:
-                self.start(source, source.remote)
+            if not source.channel or source.channel.exit_status_ready():  # not yet, or its time was up
+                try:
+                    source.channel = self.start(source.remote)
+                except SilentNode as error:  # the source's silence is not the receiver's
+                    raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
             return
         sizes = [one.size for one in self.wanted]
@@ -2164,8 +2338,8 @@ class Spread:
             with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
-    def start(self, source: Source, remote: Remote) -> None:
-        """Start a node's program that serves the files."""
+    def start(self, remote: Remote) -> paramiko.Channel:
+        """Start a node's program that serves the files; return the session whose end is its end."""
         seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
         job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
         arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
@@ -2178,7 +2352,7 @@ class Spread:
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             self.sessions.push(stack.pop_all())
-        source.serving = True
+        return channel
 
     def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
         """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
@@ -2188,14 +2362,15 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, complete = self.take(tried), False
+            source, complete = self.take(tried, done.lacking), False
             try:
                 with self.address(source, remote) as url:
                     headers = {"Authorization": f"Bearer {self.token}"}
                     wanted = [
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
-                    done = fetch_step(self.folder, wanted, show, remote, PEER_TRIES, PEER_TIMEOUT)
+                    patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
+                    done = fetch_step(self.folder, wanted, show, remote, *patience)
                 complete = True
             except SilentNode:
                 raise
@@ -2207,7 +2382,7 @@ class Spread:
                 self.give_back(source, complete)
         with self.changed:
             self.idle.append(Source(remote))
-            self.changed.notify_all()
+            self.changed.notify()
         return done
 
 
@@ -2242,6 +2417,7 @@ class App:
     def __init__(self, config: Path) -> None:
         self.config = config
         self.left = ""  # what Ctrl-C leaves behind, for the one line that says so
+        self.key_pairs: dict[str, bool] = {}  # region -> whether KEYPAIR_NAME is the user's key there
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -2279,6 +2455,7 @@ class App:
 
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
+        self.check_owner(group, nodes)
         ready = self.ours([node for node in nodes if node.state == "running"])
         waiting = [node for node in nodes if node.state == "pending"]
         if waiting:
@@ -2316,6 +2493,62 @@ class App:
         warn_of_rules(ec2, groups, self.settings, cidr, self.identity)
         return ready
 
+    def has_key_pair(self, ec2: Client) -> bool:
+        """Tell whether EC2's key pair KEYPAIR_NAME is the user's key; that of an encrypted one can't be compared."""
+        region = ec2.meta.region_name
+        if self.known_identity is None:
+            path = self.settings.key_file
+            return path.exists() and "PRIVATE KEY" in path.read_text("latin-1")
+        if region not in self.key_pairs:
+            self.key_pairs[region] = False
+            with tolerate():
+                asked = {"KeyNames": [self.settings.KEYPAIR_NAME], "IncludePublicKey": True}
+                public = [one.get("PublicKey", "").split()[:2] for one in ec2.describe_key_pairs(**asked)["KeyPairs"]]
+                self.key_pairs[region] = self.known_identity.public.split()[:2] in public
+        return self.key_pairs[region]
+
+    def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
+        """Return those of NODES that the user launched: by the signature in their tags, which others could spoil,
+        or by their key pair, which nobody can change.
+        """
+        key, name = self.known_identity, self.settings.KEYPAIR_NAME
+        return [
+            node
+            for node in nodes
+            if (key and is_ours(node, key)) or (node.key_name == name and self.has_key_pair(ec2 or self.ec2))
+        ]
+
+    def check_owner(self, group: str, nodes: Sequence[Node], others: bool = False, ec2: Client | None = None) -> None:
+        """Refuse GROUP where all of its NODES were launched with another key, unless OTHERS' nodes are meant, too."""
+        ec2 = ec2 or self.ec2
+        living = [node for node in nodes if node.is_inside and node.state in ALIVE]
+        if others or not living or self.launched(living, ec2):
+            return
+        rules = [rule for one in fetch_security_groups(ec2, group) for rule in one.rules]
+        marks = sorted({word for rule in rules for word in rule.owner.split()[-1:]})
+        keys = ", ".join(sorted({node.key_name or "none" for node in living}))
+        raise ClusterError(
+            f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
+            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). Name a group of your own, e.g. "
+            f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
+            "do it all the same with --others"
+        )
+
+    def in_all_regions(self, look: Callable[[Client], T], problems: list[str]) -> dict[str, T]:
+        """LOOK at every region, side by side, config.py's first; add to PROBLEMS those that refuse, in words."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        home, found = self.settings.AWS_REGION, {}
+
+        def ask(region: str) -> None:
+            try:
+                found[region] = look(self.ec2 if region == home else open_client(self.settings, "ec2", region))
+            except (BotoCoreError, ClientError) as error:
+                problems.append(f"{region}: {explain(error)}")
+
+        side_by_side(*(functools.partial(ask, region) for region in fetch_regions(self.settings)))
+        return {region: found[region] for region in sorted(found, key=lambda name: (name != home, name))}
+
     def ours(self, nodes: Sequence[Node]) -> list[Node]:
         """Return those of NODES that were launched with the user's key; name the others."""
         others: dict[str, list[str]] = {}
@@ -2342,6 +2575,31 @@ def on_terminate(*_: object) -> None:
     raise Terminated
 
 
+class WrongUsage(click.UsageError):
+    """A command line that can't be understood: its usage and one line on stderr, exit code 2."""
+
+    def show(self, file: Any = None) -> None:
+        """Say what is wrong, and where the help is."""
+        if self.ctx:
+            note(f"{self.ctx.get_usage()}\nTry {self.ctx.command_path} --help\n")
+        complain(self.format_message())
+
+
+@contextlib.contextmanager
+def plain_usage() -> Iterator[None]:
+    """Let click's errors of usage say what else could be meant."""
+    try:
+        yield
+    except click.UsageError as error:
+        advice, name = "", error.ctx.info_name if error.ctx else ""
+        if name == "runCommand" and not isinstance(error, click.MissingParameter):
+            advice = f"; quote the command, or put -- before it: {command('runCommand', '-- ls -la /mnt')}"
+        elif unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", error.format_message()):
+            advice = did_you_mean(unknown[1], cli.commands)
+            raise WrongUsage(f"{unknown[0]}{advice}", error.ctx) from None
+        raise WrongUsage(error.format_message().rstrip(".") + advice, error.ctx) from None
+
+
 DAY = "createNodes install start status syncData terminateAll".split()
 
 
@@ -2352,6 +2610,18 @@ class Tool(click.Group):
         """Begin with the user's day; the rest stays in the order of the file."""
         return sorted(self.commands, key=lambda name: DAY.index(name) if name in DAY else len(DAY))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take --config from anywhere before a "--"."""
+        end = args.index("--") if "--" in args else len(args)
+        words = args[:end]
+        for i, word in enumerate(words):
+            if word == "--config" and i + 1 < len(words):
+                words = [f"--config={words[i + 1]}", *words[:i], *words[i + 2 :]]
+            elif word.startswith("--config="):
+                words = [word, *words[:i], *words[i + 1 :]]
+        with plain_usage():
+            return super().parse_args(ctx, [*words, *args[end:]])
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Know createNodes by its old name, too."""
         return super().get_command(ctx, "createNodes" if cmd_name == "addNodes" else cmd_name)
@@ -2361,7 +2631,8 @@ class Tool(click.Group):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)
         try:
-            return super().invoke(ctx)
+            with plain_usage():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
             self.interrupted(ctx, 130)
         except Terminated:
@@ -2398,6 +2669,17 @@ def log_folder(group: str) -> Path:
     return folder
 
 
+def complete(ctx: click.Context, incomplete: str, ask: Callable[[Client], Iterable[str]]) -> list[Any]:
+    """Return EC2's answer to a Tab, or nothing where it does not come within a second or two."""
+    from click.shell_completion import CompletionItem
+
+    with contextlib.suppress(Exception):  # whatever goes wrong: a Tab shows no errors
+        settings = load_settings(ctx.find_root().params.get("config") or default_config())
+        ec2 = open_client(settings, "ec2", connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
+        return [CompletionItem(name) for name in sorted(set(ask(ec2))) if name.startswith(incomplete)]
+    return []
+
+
 class OwnWords(click.Command):
     """A command whose words after the first -- are not its own: it gets them as WORDS."""
 
@@ -2420,24 +2702,79 @@ class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only sinc
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check the name: it becomes a tag, a folder and a security group."""
         if not GROUP_NAME.fullmatch(value):
-            self.fail(f"{value!r} is no group name: letters, digits, '.', '_' and '-', at most 63", param, ctx)
+            raise click.UsageError(f"{value!r} is no group name: letters, digits, '.', '_' and '-', at most 63", ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Complete the groups that have logs here: asking EC2 at every Tab would take too long."""
-        from click.shell_completion import CompletionItem
+        """Complete the groups that exist."""
+        return complete(ctx, incomplete, lambda ec2: [one.group for one in fetch_security_groups(ec2)])
 
-        folders = log_folder("").glob(f"{incomplete}*") if not set("*?[") & set(incomplete) else []
-        return [CompletionItem(folder.name) for folder in sorted(folders)]
+
+class NodeName(click.ParamType):  # type: ignore[type-arg]
+    """A node, as find_node understands it."""
+
+    name = "node"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Complete short names, and "head"."""
+        return complete(ctx, incomplete, lambda ec2: ["head", *(n.short for n in fetch_nodes(ec2) if n.state in ALIVE)])
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A number from LOW (ABOVE it) to HIGH, refused in words that name the argument."""
+
+    name = "number"
+
+    def __init__(self, low: float, high: float, whole: bool = False, above: bool = False) -> None:
+        self.low, self.high, self.whole, self.above = low, high, whole, above
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        with contextlib.suppress(ValueError):
+            number = (int if self.whole else float)(value)
+            if self.low < number <= self.high or (number == self.low and not self.above):
+                return number
+        title = "it" if not param else param.opts[0] if isinstance(param, click.Option) else (param.name or "").upper()
+        kind = "a whole number" if self.whole else "a number"
+        span = f"above {self.low:g}, at most" if self.above else f"from {self.low:g} to"
+        first = (ctx.params.get("machine") if ctx else None) or ""
+        swapped = ctx and first.isdigit() and re.fullmatch(r"[a-z][\w-]*\.[\w-]+", str(value))
+        advice = f"; did you mean {command(ctx.info_name or '', value, first)}?" if ctx and swapped else ""
+        raise click.UsageError(f"{title} must be {kind} {span} {self.high:g}, not {value!r}{advice}", ctx)
 
 
 group_argument = click.argument("group", type=GroupName(), default="default", metavar="[GROUP]")
+
+
+def default_config() -> Path:
+    """Return the settings file if none is named: beside a clone's cluster.py; of an installed program the user's own.
+
+    Never one of the working folder, which may be anybody's: the file is run as code.
+    """
+    if __name__ == "__main__":
+        return HERE / "config.py"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mitsuba-cluster" / "config.py"
+
+
+def offer_config(path: Path) -> None:
+    """Where an installed program has no settings yet, offer to write the commented template to PATH."""
+    from importlib import metadata
+
+    note(f"There is no settings file {path}")
+    template = next(one for one in metadata.files("mitsuba-cluster") or [] if one.name == "config.py")
+    if not sys.stdin.isatty():
+        raise ClusterError("run this at a terminal to have one written there, or name one: --config FILE")
+    click.confirm("Shall the template, with a comment for each setting, be written there?", abort=True, err=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(Path(template.locate()).read_text("utf-8"), "utf-8")
+    raise ClusterError(f"{path} is written: look it over, then run this again")
 
 
 @click.group(cls=Tool, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--config", type=click.Path(path_type=Path), envvar=CONFIG_VARIABLE, help="Another settings file than config.py."
 )
+@click.version_option(VERSION, message="mitsuba-cluster %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, config: Path | None) -> None:
     """Create a Mitsuba rendering cluster on Amazon EC2.
@@ -2454,40 +2791,91 @@ def cli(ctx: click.Context, config: Path | None) -> None:
     GROUP names one of several independent clusters; it is "default" if you leave it out.
     """
     given = ctx.get_parameter_source("config") is click.core.ParameterSource.COMMANDLINE
-    PROGRAM[1:] = ["--config", shlex.quote(str(config))] if given else []
-    ctx.obj = App(config or HERE / "config.py")
+    Call.options = ("--config", shlex.quote(str(config))) if given else ()
+    path = config or default_config()
+    Call.settings = path.name if path.parent == Path.cwd() else str(path)
+    ctx.obj = App(path)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
-count_argument = click.argument("count", type=click.IntRange(1, 5000))
+others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
+count_argument = click.argument("count", type=Number(1, 5000, whole=True))
 type_argument = click.argument("machine", metavar="TYPE")
-hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
-idle_option = click.option(
-    "--idle-minutes", type=click.FloatRange(0, 525600), help="Nodes end themselves after so long without use; 0: never."
+hours_option = click.option(
+    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
 )
+idle_option = click.option(
+    "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
+)
+node_argument = click.argument("name", type=NodeName(), metavar="NODE")
+
+
+def in_order(nodes: Iterable[Node]) -> list[Node]:
+    """Return NODES as they are shown: the head first, then by age."""
+    return sorted(nodes, key=lambda node: (node.role != "head", node.age))
 
 
 def find_node(app: App, name: str) -> Node:
-    """Return our node that NAME means; ClusterError where there is none, or more than one."""
+    """Return our node that NAME means: "head", a short name, an address, or how its name or id begins.
+
+    ClusterError where there is none, or more than one.
+    """
     nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
-    found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if name == "head":
+        found = [node for node in nodes if node.role == "head" and node.state == "running"]
+        found = [node for node in found if node.group == "default"] or found
+    else:
+        exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
+        found = exact or [node for node in nodes if (node.id.startswith(name) or node.name.startswith(name))]
     if len(found) > 1:
-        raise ClusterError(f"{printable(name)!r} may be {' or '.join(node.id for node in found)}: name one by its id")
+        which = ", ".join(f"{node.name} ({node.group}, {node.id})" for node in in_order(found))
+        raise ClusterError(f"{printable(name)!r} may be {which}: name one of them by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
+            if name != "head"
+            else f"no head node in {app.settings.AWS_REGION}; {command('start')} makes one"
         )
     return found[0]
 
 
 def find_head(app: App, group: str) -> Node:
     """Return GROUP's head node."""
-    nodes = app.ours([node for node in fetch_nodes(app.ec2, group) if node.state == "running"])
-    heads = [node for node in nodes if node.role == "head"]
+    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
     if not heads:
         raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
     return heads[0]
+
+
+def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Sequence[str]] = ()) -> str:
+    """Return the table of NODES, MORE columns (their titles first) after it; not WIDE: as the terminal is."""
+    now = datetime.now(timezone.utc)
+    rows = [["NODE", "NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
+    for node in nodes:
+        cost = spent(node, now)
+        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
+        rows.append(
+            [
+                node.short,
+                paint(node.name, bold=True) if node.role == "head" else node.name,
+                node.type,
+                paint(node.state, fg="green" if node.state == "running" else "yellow"),
+                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
+                node.role or "",
+                node.market,
+                node.private_ip,
+                format_money(node.price)[1:] if node.price is not None else "?",
+                format_money(cost)[1:] if cost is not None else "?",
+                format_duration(left.total_seconds()) if left else "",
+                node.id,
+            ]
+        )
+    filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    rows = [[*(row[i] for i in filled), *(column[at] for column in more)] for at, row in enumerate(rows)]
+    market = [] if any(node.market == "spot" for node in nodes) else ["MARKET"]
+    spare = ["PRIVATE", "ID", *market, "NAME", "$/H", "TYPE", "MARKET", "ENDS IN"]
+    return format_table(rows, 10_000 if wide else terminal_width(), spare)
 
 
 # --- Guard -------------------------------------------------------------------
@@ -3035,12 +3423,15 @@ QUOTAS = {
     "": ("L-1216C47A", "L-34B43A08"),
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
-CLOUD_INIT_LIMIT = 600
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
-GONE = (404, 410)  # HTTP's codes for what does not exist
+# https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
+KMS_HINT = (
+    " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
+    "kms:GenerateDataKeyWithoutPlaintext and kms:ReEncrypt* are needed)"
+)
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
@@ -3083,6 +3474,7 @@ class LaunchRequest(NamedTuple):
     max_hours: float | None = None
     idle_minutes: float | None = None
     without_mitsuba: bool = False
+    others: bool = False  # even into somebody else's group
 
 
 class Subnet(NamedTuple):
@@ -3165,20 +3557,6 @@ guarded=$?
 set_deadline "$1"
 exit $((guarded | $?))
 """
-
-# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
-WAIT_FOR_BOOT = """
-set -euo pipefail
-command -v cloud-init > /dev/null || exit 0
-code=0
-timeout "$1" cloud-init status --wait > /dev/null || code=$?
-case $code in
-  0 | 2) ;;
-  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
-  *) cloud-init status --long; exit 1 ;;
-esac
-"""
-
 
 # As root: fails where the guard of BOOT is not there.
 CHECK_GUARD = """
@@ -3372,98 +3750,6 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
 
 
-def to_request(address: str, method: str = "GET") -> urllib.request.Request:
-    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
-    import base64
-    import urllib.parse
-    import urllib.request
-
-    parts = urllib.parse.urlsplit(address)
-    user, at, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
-    if at:
-        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        request.add_header("Authorization", f"Basic {token}")
-    return request
-
-
-def package_risks(settings: Settings, package: Package) -> list[str]:
-    """Say how somebody in between could replace Mitsuba, which root installs."""
-    if "://" in package.source:
-        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
-        return [] if package.sha256 else [unchecked]
-    unsigned = re.match(
-        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
-    )
-    if unsigned and not package.is_file:
-        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
-    return []
-
-
-def index_has(apt_line: str, package: str) -> bool:
-    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
-    import gzip
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
-    if not found:
-        raise ValueError("this is no apt line")
-    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
-    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
-    if suite.endswith("/"):
-        folders = [f"{base}/{suite}".rstrip("/")]
-    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    indexes: dict[str, Callable[[bytes], bytes]]
-    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
-    missing: urllib.error.HTTPError | None = None
-    for folder in folders:
-        for name, unpack in indexes.items():
-            try:
-                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-                    if wanted.search(unpack(answer.read())):
-                        return True
-                missing = None
-                break
-            except urllib.error.HTTPError as error:
-                if error.code not in GONE:
-                    raise
-                missing = error
-    if missing:
-        raise missing
-    return False
-
-
-def check_package(settings: Settings, without: bool) -> str:
-    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    title, doubt, proved = "", "", True
-    try:
-        package = plan_package(settings)
-        title = package.title
-        for risk in package_risks(settings, package):
-            warn(risk)
-        if "://" in package.source:
-            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
-    except ClusterError as error:
-        doubt = error.message
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
-        doubt = f"{title} can't be read ({error})"
-    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
-    if doubt and proved and not without:
-        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
-    if doubt:
-        warn(f"{doubt} before you run install" if title else doubt)
-    return title
-
-
 def format_limits(hours: float, idle: float) -> str:
     """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
     limits = [f"{hours:g} hours"] if hours else []
@@ -3486,6 +3772,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         lambda: check_package(settings, request.without_mitsuba),
         lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
     )
+    app.check_owner(request.group, before, request.others)
     check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
     subnets = by_price(subnets, spot if request.spot else {} if on_demand is None else {"": on_demand})
     lowest = subnets[0].price
@@ -3524,8 +3811,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
             "PRIVATE_NODES: they get no public address, so this machine must reach the private ones (by a VPN), "
             "and install needs a NAT gateway"
         )
-    elif not all(subnet.gives_addresses for subnet in plan.subnets):
-        yield f"{settings.SUBNET_ID} gives no public addresses unasked; the nodes ask for one each, to be reached by it"
+    elif closed := [subnet.id for subnet in plan.subnets if not subnet.gives_addresses]:
+        yield f"Without public addresses of its own: {', '.join(closed)}; the nodes ask for one each"
     limits = format_limits(plan.hours, plan.idle)
     yield limits or f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
     if plan.package:
@@ -3548,11 +3835,17 @@ def make_ed25519() -> tuple[str, str]:
     return private.decode(), public.decode()
 
 
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+
+
 def ensure_key_file(path: Path) -> None:
     """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
+    if has_key(path):
         return
+    text = path.read_text("latin-1") if path.exists() else ""
     if text and "placeholder" not in text:
         raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
     if why := hide_from_git(path):
@@ -3561,26 +3854,43 @@ def ensure_key_file(path: Path) -> None:
             "path outside of the repository"
         )
     private, _ = make_ed25519()
-    write_secret(path, private)
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
+        ) from error
     click.echo(f"Made a new SSH key: {path}", err=True)
 
 
-def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
-    """Import the user's key under NAME; refuse a NAME that another key has."""
-    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-    pairs: list[dict[str, Any]] = []
-    with tolerate("InvalidKeyPair.NotFound"):
+def ensure_key(app: App) -> None:
+    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
+    ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
+    another = ClusterError(
+        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy that "
+        f"key's file from the machine that made it to {path}"
+    )
+
+    def find() -> list[str]:
         pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-    if not pairs:
+        return list(pairs[0].get("PublicKey", "").split()[:2])
+
+    present: list[str] = []
+    with tolerate("InvalidKeyPair.NotFound"):
+        present = find()
+    if present and not has_key(path):
+        raise another
+    ensure_key_file(path)
+    identity = app.identity
+    if not present:
+        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
         with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
             return
-        pairs = once_known(lambda: ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"])
-    if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
-        raise ClusterError(
-            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
-            "private half where SSH_PRIVATE_KEY_FILE says"
-        )
+        present = once_known(find)
+    if present != identity.public.split()[:2]:
+        raise another
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
@@ -3622,9 +3932,8 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
 def prepare(app: App, plan: Plan) -> Launch:
     """Make what a launch needs: keys, security group, user data."""
     settings, ec2, name = app.settings, app.ec2, plan.request.group
-    ensure_key_file(settings.key_file)
+    ensure_key(app)
     identity = app.identity
-    ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
     group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
     others, foreign = other_rules(group, settings, plan.cidr, identity)
     if foreign:
@@ -3649,14 +3958,16 @@ def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) ->
     disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
     if plan.type.encrypts:
         disk["Encrypted"] = True
-    network = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
-    parameters: dict[str, Any] = {
+    network: dict[str, Any] = {"SubnetId": subnet.id, "SecurityGroupIds": [launch.security_group]}
+    if subnet.gives_addresses == launch.private:  # the subnet does by itself what is not wanted
+        interface = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
+        network = {"NetworkInterfaces": [interface | {"AssociatePublicIpAddress": not launch.private}]}
+    parameters: dict[str, Any] = network | {
         "ImageId": plan.image.id,
         "InstanceType": plan.type.type,
         "MinCount": 1,
         "MaxCount": count,
         "KeyName": launch.key_name,
-        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not launch.private}],
         "UserData": launch.user_data,
         "ClientToken": token,
         "InstanceInitiatedShutdownBehavior": "terminate",
@@ -3760,7 +4071,8 @@ def boot_step(remote: Remote) -> None:
 def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
     """Return how the wait for NODE has ended, ELAPSED seconds after the launch; None while it goes on."""
     if node.state in ("shutting-down", "terminated"):
-        return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
+        hint = KMS_HINT if node.reason.startswith("Client.InternalError") else ""
+        return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}{hint}")
     if not future and elapsed > BOOT_LIMIT:
         return Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
     if not future or not future.done():
@@ -3811,32 +4123,6 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
     return [done[node.id] for node in nodes]
 
 
-def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
-    """Return the table of NODES, header first."""
-    now = datetime.now(timezone.utc)
-    rows = [["NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
-    for node in nodes:
-        cost = spent(node, now)
-        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
-        rows.append(
-            [
-                node.name,
-                node.type,
-                node.state,
-                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
-                node.role or "",
-                node.market,
-                node.private_ip,
-                format_money(node.price)[1:] if node.price is not None else "?",
-                format_money(cost)[1:] if cost is not None else "?",
-                format_duration(left.total_seconds()) if left else "",
-                node.id,
-            ]
-        )
-    empty = {i for i in range(len(rows[0])) if not any(row[i] for row in rows[1:])}
-    return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
-
-
 def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
     from botocore.exceptions import ClientError
@@ -3864,7 +4150,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
     note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
     outcomes = await_nodes(app, launch, nodes)
-    result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
+    put(format_nodes(in_order(outcome.node for outcome in outcomes)))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
@@ -3880,6 +4166,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
 @click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 @hours_option
 @idle_option
+@others_option
 @click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
 @click.pass_obj
@@ -3891,10 +4178,11 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @cli.command("addSpotNodes")
 @type_argument
 @count_argument
-@click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
+@click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True))
 @group_argument
 @hours_option
 @idle_option
+@others_option
 @click.pass_obj
 def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
@@ -3906,6 +4194,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options:
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
@@ -4034,11 +4323,11 @@ install_tree() {
   program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
   [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
   check_libraries "$(dirname "$fresh/$program")"
-  exec 9> "$state/lock"
-  flock 9
+  exec 8> "$state/lock"
+  flock 8
   rm -rf /opt/mitsuba
   mv "$fresh" /opt/mitsuba
-  exec 9>&-
+  exec 8>&-
   folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
     printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
@@ -4337,6 +4626,98 @@ def plan_package(settings: Settings) -> Package:
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
 
 
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
+
+
+def index_has(apt_line: str, package: str) -> bool:
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
+    import gzip
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
+    if not found:
+        raise ValueError("this is no apt line")
+    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
+    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
+    if suite.endswith("/"):
+        folders = [f"{base}/{suite}".rstrip("/")]
+    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
+    indexes: dict[str, Callable[[bytes], bytes]]
+    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
+    missing: urllib.error.HTTPError | None = None
+    for folder in folders:
+        for name, unpack in indexes.items():
+            try:
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                    if wanted.search(unpack(answer.read())):
+                        return True
+                missing = None
+                break
+            except urllib.error.HTTPError as error:
+                if error.code not in GONE:
+                    raise
+                missing = error
+    if missing:
+        raise missing
+    return False
+
+
+def check_package(settings: Settings, without: bool) -> str:
+    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    title, doubt, proved = "", "", True
+    try:
+        package = plan_package(settings)
+        title = package.title
+        for risk in package_risks(settings, package):
+            warn(risk)
+        if "://" in package.source:
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
+        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
+    except ClusterError as error:
+        doubt = error.message
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        doubt = f"{title} can't be read ({error})"
+    doubt += f"; set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings}" if doubt and title else ""
+    if doubt and proved and not without:
+        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
+    if doubt:
+        warn(f"{doubt} before you run install" if title else doubt)
+    return title
+
+
 def make_spread(package: Package, nodes: int) -> Spread | None:
     """Return what brings a package file to the nodes, into a folder in the user's home; None where it is elsewhere."""
     if not package.is_file:
@@ -4361,7 +4742,10 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
-                spread.bring(lambda moved: None, remote)
+                try:
+                    spread.bring(lambda moved: None, remote)
+                except NodeError as error:
+                    raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
@@ -4407,7 +4791,7 @@ NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 def plan_head(nodes: Sequence[Node]) -> Node:
     """Choose the head: the one that was it, else on-demand before spot, else the oldest."""
-    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.launched, node.id))
+    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.age))
 
 
 def plan_head_cores(own: int) -> int:
@@ -4761,7 +5145,14 @@ def open_tunnel(head: Node, settings: Settings, port: int) -> Iterator[subproces
 
 @cli.command("tunnel")
 @group_argument
-@click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
+@click.option(
+    "--port",
+    type=Number(1, 65535, whole=True),
+    metavar="PORT",
+    default=SERVER_PORT,
+    show_default=True,
+    help="Local port.",
+)
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
@@ -5058,7 +5449,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     except NodeError as error:
         note(f"Given up: {error}")
     if then_terminate:
-        terminate_in(app.ec2, request.group)
+        terminate_in(app, app.ec2, request.group, others=False)
     if missing:
         raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
@@ -5067,58 +5458,75 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
 # What runs, since when, and what it costs. Touches AWS; the nodes only where they are to be asked.
 
 BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
-LOOK_LIMIT = 10  # the same, where all that is wanted is a look
-WATCH_SECONDS = 3  # between two looks of systemLoad --watch
+LOOK_LIMIT = 10  # for connecting, where all that is wanted is a look
+ANSWER_LIMIT = 5  # for a node's whole answer to status
+ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
+WATCH_SECONDS = 3  # between two looks of --watch
+SERVER_LOOKS = {"serving": "green", "unlinked": "yellow", "down": "red", "silent": "red"}
 
 
-def format_cost(nodes: Sequence[Node]) -> str:
-    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+def totals(nodes: Sequence[Node]) -> dict[str, Any]:
+    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
     hourly = total(
         node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
         for node in nodes
         if node.price is not None and node.state in BILLED
     )
-    so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    parts = [(hourly, "an hour"), (so_far, "so far")]
-    return ", ".join(f"{format_money(value)} {what}" for value, what in parts if value is not None)
+    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    rounded = {"hourly": hourly, "cost": cost}
+    return {"nodes": len(nodes)} | {key: round(x, 4) if x is not None else None for key, x in rounded.items()}
+
+
+def format_cost(nodes: Sequence[Node]) -> str:
+    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+    known = totals(nodes)
+    parts = [(known["hourly"], "an hour"), (known["cost"], "so far")]
+    return ", ".join(f"{at_least(nodes)}{format_money(value)} {what}" for value, what in parts if value is not None)
 
 
 def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
-    shown = node._asdict()
-    del shown["signature"]
-    return shown | {
+    return node._asdict() | {
         "name": node.name,
+        "short": node.short,
         "address": node.address,
         "launched": node.launched.isoformat().replace("+00:00", "Z"),
         "cost": round(cost, 4) if cost is not None else None,
     }
 
 
-def server_detail(outcome: Outcome[Any], linked: set[str]) -> dict[str, Any]:
+class Asked(NamedTuple):
+    """What one node says of itself and its server: the fields of `status --servers --json`."""
+
+    server: str  # serving, unlinked (a worker that its head does not use), down, or silent
+    server_text: str  # the same as a sentence
+    load: tuple[float, ...] | None = None
+    server_cores: int | None = None
+    idle: float | None = None  # seconds
+    clients: Sequence[dict[str, Any]] = ()  # of a head: the Mitsubas that are connected to it
+    restarts: int | None = None
+
+
+def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[str]) -> Asked:
     """Say in words and numbers what one node's server does."""
     if not outcome.ok:
-        return {"server": outcome.error, "load": None, "server_cores": None, "idle": None, "clients": []}
+        return Asked("silent" if outcome.silent else "down", outcome.error)
     facts, cores, why = outcome.value
-    text = f"serves {format_count(cores, 'core')}" if cores is not None else why
+    word, text = ("serving", f"serves {format_count(cores, 'core')}") if cores is not None else ("down", why)
     if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
-        text = f"up but not linked: run {command('start', outcome.node.group)}"
-    load = " ".join(f"{value:g}" for value in facts.load)
-    parts = [text, f"load {load} on {format_count(facts.cores, 'core')}"]
+        word, text = "unlinked", f"up but not linked: run {command('start', outcome.node.group)}"
+    parts = [text, f"load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"]
     clients = facts.clients if facts.role == "head" else {}
     for peer, (connected, silent) in clients.items():
         address = peer.rpartition(":")[0]
         parts.append(f"client {address} for {format_duration(connected)}, silent for {format_duration(silent)}")
     if facts.idle is not None and facts.idle_limit:
         parts.append(f"idle for {format_duration(facts.idle)} of {format_duration(facts.idle_limit)}")
-    return {
-        "server": "; ".join(parts),
-        "load": facts.load,
-        "server_cores": cores,
-        "idle": facts.idle,
-        "clients": [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()],
-    }
+    if facts.restarts:
+        parts.append(f"restarted {format_count(facts.restarts, 'time')}{facts.problem and f', after: {facts.problem}'}")
+    listed = [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()]
+    return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
 
 
 def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
@@ -5130,105 +5538,180 @@ def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
         return facts, None, str(error)
 
 
-def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, dict[str, Any]]:
-    """Return node id -> load, cores and what its server says, of the running NODES."""
+def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[Outcome[T]]:
+    """Run STEP on those of NODES that run; one that does not answer within a few seconds is given up."""
     running = [node for node in nodes if node.state == "running"]
-    outcomes = app.pool.each(running, server_step, limit=LOOK_LIMIT) if running else []
+    progress = Progress("Asking", len(running))
+    futures = {node: app.pool.submit(node, step, limit=ANSWER_LIMIT) for node in running}
+    deadline = time.monotonic() + ANSWER_LIMIT + len(running) / ANSWER_RATE
+    while (left := deadline - time.monotonic()) > 0 and not all(future.done() for future in futures.values()):
+        progress.done = sum(future.done() for future in futures.values())
+        progress.redraw()
+        app.pool.wait(futures.values(), min(0.2, left))
+    late: Outcome[T] = Outcome(nodes[0], error=f"frozen or cut off: no answer within {ANSWER_LIMIT} s", silent=True)
+    found = [future.result() if future.done() else replace(late, node=node) for node, future in futures.items()]
+    return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
+
+
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
+    """Return node id -> what its server says, of the running NODES."""
+    outcomes = ask_briefly(app, nodes, server_step)
     linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
-    return {outcome.node.id: server_detail(outcome, linked) for outcome in outcomes}
+    return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
 
-def show_group(
-    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
-) -> None:
-    """Print one group."""
+def format_group(app: App, group: str, overview: Overview, wide: bool, asked: dict[str, Asked] | None = None) -> str:
+    """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
+    nodes = [node for node in overview.nodes if node.group == group]
     alive = [node for node in nodes if node.state in ALIVE]
     heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    result(", ".join(filter(None, [heading, format_cost(alive), idle])))
+    lines = [", ".join(filter(None, [heading, format_cost(alive), idle]))]
+    more: list[list[str]] = []
+    if asked is not None:
+        known = [asked.get(node.id, Asked("", "")) for node in nodes]
+        more.append(["SERVER", *(paint(one.server, fg=SERVER_LOOKS.get(one.server)) for one in known)])
+        more.append(["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)])
+        clients = (str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))
+        more.append(["CLIENTS", *clients])
     if nodes:
-        result(format_table(node_rows(nodes), terminal_width()))
+        lines.append(format_nodes(nodes, wide, more))
     for node in nodes:
         if node.reason:
-            result(f"{node.name}: {node.state}: {node.reason}")
+            lines.append(f"{node.name}: {node.state}: {printable(node.reason)}")
         elif app.known_identity and not is_ours(node, app.known_identity):
-            result(f"{node.name}: {not_ours(node)}")
-        if node.id in details:
-            result(f"{node.name}: {details[node.id]['server']}")
-    for request in requests:
+            lines.append(f"{node.name}: {not_ours(node)}")
+    for request in live(overview.requests):
         if request.group == group:
-            result(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    roles = {node.role for node in alive}
-    if "worker" in roles and "head" not in roles:
-        result(f"The head node is gone: {command('start', group)} makes another node the head")
+            lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
+    if heads := [node for node in alive if node.role == "head"]:
+        lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
+    elif any(node.role == "worker" for node in alive):
+        lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
     if not alive:
-        note(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+        lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+    return "\n".join(lines)
 
 
-def group_json(
-    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]) -> dict[str, Any]:
     """Return one group as `status --json` shows it."""
     key = app.known_identity
+    nodes = [node for node in overview.nodes if node.group == group]
+    alive = [node for node in nodes if node.state in ALIVE]
     return {
         "nodes": [
-            node_json(node) | {"launched_with_this_key": is_ours(node, key) if key else None} | details.get(node.id, {})
+            node_json(node)
+            | {"launched_with_this_key": is_ours(node, key) if key else None}
+            | (asked[node.id]._asdict() if node.id in asked else {})
             for node in nodes
-            if node.group == group
         ],
-        "spot_requests": [request._asdict() for request in requests if request.group == group],
+        "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
+        "head": next((node.name for node in alive if node.role == "head"), None),
+        "totals": totals(alive),
     }
+
+
+def fetch_shown(app: App, group: str | None) -> tuple[list[str], Overview]:
+    """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
+    overview, _ = side_by_side(
+        lambda: fetch_overview(app.ec2, group),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
+    )
+    alive = [node for node in overview.nodes if node.state in ALIVE]
+    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
+    groups = sorted({one.group for one in ours})
+    nodes = [node for node in overview.nodes if node.state in ALIVE or (node.reason and node.group in groups)]
+    return groups, overview._replace(nodes=in_order(nodes))
+
+
+def redraw_screen(text: str) -> None:
+    """Show TEXT alone on the terminal, as far as it has room; in a pipe after what was there."""
+    if is_lively(sys.stdout):
+        height = shutil.get_terminal_size().lines - 1
+        text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
+    put(text)
+
+
+def watch_status(app: App, group: str | None, wide: bool) -> None:
+    """Renew status, with servers, load and clients, until Ctrl-C."""
+    while True:
+        groups, overview = fetch_shown(app, group)
+        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
+        blocks = [format_group(app, name, overview, wide, asked) for name in groups]
+        when = datetime.now().strftime("%H:%M:%S")
+        redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
+        time.sleep(WATCH_SECONDS)
 
 
 @cli.command("status")
 @click.argument("group", type=GroupName(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
+@click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
+@click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
 @click.pass_obj
-def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
+def status(app: App, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool) -> None:
     """Show what is running, since when, and what it costs."""
-    overview, cidr, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group),
-        lambda: try_client_cidr(app.settings),
-        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
-    )
-    alive = [node for node in overview.nodes if node.state in ALIVE]
-    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
-    groups = sorted({one.group for one in ours})
-    nodes = [one for one in overview.nodes if one.state in ALIVE or (one.reason and one.group in groups)]
-    details = ask_servers(app, nodes) if servers else {}
+    if watch:
+        watch_status(app, group, wide)
+    address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
+    groups, overview = fetch_shown(app, group)
+    nodes = overview.nodes
     if as_json:
-        shown = {name: group_json(app, name, nodes, overview.requests, details) for name in groups}
-        return result(json.dumps({"region": app.settings.AWS_REGION, "groups": shown}, indent=2))
+        asked = ask_servers(app, nodes) if servers and nodes else {}
+        shown = {name: group_json(app, name, overview, asked) for name in groups}
+        everything = {"region": app.settings.AWS_REGION, "groups": shown}
+        everything["totals"] = totals([node for node in nodes if node.state in ALIVE])
+        return result(json.dumps(everything, indent=2))
     for name in groups:
-        show_group(app, name, [node for node in nodes if node.group == name], live(overview.requests), details)
+        put(format_group(app, name, overview, wide))
     if not groups:
         note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
     elif len(groups) > 1 and (cost := format_cost(nodes)):
         result(f"All groups: {cost}")
-    if app.known_identity:
-        warn_of_rules(app.ec2, overview.security_groups, app.settings, cidr, app.known_identity)
+    if servers and nodes:
+        asked = ask_servers(app, nodes)
+        for node in nodes:
+            if node.id in asked:
+                name = paint(node.name, fg=SERVER_LOOKS[asked[node.id].server])
+                put(f"{name}: {printable_lines(asked[node.id].server_text)}")
+    if app.known_identity and overview.security_groups:
+        warn_of_rules(app.ec2, overview.security_groups, app.settings, address.result(), app.known_identity)
     return None
+
+
+def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
+    """Return a node's load as `systemLoad --json` shows it."""
+    if not outcome.ok:
+        return {"error": outcome.error}
+    facts = outcome.value
+    return {"error": None, "load": facts.load, "cores": facts.cores, "memory_mb": facts.memory_mb}
 
 
 @cli.command("systemLoad")
 @group_argument
 @click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def system_load(app: App, group: str, watch: bool) -> None:
+def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
-    nodes = app.open_group(group)
+    nodes = in_order(app.open_group(group))
     while True:
-        outcomes = app.pool.each(nodes, fetch_facts, limit=LOOK_LIMIT)
-        rows = [["LOAD 1", "5", "15", "CORES", "MEMORY", "NAME"]]
-        for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
-            facts: Facts = outcome.value
+        outcomes = ask_briefly(app, nodes, fetch_facts)
+        rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
+        good = [outcome for outcome in outcomes if outcome.ok]
+        for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
+            facts = outcome.value
             used = " of ".join(f"{value / 1024:.1f}" for value in facts.memory_mb) + " GiB"
-            rows.append([*(f"{value:.2f}" for value in facts.load), str(facts.cores), used, outcome.node.name])
-        if watch and sys.stdout.isatty():
-            click.clear()
-        result(format_table(rows, terminal_width()))
+            load = (f"{value:.2f}" for value in facts.load)
+            rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
+        if as_json:
+            result(json.dumps({outcome.node.name: load_json(outcome) for outcome in outcomes}, indent=2))
+        elif watch:
+            redraw_screen(format_table(rows, terminal_width(), ["NAME"]))
+        else:
+            result(format_table(rows, terminal_width(), ["NAME"]))
         if not watch:
             break
         time.sleep(WATCH_SECONDS)
@@ -5432,17 +5915,19 @@ def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def counted(label: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar of SIZE bytes while the body works; any thread may add bytes by what this yields."""
-    progress, lock, done = Progress(label, size), threading.Lock(), threading.Event()
+def counted(label: str, size: int) -> Iterator[Callable[..., None]]:
+    """Show a bar of SIZE bytes while the body works; any thread may count bytes, also such as are only READ."""
+    progress, lock, done, seen = Progress(label, 0, size=size), threading.Lock(), threading.Event(), 0
 
-    def count(more: int) -> None:
+    def count(more: int, read: int = 0) -> None:
+        nonlocal seen
         with lock:
-            progress.done += more
+            progress.moved["all"] += more
+            seen += read
 
     def draw() -> None:
         while not done.wait(0.2):
-            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
+            progress.show(f"{format_size(seen)} checked" if 0 < seen < size else "")
 
     painter = threading.Thread(target=draw, daemon=True)
     painter.start()
@@ -5461,7 +5946,7 @@ def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, pa
     return digest == sha256 or (len(digest) == 32 and digest_file(path, "md5") == digest)
 
 
-def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int], None]) -> int:
+def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[..., None]) -> int:
     """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
 
     While one file is sent, the next is being hashed.
@@ -5472,7 +5957,8 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     sent = 0
     with threads(1) as hasher:
-        hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
+        read = functools.partial(count, 0)
+        hashes = hasher.map(lambda path: digest_file(path, "sha256", read), files.values())
         for (key, path), sha256 in zip(files.items(), hashes):
             if is_same(s3, bucket, key, there.get(key), path, sha256):
                 count(path.stat().st_size)
@@ -5509,20 +5995,6 @@ def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wante
     ]
 
 
-class SyncProgress(Progress):
-    """The nodes that are done, and the bytes of all."""
-
-    def __init__(self, nodes: Sequence[Node], size: int) -> None:
-        super().__init__("Fetching", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
-        self.size = size * len(nodes)
-        self.moved = {node.id: 0 for node in nodes}
-
-    def redraw(self) -> None:
-        """Draw the bar with the bytes beside it."""
-        self.detail = f"{self.counted()} nodes, {format_size(sum(self.moved.values()))} of {format_size(self.size)}"
-        super().redraw()
-
-
 def describe_fetched(done: Fetched, moved: int) -> str:
     """Return a node's line."""
     if not done.fetched:
@@ -5532,7 +6004,7 @@ def describe_fetched(done: Fetched, moved: int) -> str:
 
 
 def sync_step(
-    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], progress: SyncProgress, remote: Remote
+    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], progress: Progress, remote: Remote
 ) -> str:
     """Fetch WANTED on one node; return what was done."""
     before = 0  # bytes, of earlier attempts
@@ -5550,14 +6022,16 @@ def sync_step(
             wanted, before = sign_again(), progress.moved[remote.node.id]
 
 
-def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
+def send_files(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
     """Upload FILES as far as S3 lacks them, with a bar."""
+    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
+    files = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
     try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
         with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
             sent = upload(s3, bucket, files, count)
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
+    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to {where} ({len(files) - sent} there already)")
 
 
 def read_files(files: dict[str, Path]) -> list[Wanted]:
@@ -5575,7 +6049,7 @@ def sync_from_here(app: App, group: str, files: dict[str, Path]) -> None:
     size = sum(one.size for one in wanted)
     note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     spread = Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes))
-    progress = SyncProgress(nodes, size)
+    progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
 
     def step(remote: Remote) -> str:
         done = spread.bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
@@ -5589,7 +6063,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
-        send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
+        send_files(s3, bucket, prefix, files)
         name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:
@@ -5600,7 +6074,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
         )
     size = sum(one.size for one in objects)
     note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
-    progress = SyncProgress(nodes, size)
+    progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
     sign_all = functools.partial(sign, s3, bucket, objects)
     step = functools.partial(sync_step, app.settings.DATA_DIR, sign_all(), sign_all, progress)
     outcomes = app.pool.each(nodes, step, progress)
@@ -5613,7 +6087,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
 
 
 @cli.command("syncData")
-@click.argument("name")
+@click.argument("name", type=click.Path())
 @group_argument
 @click.option("--yes", is_flag=True, help="Send a large folder without asking.")
 @click.pass_obj
@@ -5632,23 +6106,51 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     elif files:
         sync_from_here(app, group, files)
     else:
-        raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in config.py")
+        raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in {Call.settings}")
 
 
 # --- terminateAll ------------------------------------------------------------
-# Ending a group or a node, and verifying it. Touches EC2 only.
+# Ending groups and single nodes, and verifying it. Touches EC2 only.
 
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
-TERMINATE_LIMIT = 600  # until EC2 says terminated
-UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
+TERMINATE_LIMIT = 600  # until one more node has ended; 150 s are ordinary
+HOLD_LIMIT = 300  # for the security group: ended nodes hold it a minute more, young ones before any list shows them
+UNSEEN_LIMIT = 5  # for lists to show something of a group: what is new they show late
 
 
-def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
-    """Start the end of NODES, a thousand a call; a list that lags may name one that EC2 forgot."""
-    ids = [node.id for node in nodes if node.state != "shutting-down"]
-    for start in range(0, len(ids), TERMINATE_BATCH):
-        with tolerate("InvalidInstanceID.NotFound"):
-            ec2.terminate_instances(InstanceIds=ids[start : start + TERMINATE_BATCH])
+class Ended(NamedTuple):
+    """What came of ending one group in one region."""
+
+    nodes: list[Node]
+    protected: list[Node]  # EC2 refuses to end them
+    left: list[Node]  # that have the group's tag, and are not the user's to end
+    cancelled: int  # spot requests
+    found: bool  # whether there was anything of the group
+
+
+def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
+    """Start the end of NODES, a thousand a call; return those that are protected from it.
+
+    For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: the others
+    are sent again. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    """
+    from botocore.exceptions import ClientError
+
+    ids = [node.id for node in nodes]
+    requests = [ids[start : start + TERMINATE_BATCH] for start in range(0, len(ids), TERMINATE_BATCH)]
+    protected: set[str] = set()
+    while requests:
+        request = requests.pop()
+        try:
+            ec2.terminate_instances(InstanceIds=request)
+        except ClientError as error:
+            if error_code(error) not in ("InvalidInstanceID.NotFound", "OperationNotPermitted"):
+                raise
+            named = {name for name in request if len(request) == 1 or name in str(error)}
+            protected |= named if error_code(error) == "OperationNotPermitted" else set()
+            rest = [name for name in request if name not in named]
+            requests += [[name] for name in rest] if not named else [rest] if rest else []
+    return [node for node in nodes if node.id in protected]
 
 
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
@@ -5657,27 +6159,6 @@ def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[s
     if ids:
         ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=ids)
     return ids
-
-
-def wait_until_terminated(ec2: Client, group: str, show: Callable[[str], None]) -> list[Node]:
-    """Terminate all of GROUP and wait until EC2 says so; return every node that was seen.
-
-    Each look terminates what it finds: a list can show a node late. TimeoutError with the
-    names of those that remain.
-    """
-    seen: dict[str, Node] = {}
-    deadline = time.monotonic() + TERMINATE_LIMIT
-    while True:
-        living = [node for node in fetch_nodes(ec2, group) if node.state in ALIVE]
-        fresh = [node for node in living if node.id not in seen]
-        terminate_nodes(ec2, fresh)
-        seen |= {node.id: node for node in fresh}
-        if not living:
-            return list(seen.values())
-        if time.monotonic() > deadline:
-            raise TimeoutError(", ".join(node.id for node in living))
-        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended")
-        time.sleep(POLL)
 
 
 def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
@@ -5689,80 +6170,173 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def terminate_group(ec2: Client, group: str, show: Callable[[str], None]) -> tuple[list[Node], int, bool]:
-    """End everything of GROUP; return (its nodes, cancelled spot requests, whether there was anything).
+def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
+    """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
 
-    The security group is the anchor: while it can't be deleted there are nodes that the list
-    does not show yet, so look again, for UNSEEN_LIMIT. ClusterError where something remains.
+    The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
+    ends whatever runs by then. ClusterError where something remains.
     """
-    before = fetch_overview(ec2, group)
-    cancelled = len(cancel_spot_requests(ec2, before.requests))
-    ended: dict[str, Node] = {}
-    deadline = time.monotonic() + UNSEEN_LIMIT
-    waiting = list(before.security_groups)
+    seen: dict[str, Node] = {}
+    protected: dict[str, Node] = {}
+    cancelled: list[str] = []
+    before: Any = None
+    since = time.monotonic()
     while True:
-        try:
-            ended |= {node.id: node for node in wait_until_terminated(ec2, group, show)}
-        except TimeoutError as error:
-            raise ClusterError(f"EC2 does not say terminated of {error} yet; run terminateAll {group} again") from None
-        waiting = [one for one in waiting if not remove_security_group(ec2, one)]
-        if not waiting:
-            return list(ended.values()), cancelled, bool(ended or cancelled or before.security_groups)
-        if time.monotonic() > deadline:
+        listed = fetch_nodes(ec2, group)
+        nodes = [node for node in listed if node.state in ALIVE]
+        inside = [node for node in nodes if node.is_inside]
+        targets = inside if others else app.launched(inside, ec2)
+        running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
+        protected |= {node.id: node for node in terminate_nodes(ec2, running)}
+        living = [node for node in targets if node.id not in protected]
+        seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+        if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
+            with excused("their spot requests are not cancelled"):
+                cancelled = cancel_spot_requests(ec2, fetch_spot_requests(ec2, group))
+        present = (len(seen), {node.id for node in living})
+        since, before = (since if present == before else time.monotonic()), present
+        held = len(protected) + len(inside) > len(targets)
+        groups = [] if living or held else fetch_security_groups(ec2, group)
+        waiting = [one for one in groups if not remove_security_group(ec2, one)]
+        waited = time.monotonic() - since
+        something = bool(seen or groups or len(listed) > len(nodes))
+        if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
+            left = [node for node in nodes if node not in targets]
+            return Ended(list(seen.values()), list(protected.values()), left, len(cancelled), something or bool(nodes))
+        again = f"run {command('terminateAll', group)} again"
+        if living and waited > TERMINATE_LIMIT:
+            raise ClusterError(f"EC2 does not say terminated of {', '.join(n.id for n in living)} yet; {again}")
+        if waiting and waited > HOLD_LIMIT:
             raise ClusterError(
                 f"security group {waiting[0].id} is still in use by something that EC2 does not list as a node of "
-                f"{group!r}; run terminateAll {group} again, and look at it in the EC2 console"
+                f"{group!r}; {again}, and look at it in the EC2 console"
             )
-        show("the security group is still in use; looking again")
+        held_up = "; the security group is still in use" if waiting else ""
+        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended{held_up}")
         time.sleep(POLL)
 
 
-def terminate_in(ec2: Client, group: str) -> None:
-    """Terminate GROUP in one region and say what was proved."""
+def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
+    """Return the error that names NODES which EC2 refuses to end, and the way to end them."""
+    unprotect = f"aws ec2 modify-instance-attribute --region {ec2.meta.region_name} --no-disable-api-termination"
+    return ClusterError(
+        f"protected from termination, so they run on and cost money: {', '.join(node.id for node in nodes)}. "
+        f"For each: {unprotect} --instance-id ID; then {command('terminateAll', nodes[0].group)}"
+    )
+
+
+def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
+    """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    nodes, cancelled, anything = terminate_group(ec2, group, progress.show)
-    if not anything:
-        return note(f"Nothing to terminate: group {group!r} does not exist in {region}")
-    for node in nodes:
+    done = end_group(app, ec2, group, others, progress.show)
+    for node in done.nodes:
         result(f"{node.name}: terminated")
-    parts = [f"{format_count(len(nodes), 'node')} terminated"]
-    if cancelled:
-        parts.append(f"{format_count(cancelled, 'spot request')} cancelled")
-    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    paid = f" They cost {format_money(cost)}." if cost is not None else ""
-    return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
+    for node in done.left:
+        why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
+        note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
+    parts = [f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"]
+    if done.cancelled:
+        parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
+    if done.protected:
+        note(f"{', '.join(parts)} in {region}")
+        raise protected_error(ec2, done.protected)
+    if done.found:
+        cost = total(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
+        paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
+        end = "" if done.left else f", security group removed: nothing of group {group!r} is left in {region}"
+        note(f"{', '.join(parts)}{end}.{paid}")
+    return done.found
+
+
+class Present(NamedTuple):
+    """What terminateAll finds in a region."""
+
+    ec2: Client
+    nodes: list[Node]  # not terminated, of all groups
+    security_groups: list[SecurityGroup]
+
+
+def fetch_present(ec2: Client) -> Present:
+    """Return all that could be ended in a region."""
+    nodes, groups = side_by_side(lambda: fetch_nodes(ec2), lambda: fetch_security_groups(ec2))
+    return Present(ec2, [node for node in nodes if node.state in ALIVE], groups)
+
+
+def own_groups(app: App, present: Present) -> list[str]:
+    """Return the groups in which the user has nodes, or that a launch of the user's left behind empty."""
+    taken = {node.group for node in present.nodes}
+    key = app.known_identity.fingerprint if app.known_identity else " "
+    empty = [one for one in present.security_groups if one.group not in taken]
+    mine = {one.group for one in empty if any(key in rule.owner for rule in one.rules)}
+    return sorted(mine | {node.group for node in app.launched(present.nodes, present.ec2) if node.is_inside})
+
+
+def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
+    """Name the user's other groups that run on, with their cost."""
+    nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
+    for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
+        same = [node for node in nodes if node.group == group]
+        price = total(node.price for node in same)
+        cost = f", {at_least(same)}{format_money(price)} an hour" if price else ""
+        region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
+        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost}")
 
 
 @cli.command("terminateAll")
 @group_argument
+@click.option("--all-groups", is_flag=True, help="End all groups that were launched with your key.")
 @click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
-@click.pass_obj
-def terminate_all(app: App, group: str, all_regions: bool) -> None:
-    """Shut all nodes of the group down, and prove it."""
-    app.left = f"Some nodes of group {group!r} may still run; end them with {command('terminateAll', group)}."
-    regions = fetch_regions(app.settings) if all_regions else [app.settings.AWS_REGION]
-    if not all_regions:
-        return terminate_in(app.ec2, group)
-    troubles = []
-    for region in regions:
-        try:
-            terminate_in(open_client(app.settings, "ec2", region), group)
-        except ClusterError as error:
-            troubles.append(f"{region}: {error.message}")
-    if troubles:
-        raise ClusterError("; ".join(troubles))
-    return None
+@others_option
+@click.pass_context
+def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions: bool, others: bool) -> None:
+    """Shut all nodes of the group down, and verify it."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    app: App = ctx.obj
+    if all_groups and ctx.get_parameter_source("group") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--all-groups ends all of your groups; name none beside it")
+    options = [*(["--all-groups"] if all_groups else [group]), *(["--all-regions"] if all_regions else [])]
+    app.left = f"Some nodes may still run; end them with {command('terminateAll', *options)}."
+    home = app.settings.AWS_REGION
+    problems: list[str] = []
+    regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
+    found = False
+    for region, present in regions.items():
+        groups = own_groups(app, present) if all_groups else [group]
+        if region != home:
+            there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
+            groups = [one for one in groups if one in there]
+        for one in groups:
+            try:
+                app.check_owner(one, [node for node in present.nodes if node.group == one], others, present.ec2)
+                found = terminate_in(app, present.ec2, one, others) or found
+            except (ClusterError, BotoCoreError, ClientError) as error:
+                problem = error.message if isinstance(error, ClusterError) else explain(error)
+                problems.append(f"{region}: {problem}" if all_regions else problem)
+        name_running(app, present, groups)
+    if not found and not problems:
+        where = "any region" if all_regions else home
+        if not all_groups:
+            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}")
+        note(f"Nothing to terminate: you have no group in {where}")
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
 @cli.command("terminate")
-@click.argument("name", metavar="NODE")
+@node_argument
+@others_option
 @click.pass_obj
-def terminate(app: App, name: str) -> None:
+def terminate(app: App, name: str, others: bool) -> None:
     """Shut one node down, by its name, address or instance id."""
     node = find_node(app, name)
+    if not node.is_inside:
+        raise ClusterError(f"{node.id} is not in security group mitsuba-{node.group}: this tool did not launch it")
+    app.check_owner(node.group, [node], others)
     app.left = f"{node.name} may still run; {command('status')} shows it."
-    terminate_nodes(app.ec2, [node])
+    if protected := terminate_nodes(app.ec2, [node]):
+        raise protected_error(app.ec2, protected)
     result(f"{node.name} ({node.id}) is being terminated")
     if node.role == "head":
         note(f"It was the head node: run {command('start', node.group)} to make another one the head")
@@ -5835,7 +6409,7 @@ def cancel_all_spot(app: App) -> None:
 
 
 # --- Small commands ----------------------------------------------------------
-# login, runCommand, regions, extend, policy.
+# login, runCommand, logs, regions, completion, extend, policy.
 
 
 @cli.command("login")
@@ -5854,74 +6428,135 @@ def login(app: App, name: str | None) -> None:
     sys.exit(min(code, 255))
 
 
-def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
-    """Return what a command did on a node, with the first megabyte of its output."""
-    if not outcome.ok:
-        return {"error": outcome.error, "code": None, "output": ""}
-    with outcome.value.output as output:
-        output.seek(0)
-        return {"error": None, "code": outcome.value.code, "output": output.read(MIB).decode("utf-8", "replace")}
-
-
 class Ran(NamedTuple):
-    """What a command did on a node: its exit code, and its output in a temporary file."""
+    """What a command did on a node: its exit code, and the first megabyte of its output."""
 
     code: int
-    output: tempfile.SpooledTemporaryFile[bytes]
+    output: str
 
 
-def command_step(line: str, remote: Remote) -> Ran:
-    """Run a command line on one node, as its shell reads it."""
-    import tempfile
-
-    output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
+def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
+    """Run a command line on one node, as its shell reads it; print its output as it comes, or keep it for JSON."""
     marked = f"[ ! -e {MARK_PATH} ] || exec 9< {MARK_PATH}; {line}"  # so the node's guard sees that it is at work
-    code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=output.write)
-    return Ran(code, output)
+    kept = bytearray()
+    lines = Lines(f"{remote.node.short}: " if named else "")
+    sink = (lambda block: kept.extend(block[: MIB - len(kept)])) if as_json else lines
+    try:
+        code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=sink)
+    finally:
+        lines.end()
+    return Ran(code, kept.decode("utf-8", "replace"))
 
 
-class CommandProgress(Progress):
-    """Prints each node's output under its name when it ends."""
-
-    def __init__(self, total: int, as_json: bool) -> None:
-        super().__init__("Running", total)
-        self.as_json = as_json
-
-    def finished(self, outcome: Outcome[Any]) -> None:
-        """Print one node's output; a block at a time, since it may be long."""
-        super().finished(outcome)
-        if outcome.ok and not self.as_json:
-            code = outcome.value.code
-            result(f"--- {outcome.node.name}{f' ({format_exit(code)})' if code else ''}")
-            with outcome.value.output as output:
-                output.seek(0)
-                for block in iter(lambda: output.read(MIB), b""):
-                    click.echo(block, nl=False)
+def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
+    """Return what a command did on a node, as `runCommand --json` shows it."""
+    if not outcome.ok:
+        return {"error": outcome.error, "code": None, "output": ""}
+    return {"error": None, "code": outcome.value.code, "output": outcome.value.output}
 
 
-@cli.command("runCommand")
-@click.argument("line", metavar='"CMD ARGS"')
-@group_argument
+@cli.command("runCommand", cls=OwnWords)
+@click.argument("quoted", metavar='["CMD ARGS"] [GROUP]', nargs=-1)
+@click.option("--group", "named", type=GroupName(), help="The group, where it is not named after the command.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.pass_obj
-def run_command(app: App, line: str, group: str, as_json: bool) -> None:
-    """Run a shell command on every node; print its output."""
+@click.pass_context
+def run_command(
+    ctx: click.Context, quoted: tuple[str, ...], named: str | None, as_json: bool, words: tuple[str, ...]
+) -> None:
+    """Run a shell command on every node; show its output."""
+    app: App = ctx.obj
+    left = list(quoted)
+    line = words[0] if len(words) == 1 else shlex.join(words) if words else left.pop(0) if left else ""
+    group = GroupName().convert(named or (left.pop(0) if left else "default"), None, ctx)
+    if left or not line:
+        raise click.UsageError(f"unexpected {' '.join(left)!r}" if left else "no command is given", ctx)
     nodes = app.open_group(group)
-    progress = CommandProgress(len(nodes), as_json)
-    outcomes = app.pool.each(nodes, functools.partial(command_step, line), progress)
+    step = functools.partial(command_step, line, as_json, len(nodes) > 1)
+    outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
     if as_json:
         result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
+    for outcome in failed:
+        if outcome.ok:
+            note(f"{outcome.node.name}: {format_exit(outcome.value.code)}")
     if failed:
-        raise ClusterError(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(o.node.name for o in failed)}")
+        raise ClusterError(
+            f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(o.node.name for o in failed)}"
+        )
+
+
+# $1 how many lines, $2 where to go on (or empty). Without --follow: that would run on when the user has left.
+JOURNAL = """
+exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \\
+  --unit mtssrv.service --unit mtssrv-watchdog.service
+"""
+
+
+def journal_step(lines: str, cursor: str, remote: Remote) -> tuple[str, str]:
+    """Return (the journal's lines after CURSOR, the new cursor)."""
+    output = remote.check(root_command("journal", JOURNAL, lines, cursor), keep=MIB)
+    text, _, end = output.rpartition("-- cursor: ")
+    return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
+
+
+@cli.command("logs")
+@click.argument("name", type=NodeName(), metavar="[NODE]", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
+@click.pass_obj
+def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
+    """Show what a node's server wrote (default: the head's)."""
+    node = find_node(app, name or "head")
+    if installation:
+        path = log_folder(node.group) / f"{node.id}.install.log"
+        if not path.exists():
+            raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
+        return Lines()(path.read_bytes() + b"\n")
+    app.open_group(node.group)
+    lines, cursor = "200", ""
+    while True:
+        outcome = app.pool.each([node], functools.partial(journal_step, lines, cursor))[0]
+        if not outcome.ok:
+            raise ClusterError(f"{node.name}: {outcome.error}")
+        text, cursor = outcome.value
+        Lines()(text.encode())
+        if not follow:
+            return None
+        lines = "all"
+        time.sleep(1)
 
 
 @cli.command("regions")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def regions(app: App) -> None:
-    """List the regions; the one of config.py is marked."""
-    for region in fetch_regions(app.settings):
-        result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
+def regions(app: App, as_json: bool) -> None:
+    """List the regions; the one of the settings is marked."""
+    found, ours = fetch_regions(app.settings), app.settings.AWS_REGION
+    if as_json:
+        return result(json.dumps({"region": ours, "regions": found}, indent=2))
+    return result("\n".join(f"{'*' if region == ours else ' '} {region}" for region in found))
+
+
+COMPLETE_VARIABLE = "_CLUSTER_PY_COMPLETE"
+COMPLETIONS = {
+    "bash": ("~/.bashrc", 'eval "$({variable}=bash_source {program})"'),
+    "zsh": ("~/.zshrc", 'eval "$({variable}=zsh_source {program})"'),
+    "fish": ("~/.config/fish/config.fish", "{variable}=fish_source {program} | source"),
+}
+
+
+@cli.command("completion")
+@click.argument("shell", type=click.Choice(list(COMPLETIONS)), required=False)
+def completion(shell: str | None) -> None:
+    """Print the line that makes your shell's Tab work."""
+    shell = shell or os.path.basename(os.environ.get("SHELL", ""))
+    if shell not in COMPLETIONS:
+        raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")
+    path, line = COMPLETIONS[shell]
+    called = shlex.split(Call.program)[0]
+    program = shlex.quote(os.path.abspath(called)) if os.sep in called else Call.program
+    note(f"Add this line to {path}:")
+    result(line.format(variable=COMPLETE_VARIABLE, program=program))
 
 
 # $1: seconds to add to the deadline, if there is one. The idle time begins anew.
@@ -5949,7 +6584,7 @@ def extend_step(hours: float, remote: Remote) -> str:
 
 
 @cli.command("extend")
-@click.argument("hours", type=click.FloatRange(0, 8760, min_open=True))
+@click.argument("hours", type=Number(0, 8760, above=True), metavar="HOURS")
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
@@ -6038,7 +6673,9 @@ def override_limits() -> None:
 def main() -> None:
     """Run the tool."""
     override_limits()
-    cli(prog_name="cluster.py")
+    Call.program = called_as(sys.argv[0])
+    completing = COMPLETE_VARIABLE in os.environ  # then the shell knows the program by its name
+    cli(prog_name=os.path.basename(sys.argv[0]) if completing else Call.program, complete_var=COMPLETE_VARIABLE)
 
 
 if __name__ == "__main__":

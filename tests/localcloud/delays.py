@@ -24,6 +24,13 @@ PACES: dict[str, dict[str, Seconds]] = {
         "ending_lag": (0.5, 1.5),  # from shutting-down to terminated
         "holding_lag": (1, 2),  # after that, while the network interface still holds the security group
     },
+    "brief": {  # for sweeps of hundreds of runs
+        "list_lag": (0.2, 0.6),
+        "address_lag": (0.2, 0.6),
+        "created_lag": (0.2, 0.4),
+        "ending_lag": (0.1, 0.3),
+        "holding_lag": (0.2, 0.4),
+    },
     "real": {
         "list_lag": (1, 5),
         "address_lag": (2, 10),
@@ -86,7 +93,7 @@ def refuse(cloud: Any, region: str, action: str, parameters: dict[str, str]) -> 
     unknown = [
         name
         for name, one in instances.items()
-        if not one or one.region_name != region or is_late(options, "list_lag", one)
+        if not one or one.region_name != region or is_late(options, "list_lag", one) or name in options.forgotten
     ]
     groups = [backend.get_security_group_from_id(name) for name in named(parameters, NAMES_GROUP)]
     keys = [] if action in MAKES_KEYS else [backend.key_pairs.get(name) for name in named(parameters, NAMES_KEY)]
