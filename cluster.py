@@ -4974,14 +4974,29 @@ def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
 
 
-def describe_client(facts: Facts) -> str:
-    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last; "" where there is none."""
+def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
+    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last.
+
+    "" where there is none, or it has been SILENT_FOR longer.
+    """
     silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
-    if not silences:
+    if not silences or min(silences.values()) > silent_for:
         return ""
     address = min(silences, key=lambda one: silences[one])
     more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
     return f"client {address}{more}, silent for {format_duration(silences[address])}"
+
+
+def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
+    """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
+    identity = app.known_identity
+    heads = [node for node in nodes if node.role == "head" and node.state == "running"]
+    for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
+        future = app.pool.submit(head, fetch_facts, limit=limit)
+        app.pool.wait([future], limit)
+        if future.done() and future.result().ok:
+            return future.result().value
+    return Facts(0)
 
 
 def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
@@ -6113,6 +6128,9 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
 # Ending groups and single nodes, and verifying it. Touches EC2 only.
 
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
+ASK_LIMIT = 5  # seconds, for the head to say whether a client would lose its render
+LAST_ASK_LIMIT = 2  # the same before a whole group ends, which waits for nobody
+CLIENT_ACTIVE = 600  # seconds since a client last moved bytes
 TERMINATE_LIMIT = 600  # until one more node has ended; 150 s are ordinary
 HOLD_LIMIT = 300  # for the security group: ended nodes hold it a minute more, young ones before any list shows them
 UNSEEN_LIMIT = 5  # for lists to show something of a group: what is new they show late
@@ -6310,7 +6328,10 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
         for one in groups:
             try:
                 app.check_owner(one, [node for node in present.nodes if node.group == one], others, present.ec2)
+                client = describe_client(ask_head(app, [n for n in present.nodes if n.group == one], LAST_ASK_LIMIT))
                 found = terminate_in(app, present.ec2, one, others) or found
+                if client:
+                    note(f"{client}, was connected to the head of group {one!r}")
             except (ClusterError, BotoCoreError, ClientError) as error:
                 problem = error.message if isinstance(error, ClusterError) else explain(error)
                 problems.append(f"{region}: {problem}" if all_regions else problem)
@@ -6327,13 +6348,18 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
 @cli.command("terminate")
 @node_argument
 @others_option
+@click.option("--force", is_flag=True, help="Even if a client's render is lost by it.")
 @click.pass_obj
-def terminate(app: App, name: str, others: bool) -> None:
+def terminate(app: App, name: str, others: bool, force: bool) -> None:
     """Shut one node down, by its name, address or instance id."""
     node = find_node(app, name)
     if not node.is_inside:
         raise ClusterError(f"{node.id} is not in security group mitsuba-{node.group}: this tool did not launch it")
     app.check_owner(node.group, [node], others)
+    facts = Facts(0) if force else ask_head(app, fetch_nodes(app.ec2, node.group), ASK_LIMIT)
+    client = describe_client(facts, CLIENT_ACTIVE)
+    if client and (node.role == "head" or node.private_ip in facts.linked):
+        raise ClusterError(f"{client}, would lose its render; {command('terminate', name, '--force')} ends the node")
     app.left = f"{node.name} may still run; {command('status')} shows it."
     if protected := terminate_nodes(app.ec2, [node]):
         raise protected_error(app.ec2, protected)
