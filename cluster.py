@@ -3134,7 +3134,6 @@ KMS_HINT = (
     " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
     "kms:GenerateDataKeyWithoutPlaintext and kms:ReEncrypt* are needed)"
 )
-GONE = (404, 410)  # HTTP's codes for what does not exist
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
@@ -3451,98 +3450,6 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
     return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
-
-
-def to_request(address: str, method: str = "GET") -> urllib.request.Request:
-    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
-    import base64
-    import urllib.parse
-    import urllib.request
-
-    parts = urllib.parse.urlsplit(address)
-    user, at, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
-    if at:
-        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        request.add_header("Authorization", f"Basic {token}")
-    return request
-
-
-def package_risks(settings: Settings, package: Package) -> list[str]:
-    """Say how somebody in between could replace Mitsuba, which root installs."""
-    if "://" in package.source:
-        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
-        return [] if package.sha256 else [unchecked]
-    unsigned = re.match(
-        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
-    )
-    if unsigned and not package.is_file:
-        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
-    return []
-
-
-def index_has(apt_line: str, package: str) -> bool:
-    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
-    import gzip
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
-    if not found:
-        raise ValueError("this is no apt line")
-    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
-    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
-    if suite.endswith("/"):
-        folders = [f"{base}/{suite}".rstrip("/")]
-    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    indexes: dict[str, Callable[[bytes], bytes]]
-    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
-    missing: urllib.error.HTTPError | None = None
-    for folder in folders:
-        for name, unpack in indexes.items():
-            try:
-                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-                    if wanted.search(unpack(answer.read())):
-                        return True
-                missing = None
-                break
-            except urllib.error.HTTPError as error:
-                if error.code not in GONE:
-                    raise
-                missing = error
-    if missing:
-        raise missing
-    return False
-
-
-def check_package(settings: Settings, without: bool) -> str:
-    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    title, doubt, proved = "", "", True
-    try:
-        package = plan_package(settings)
-        title = package.title
-        for risk in package_risks(settings, package):
-            warn(risk)
-        if "://" in package.source:
-            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
-    except ClusterError as error:
-        doubt = error.message
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
-        doubt = f"{title} can't be read ({error})"
-    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
-    if doubt and proved and not without:
-        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
-    if doubt:
-        warn(f"{doubt} before you run install" if title else doubt)
-    return title
 
 
 def format_limits(hours: float, idle: float) -> str:
@@ -4016,6 +3923,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options:
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
@@ -4144,11 +4052,11 @@ install_tree() {
   program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
   [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
   check_libraries "$(dirname "$fresh/$program")"
-  exec 9> "$state/lock"
-  flock 9
+  exec 8> "$state/lock"
+  flock 8
   rm -rf /opt/mitsuba
   mv "$fresh" /opt/mitsuba
-  exec 9>&-
+  exec 8>&-
   folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
     printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
@@ -4445,6 +4353,98 @@ def plan_package(settings: Settings) -> Package:
     if sha256 not in ("", found):
         raise ClusterError(f"MITSUBA_PACKAGE: the SHA-256 of {path} is {found}, not {sha256}")
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
+
+
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
+
+
+def index_has(apt_line: str, package: str) -> bool:
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
+    import gzip
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
+    if not found:
+        raise ValueError("this is no apt line")
+    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
+    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
+    if suite.endswith("/"):
+        folders = [f"{base}/{suite}".rstrip("/")]
+    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
+    indexes: dict[str, Callable[[bytes], bytes]]
+    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
+    missing: urllib.error.HTTPError | None = None
+    for folder in folders:
+        for name, unpack in indexes.items():
+            try:
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                    if wanted.search(unpack(answer.read())):
+                        return True
+                missing = None
+                break
+            except urllib.error.HTTPError as error:
+                if error.code not in GONE:
+                    raise
+                missing = error
+    if missing:
+        raise missing
+    return False
+
+
+def check_package(settings: Settings, without: bool) -> str:
+    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    title, doubt, proved = "", "", True
+    try:
+        package = plan_package(settings)
+        title = package.title
+        for risk in package_risks(settings, package):
+            warn(risk)
+        if "://" in package.source:
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
+        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
+    except ClusterError as error:
+        doubt = error.message
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        doubt = f"{title} can't be read ({error})"
+    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
+    if doubt and proved and not without:
+        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
+    if doubt:
+        warn(f"{doubt} before you run install" if title else doubt)
+    return title
 
 
 def make_spread(package: Package, nodes: int) -> Spread | None:
@@ -5545,17 +5545,20 @@ def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def counted(label: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar of SIZE bytes while the body works; any thread may add bytes by what this yields."""
-    progress, lock, done = Progress(label, size), threading.Lock(), threading.Event()
+def counted(label: str, size: int) -> Iterator[Callable[..., None]]:
+    """Show a bar of SIZE bytes while the body works; any thread may count bytes, also such as are only READ."""
+    progress, lock, done, seen = Progress(label, size), threading.Lock(), threading.Event(), 0
 
-    def count(more: int) -> None:
+    def count(more: int, read: int = 0) -> None:
+        nonlocal seen
         with lock:
             progress.done += more
+            seen += read
 
     def draw() -> None:
         while not done.wait(0.2):
-            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
+            reading = f", {format_size(seen)} checked" if 0 < seen < size else ""
+            progress.show(f"{format_size(progress.done)} of {format_size(size)}{reading}")
 
     painter = threading.Thread(target=draw, daemon=True)
     painter.start()
@@ -5574,7 +5577,7 @@ def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, pa
     return digest == sha256 or (len(digest) == 32 and digest_file(path, "md5") == digest)
 
 
-def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int], None]) -> int:
+def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[..., None]) -> int:
     """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
 
     While one file is sent, the next is being hashed.
@@ -5585,7 +5588,8 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     sent = 0
     with threads(1) as hasher:
-        hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
+        read = functools.partial(count, 0)
+        hashes = hasher.map(lambda path: digest_file(path, "sha256", read), files.values())
         for (key, path), sha256 in zip(files.items(), hashes):
             if is_same(s3, bucket, key, there.get(key), path, sha256):
                 count(path.stat().st_size)
@@ -5663,14 +5667,16 @@ def sync_step(
             wanted, before = sign_again(), progress.moved[remote.node.id]
 
 
-def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
+def send_files(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
     """Upload FILES as far as S3 lacks them, with a bar."""
+    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
+    files = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
     try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
         with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
             sent = upload(s3, bucket, files, count)
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
+    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to {where} ({len(files) - sent} there already)")
 
 
 def read_files(files: dict[str, Path]) -> list[Wanted]:
@@ -5702,7 +5708,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
-        send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
+        send_files(s3, bucket, prefix, files)
         name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:

@@ -30,7 +30,7 @@ def test_the_session_and_its_report(cloud: LocalCloud, tmp_path: Path) -> None:
     assert facts["terminated after TerminateInstances"]["of"] == 2
     assert facts["calls"]["RunInstances"] >= 1
     assert facts["image of Ubuntu 24.04"].startswith("ami-")
-    assert "| public address after RunInstances  | least " in (tmp_path / "live.md").read_text()
+    assert "| public address after RunInstances | least " in (tmp_path / "live.md").read_text()
     assert "They cost $" in done.err
     assert living(cloud) == before
 

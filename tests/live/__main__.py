@@ -213,7 +213,7 @@ def table(facts: dict[str, Any]) -> str:
         rows = value.items() if isinstance(value, dict) and "least" not in value else [("", value)]
         for what, one in rows:
             shown = ", ".join(f"{key} {part}" for key, part in one.items()) if isinstance(one, dict) else one
-            lines.append(f"| {name} {what} | {'not seen' if shown is None else shown} |")
+            lines.append(f"| {f'{name} {what}'.strip()} | {'not seen' if shown is None else shown} |")
     return "\n".join(lines) + "\n"
 
 
