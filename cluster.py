@@ -132,6 +132,9 @@ class ClusterError(click.ClickException):
 class NodeError(Exception):
     """One node's step failed; the other nodes go on."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
+
 
 class SilentNode(NodeError):
     """A node does not answer, or does not any more."""
