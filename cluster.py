@@ -132,6 +132,9 @@ class ClusterError(click.ClickException):
 class NodeError(Exception):
     """One node's step failed; the other nodes go on."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
+
 
 class SilentNode(NodeError):
     """A node does not answer, or does not any more."""
@@ -3908,7 +3911,8 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
+        # "set -e": else cloud-init, which makes one script of them, would see the last one's exit code only.
+        "bootcmd": ["set -e", ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -6209,7 +6213,7 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     for node in done.left:
         why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
         note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
-    parts = [f"{format_count(len(done.nodes), 'node')} terminated"]
+    parts = [f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"]
     if done.cancelled:
         parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
     if done.protected:
