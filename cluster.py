@@ -24,7 +24,7 @@ sees and ends the cluster, whatever happened to this one.
 Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
 a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
 
-Rooms: Constants, Errors and output, Settings, AWS, SSH, Command line, and then a chapter for each
+Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, and then a chapter for each
 part of the day: createNodes, install, start, status, syncData, terminateAll, Spot, Small commands.
 """
 
@@ -5754,16 +5754,6 @@ READERS = 4  # files that are hashed at once
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
 
-class RemoteObject(NamedTuple):
-    """An S3 object that the nodes shall have."""
-
-    key: str
-    path: str  # below DATA_DIR
-    size: int
-    etag: str
-    digest: str = ""  # SHA-256 or MD5 in hex, where one is known
-
-
 def plan_relative_path(key: str, prefix: str) -> str | None:
     """Return where an object goes below DATA_DIR; None where its key leads elsewhere or nowhere."""
     path = key[len(prefix) :].lstrip("/")
@@ -5988,30 +5978,30 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[...,
     return sent
 
 
-def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
-    """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
+def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[dict[str, Wanted], list[str]]:
+    """Return what the nodes shall have, by its key: all under PREFIX/NAME…; and the keys that can't be files."""
     found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
     with threads(32) as pool:
         digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
-    objects = [RemoteObject(key, str(paths[key]), *found[key], digest) for key, digest in zip(good, digests)]
+    objects = {}
+    for key, digest in zip(good, digests):
+        size, etag = found[key]
+        objects[key] = Wanted(str(paths[key]), size, digest or etag, digest, "", {"If-Match": f'"{etag}"'})
     return objects, [key for key in found if paths[key] is None]
 
 
-def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wanted]:
-    """Return the objects as what nodes fetch, by signed addresses that live as short as may be."""
+def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
+    """Return the OBJECTS with signed addresses that live as short as may be."""
     shortest, longest = SIGNED_SECONDS
-    seconds = int(min(longest, shortest + sum(one.size for one in objects) / SLOWEST))
+    seconds = int(min(longest, shortest + sum(one.size for one in objects.values()) / SLOWEST))
 
-    def address(one: RemoteObject) -> str:
-        where = {"Bucket": bucket, "Key": one.key}
+    def address(key: str) -> str:
+        where = {"Bucket": bucket, "Key": key}
         return str(s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds))
 
-    return [
-        Wanted(one.path, one.size, one.digest or one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'})
-        for one in objects
-    ]
+    return [one._replace(url=address(key)) for key, one in objects.items()]
 
 
 def describe_fetched(done: Fetched, moved: int) -> str:
@@ -6091,13 +6081,13 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
         raise ClusterError(
             f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
         )
-    size = sum(one.size for one in objects)
+    size = sum(one.size for one in objects.values())
     note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
     sign_all = functools.partial(sign, s3, bucket, objects)
     step = functools.partial(sync_step, app.settings.DATA_DIR, sign_all(), sign_all, progress)
     outcomes = app.pool.each(nodes, step, progress)
-    for one in objects:
+    for one in objects.values():
         if not one.digest:
             note(f"{one.path}: complete by its size, but not verified by hash (it has none in S3)")
     app.report(outcomes, "Synchronized")
