@@ -5544,17 +5544,20 @@ def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
 
 
 @contextlib.contextmanager
-def counted(label: str, size: int) -> Iterator[Callable[[int], None]]:
-    """Show a bar of SIZE bytes while the body works; any thread may add bytes by what this yields."""
-    progress, lock, done = Progress(label, size), threading.Lock(), threading.Event()
+def counted(label: str, size: int) -> Iterator[Callable[..., None]]:
+    """Show a bar of SIZE bytes while the body works; any thread may count bytes, also such as are only READ."""
+    progress, lock, done, seen = Progress(label, size), threading.Lock(), threading.Event(), 0
 
-    def count(more: int) -> None:
+    def count(more: int, read: int = 0) -> None:
+        nonlocal seen
         with lock:
             progress.done += more
+            seen += read
 
     def draw() -> None:
         while not done.wait(0.2):
-            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
+            reading = f", {format_size(seen)} checked" if 0 < seen < size else ""
+            progress.show(f"{format_size(progress.done)} of {format_size(size)}{reading}")
 
     painter = threading.Thread(target=draw, daemon=True)
     painter.start()
@@ -5573,7 +5576,7 @@ def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, pa
     return digest == sha256 or (len(digest) == 32 and digest_file(path, "md5") == digest)
 
 
-def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int], None]) -> int:
+def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[..., None]) -> int:
     """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
 
     While one file is sent, the next is being hashed.
@@ -5584,7 +5587,8 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     sent = 0
     with threads(1) as hasher:
-        hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
+        read = functools.partial(count, 0)
+        hashes = hasher.map(lambda path: digest_file(path, "sha256", read), files.values())
         for (key, path), sha256 in zip(files.items(), hashes):
             if is_same(s3, bucket, key, there.get(key), path, sha256):
                 count(path.stat().st_size)
@@ -5662,14 +5666,16 @@ def sync_step(
             wanted, before = sign_again(), progress.moved[remote.node.id]
 
 
-def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
+def send_files(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
     """Upload FILES as far as S3 lacks them, with a bar."""
+    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
+    files = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
     try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
         with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
             sent = upload(s3, bucket, files, count)
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
+    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to {where} ({len(files) - sent} there already)")
 
 
 def read_files(files: dict[str, Path]) -> list[Wanted]:
@@ -5701,7 +5707,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
-        send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
+        send_files(s3, bucket, prefix, files)
         name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:

@@ -65,7 +65,7 @@ def test_a_file_is_sent_once(bucket: Bucket, tmp_path: Path) -> None:
     data.write_bytes(os.urandom(40 << 20))
     first = bucket.sync(str(data))
     assert first.code == 0, first.err
-    assert "Uploaded 1 of 1 file to s3://scenes" in first.err
+    assert "Uploaded 1 of 1 file to s3://scenes/data (0 there already)" in first.err
     assert first.out.count("fetched 1 file, 41.9 MB") == 2
     assert bucket.on_nodes(data.name) == 2 * [data.read_bytes()]
     second = bucket.sync(str(data))
