@@ -4455,7 +4455,25 @@ def make_spread(package: Package, nodes: int) -> Spread | None:
     return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def install_step(settings: Settings, package: Package, spread: Spread | None, logs: Path, remote: Remote) -> str:
+def split_steps(log: Callable[[bytes], object], tell: Callable[[str], None]) -> Callable[[bytes], None]:
+    """Return what takes a script's output: LOG gets all of it, and TELL the name in each line "step: NAME"."""
+    rest = b""
+
+    def take(block: bytes) -> None:
+        nonlocal rest
+        log(block)
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if line.startswith(b"step: "):
+                tell(printable(line[6:30].decode("utf-8", "replace")))
+        rest = rest[-MIB:]
+
+    return take
+
+
+def install_step(
+    settings: Settings, package: Package, spread: Spread | None, logs: Path, progress: Progress, remote: Remote
+) -> str:
     """Install Mitsuba on one node; return its version."""
     import hashlib
 
@@ -4463,13 +4481,16 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    tell = functools.partial(progress.step, remote.node)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
             os.fchmod(log.fileno(), 0o600)  # one of an older version
+            tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
+                tell("sending")
                 try:
                     spread.bring(lambda moved: None, remote)
                 except NodeError as error:
@@ -4477,7 +4498,7 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
+            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=split_steps(log.write, tell))
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -4497,7 +4518,7 @@ def install(app: App, group: str) -> None:
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
     spread = make_spread(package, len(nodes))
-    step = functools.partial(install_step, app.settings, package, spread, logs)
+    step = functools.partial(install_step, app.settings, package, spread, logs, progress)
     outcomes = app.pool.each(nodes, step, progress)
     if spread:
         spread.sessions.close()
