@@ -22,7 +22,10 @@ import cluster
 from tests.support import LocalCloud, wait_until
 
 SIZE = 4_000_000
-PATIENT = {"SPREAD_PATIENCE": 100, "PEER_TIMEOUT": 100}  # seconds: this machine may be slow, and nothing fails here
+PATIENT: dict[str, float] = {
+    "SPREAD_PATIENCE": 100,
+    "PEER_TIMEOUT": 100,
+}  # seconds: this machine may be slow, and nothing fails here
 
 
 @pytest.fixture
