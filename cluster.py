@@ -1426,6 +1426,9 @@ FACT_PATTERNS = {
     "version": r"([0-9][0-9.]{0,30}[0-9])?",
     "role": r"(head|worker)?",
     "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
+    "boot": r"[0-9A-Za-z-]{0,64}",
+    "started": r"[0-9A-Za-z-]{0,64}",
+    "clock": r"([0-9]{1,12}(\.[0-9]{1,9})?)?",
     "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
     "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
 }
@@ -1856,7 +1859,7 @@ class Fetcher:
             except FetchFailed as error:
                 raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
             except OSError as error:
-                where = f"{error.filename}: " if error.filename else ""
+                where = f"{error.filename}: " if error.filename in jobs[job].split("/") else ""
                 raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
             finally:
                 files.shutdown(wait=False, cancel_futures=True)
@@ -4089,14 +4092,15 @@ echo "version $version"
 """
 
 
-def digest_file(path: Path, kind: str) -> str:
-    """Return a file's digest in hex."""
+def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
+    """Return a file's digest in hex; COUNT hears of the bytes as they are read."""
     import hashlib
 
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(MIB):
             digest.update(block)
+            count(len(block))
     return digest.hexdigest()
 
 
@@ -5202,6 +5206,7 @@ ASK_ABOVE_BYTES = 10**9
 NEVER_SENT = {".aws", ".git", ".s3cfg", ".ssh"}
 PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File)")
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
+READERS = 4  # files that are hashed at once
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
 
@@ -5270,8 +5275,6 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
     from botocore.exceptions import ClientError
 
     bucket, prefix = settings.bucket
-    if not bucket:
-        raise ClusterError('S3_PATH is not set in config.py; it is "s3://your-bucket/some/prefix"')
     s3 = open_s3(settings)
     try:
         answer = s3.head_bucket(Bucket=bucket)
@@ -5376,6 +5379,38 @@ def confirm_size(name: str, files: dict[str, Path]) -> None:
         raise ClusterError("nothing was sent")
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    """Yield COUNT threads for which nobody waits in the end: Ctrl-C must not wait for a large file."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def counted(label: str, size: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar of SIZE bytes while the body works; any thread may add bytes by what this yields."""
+    progress, lock, done = Progress(label, size), threading.Lock(), threading.Event()
+
+    def count(more: int) -> None:
+        with lock:
+            progress.done += more
+
+    def draw() -> None:
+        while not done.wait(0.2):
+            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
+
+    painter = threading.Thread(target=draw, daemon=True)
+    painter.start()
+    try:
+        yield count
+    finally:
+        done.set()
+        painter.join()
+
+
 def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, path: Path, sha256: str) -> bool:
     """Tell whether the object is this very file: same size and SHA-256 (or MD5, if the ETag is one)."""
     if not there or there[0] != path.stat().st_size:
@@ -5389,14 +5424,12 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
 
     While one file is sent, the next is being hashed.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
     from boto3.s3.transfer import TransferConfig
 
     there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     sent = 0
-    with ThreadPoolExecutor(1) as hasher:
+    with threads(1) as hasher:
         hashes = hasher.map(lambda path: digest_file(path, "sha256"), files.values())
         for (key, path), sha256 in zip(files.items(), hashes):
             if is_same(s3, bucket, key, there.get(key), path, sha256):
@@ -5410,12 +5443,10 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[[int
 
 def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
     """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
-    from concurrent.futures import ThreadPoolExecutor
-
     found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
-    with ThreadPoolExecutor(32) as pool:
+    with threads(32) as pool:
         digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
     objects = [RemoteObject(key, str(paths[key]), *found[key], digest) for key, digest in zip(good, digests)]
     return objects, [key for key in found if paths[key] is None]
@@ -5431,7 +5462,8 @@ def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wante
         return str(s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds))
 
     return [
-        Wanted(one.path, one.size, one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'}) for one in objects
+        Wanted(one.path, one.size, one.digest or one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'})
+        for one in objects
     ]
 
 
@@ -5449,6 +5481,14 @@ class SyncProgress(Progress):
         super().redraw()
 
 
+def describe_fetched(done: Fetched, moved: int) -> str:
+    """Return a node's line."""
+    if not done.fetched:
+        return "has everything already"
+    there = f"; {done.present} there already" if done.present else ""
+    return f"fetched {format_count(done.fetched, 'file')}, {format_size(moved)}{there}"
+
+
 def sync_step(
     data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], progress: SyncProgress, remote: Remote
 ) -> str:
@@ -5461,68 +5501,57 @@ def sync_step(
     while True:
         try:
             done = fetch_step(data, wanted, show, remote)
-            break
+            return describe_fetched(done, before + done.moved)
         except Refused as error:  # signed addresses die with the session's credentials: boto3 may have new ones
             if progress.moved[remote.node.id] == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted, before = sign_again(), progress.moved[remote.node.id]
-    if not done.fetched:
-        return "has everything already"
-    there = f"; {done.present} there already" if done.present else ""
-    return f"fetched {format_count(done.fetched, 'file')}, {format_size(before + done.moved)}{there}"
 
 
 def send_files(s3: Client, bucket: str, files: dict[str, Path]) -> None:
     """Upload FILES as far as S3 lacks them, with a bar."""
-    size = sum(path.stat().st_size for path in files.values())
-    progress = Progress("Uploading", size)
-    lock = threading.Lock()
-
-    def count(sent: int) -> None:
-        with lock:
-            progress.done += sent
-
-    done = threading.Event()
-
-    def draw() -> None:
-        while not done.wait(0.2):
-            progress.show(f"{format_size(progress.done)} of {format_size(size)}")
-
-    # The upload stays in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money.
-    painter = threading.Thread(target=draw, daemon=True)
-    painter.start()
-    try:
-        sent = upload(s3, bucket, files, count)
+    try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
+        with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
+            sent = upload(s3, bucket, files, count)
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    finally:
-        done.set()
-        painter.join()
     note(f"Uploaded {sent} of {format_count(len(files), 'file')} to s3://{bucket} ({len(files) - sent} there already)")
 
 
-@cli.command("syncData")
-@click.argument("name")
-@group_argument
-@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
-@click.pass_obj
-def sync_data(app: App, name: str, group: str, yes: bool) -> None:
-    """Put data files on every node through S3.
+def read_files(files: dict[str, Path]) -> list[Wanted]:
+    """Return FILES as what the nodes shall have, once all are hashed."""
+    sizes = [path.stat().st_size for path in files.values()]
+    with counted("Reading", sum(sizes)) as count, threads(READERS) as pool:
+        digests = pool.map(lambda path: digest_file(path, "sha256", count), files.values())
+        return [Wanted(name, size, sha256, sha256, "", {}) for name, size, sha256 in zip(files, sizes, digests)]
 
-    NAME is a file or folder here, which is uploaded first, or the beginning of names under
-    S3_PATH. Every node then gets all objects under S3_PATH/NAME into its data directory.
-    """
-    files = plan_files(name, app.settings, app.config)
-    if not yes:
-        confirm_size(name, files)
+
+def sync_from_here(app: App, group: str, files: dict[str, Path]) -> None:
+    """Send FILES once, to a node, and from node to node."""
+    nodes = app.open_group(group)
+    wanted = read_files(files)
+    size = sum(one.size for one in wanted)
+    note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
+    spread = Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes))
+    progress = SyncProgress(nodes, size)
+
+    def step(remote: Remote) -> str:
+        done = spread.bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
+        return describe_fetched(done, done.moved)
+
+    app.report(app.pool.each(nodes, step, progress), "Synchronized")
+
+
+def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
+    """Upload FILES, and let every node fetch all objects under S3_PATH/NAME."""
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
         send_files(s3, bucket, {"/".join(filter(None, [prefix, path])): file for path, file in files.items()})
         name = os.path.basename(os.path.abspath(name))
-    objects, refused = plan_objects(s3, bucket, prefix, name.rstrip("/") if files else name)
+    objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:
-        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {printable(key)!r}")
+        note(f"Left out, since it can't be a file below {app.settings.DATA_DIR}: {key!r}")
     if not objects:
         raise ClusterError(
             f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
@@ -5535,10 +5564,33 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     outcomes = app.pool.each(nodes, step, progress)
     for one in objects:
         if not one.digest:
-            note(f"{printable(one.path)}: complete by its size, but not verified by hash (it has none in S3)")
+            note(f"{one.path}: complete by its size, but not verified by hash (it has none in S3)")
     app.report(outcomes, "Synchronized")
     if refused:
         raise ClusterError(f"{format_count(len(refused), 'object')} left out")
+
+
+@cli.command("syncData")
+@click.argument("name")
+@group_argument
+@click.option("--yes", is_flag=True, help="Send a large folder without asking.")
+@click.pass_obj
+def sync_data(app: App, name: str, group: str, yes: bool) -> None:
+    """Put data files on every node.
+
+    NAME is a file or folder here. It is uploaded to S3_PATH, from where every node fetches it; or NAME is the beginning
+    of names there, and every node gets all of those. Where S3_PATH is not set, NAME is sent to one node, and from there
+    to the others.
+    """
+    files = plan_files(name, app.settings, app.config)
+    if not yes:
+        confirm_size(name, files)
+    if app.settings.bucket[0]:
+        sync_by_s3(app, name, group, files)
+    elif files:
+        sync_from_here(app, group, files)
+    else:
+        raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in config.py")
 
 
 # --- terminateAll ------------------------------------------------------------

@@ -76,5 +76,6 @@ MITSUBA_PACKAGE = ""
 # Where data files lie on the nodes, and where the server runs.
 DATA_DIR = "/mnt"
 
-# Where syncData keeps your data files: "s3://your-bucket/some/prefix".
+# Where syncData keeps your data files: "s3://your-bucket/some/prefix". As it is here, without a bucket,
+# syncData sends a file once from your machine to a node, and on from node to node.
 S3_PATH = "s3://XXXXXX"

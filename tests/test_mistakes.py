@@ -83,7 +83,12 @@ MISTAKES = [
     Mistake("malformed node", ("login", "; rm -rf /"), "no node '; rm -rf /' of this tool"),
     Mistake("no head", ("tunnel", "empty"), "no running nodes in group 'empty'"),
     Mistake("unknown request", ("cancelSpot", "sir-nothing"), "no spot request 'sir-nothing' of this tool"),
-    Mistake("S3_PATH unset", ("syncData", "x"), "S3_PATH is not set in config.py", settings={"S3_PATH": "s3://XXXXXX"}),
+    Mistake(
+        "no such file, and no bucket",
+        ("syncData", "x"),
+        "there is no file 'x' here, and S3_PATH is not set in config.py",
+        settings={"S3_PATH": "s3://XXXXXX"},
+    ),
     Mistake(
         "no bucket", ("syncData", "x"), "there is no bucket 'nowhere-123'", settings={"S3_PATH": "s3://nowhere-123"}
     ),

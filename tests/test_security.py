@@ -591,6 +591,8 @@ class Saying(cluster.Remote):
         ("load", None),
         ("memory_mb", "1"),
         ("memory_mb", "-1 5"),
+        ("clock", "1e400"),
+        ("boot", "x y"),
     ],
 )
 def test_a_malformed_report(name: str, value: str | None) -> None:

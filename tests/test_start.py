@@ -34,7 +34,7 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
 
 def test_every_script_is_checked_and_can_be_pasted() -> None:
     scripts = find_scripts()
-    assert {"FACTS", "INSTALL", "START_SERVER", "SERVER_LOG", "GUARD_BOOT", "METADATA_GUARD"} <= scripts.keys()
+    assert {"FACTS", "INSTALL", "START_SERVER", "SERVER_LOG", "GUARD_BOOT", "BOOT"} <= scripts.keys()
     for name, text in scripts.items():
         done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
         assert (name, done.stderr) == (name, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pty
 import re
@@ -304,6 +305,28 @@ def test_a_node_imports_nothing_from_its_folders(two_nodes: LocalCloud) -> None:
     for module in modules:
         module.unlink()
     assert done.code == 0, done.err
+
+
+def test_without_a_bucket_it_goes_from_node_to_node(two_nodes: LocalCloud, tmp_path: Path) -> None:
+    bucket = Bucket(two_nodes, "localbucket")
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    (folder / "big.vol").write_bytes(os.urandom(PART + 1))
+    (folder / "empty.vol").write_bytes(b"")
+    sync = functools.partial(bucket.sync, str(folder), S3_PATH="")
+    first = sync()
+    assert first.code == 0, first.err
+    assert first.out.count("fetched 2 files, 16.8 MB") == 2
+    assert bucket.on_nodes("volumes/big.vol") == 2 * [(folder / "big.vol").read_bytes()]
+    assert bucket.on_nodes("volumes/empty.vol") == [b"", b""]
+    assert sync().out.count("has everything already") == 2
+    node = two_nodes.nodes(GROUP)[0]
+    (two_nodes.where.nodes / node["id"] / "mnt" / "volumes" / "big.vol").unlink()
+    again = sync()
+    assert again.code == 0, again.err
+    assert f"{node['name']}: fetched 1 file, 16.8 MB; 1 there already" in again.out
+    assert again.out.count("has everything already") == 1
+    assert bucket.on_nodes("volumes/big.vol") == 2 * [(folder / "big.vol").read_bytes()]
 
 
 # What nobody means to send
