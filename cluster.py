@@ -243,6 +243,7 @@ class Progress:
     """A bar on a terminal, nothing of it in a pipe; a line for each node that is done."""
 
     shown = False  # a bar stands on the terminal's last line
+    above = 0  # and so many lines of it above
 
     def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None) -> None:
         self.label, self.total, self.say = label, total, say
@@ -253,8 +254,9 @@ class Progress:
     def clear() -> None:
         """Remove the bar, so that a line can be printed; the caller holds OUTPUT."""
         if Progress.shown:
-            click.echo("\r\033[K", nl=False, err=True)
-            Progress.shown = False
+            up = f"\033[{Progress.above}A\033[J" if Progress.above else ""
+            click.echo(f"\r\033[K{up}", nl=False, err=True)
+            Progress.shown, Progress.above = False, 0
 
     def redraw(self) -> None:
         """Draw the bar anew."""
@@ -697,6 +699,7 @@ class Node(NamedTuple):
     max_hours: float | None = None
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
+    token: str = ""  # its launch's ClientToken
 
     @property
     def address(self) -> str:
@@ -809,6 +812,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         max_hours=to_number(tags.get(TAG_HOURS)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
+        token=raw.get("ClientToken") or "",
     )
 
 
@@ -3086,12 +3090,11 @@ class Launch(NamedTuple):
     """All that RunInstances needs."""
 
     plan: Plan
-    key_name: str
+    settings: Settings
     security_group: str
     user_data: str
     tags: dict[str, str]
-    disk_gb: int
-    private: bool  # no public addresses
+    token: str  # with which each of its requests' ClientTokens begins
 
 
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
@@ -3599,17 +3602,21 @@ def prepare(app: App, plan: Plan) -> Launch:
     tags = {TAG_GROUP: name, TAG_HOST_KEY: public} | sign_launch(identity, name, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
     user_data = make_user_data(private, public, plan.hours)
-    disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
-    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed)
+    token = os.urandom(16).hex()
+    return Launch(plan, settings, group.id, user_data, tags, token)
 
 
 def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
     """Return RunInstances' parameters; the same for each try of one request, to the byte."""
-    plan, request = launch.plan, launch.plan.request
+    plan, request, settings = launch.plan, launch.plan.request, launch.settings
     price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
     tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
     kinds = ["instance", "volume"] + (["spot-instances-request"] if request.spot else [])
-    disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
+    disk = {
+        "VolumeSize": max(settings.ROOT_VOLUME_GB, plan.image.root_gb),
+        "VolumeType": "gp3",
+        "DeleteOnTermination": True,
+    }
     if plan.type.encrypts:
         disk["Encrypted"] = True
     network = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
@@ -3618,8 +3625,8 @@ def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) ->
         "InstanceType": plan.type.type,
         "MinCount": 1,
         "MaxCount": count,
-        "KeyName": launch.key_name,
-        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not launch.private}],
+        "KeyName": settings.KEYPAIR_NAME,
+        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not settings.PRIVATE_NODES}],
         "UserData": launch.user_data,
         "ClientToken": token,
         "InstanceInitiatedShutdownBehavior": "terminate",
@@ -3673,7 +3680,8 @@ def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
         zone = subnet.zone
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()))
+                token = launch.token + os.urandom(8).hex()
+                got = launch_batch(ec2, launch_parameters(launch, subnet, size, token))
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
@@ -3720,7 +3728,7 @@ def boot_step(remote: Remote) -> None:
     check_guard(remote)
 
 
-def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
+def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: float) -> Outcome[T] | None:
     """Return how the wait for NODE has ended, ELAPSED seconds after the launch; None while it goes on."""
     if node.state in ("shutting-down", "terminated"):
         return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
@@ -3734,21 +3742,22 @@ def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: 
     return outcome
 
 
-def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome[None]]:
-    """Wait until each node answers and has booted; each goes on by itself once it has the address that will be used.
+def await_nodes(
+    app: App, group: str, nodes: Sequence[Node], step: Callable[[Remote], T], progress: Progress
+) -> list[Outcome[T]]:
+    """Run STEP on each node, by itself, once the node has the address that will be used, and answers.
 
     EC2 tells the private address at once, the public one seconds later, and shows new nodes late in its lists.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    progress = Progress("Answering", len(nodes))
     waiting = {node.id: node for node in nodes}
-    begun: dict[str, Future[Outcome[None]]] = {}
-    done: dict[str, Outcome[None]] = {}
+    begun: dict[str, Future[Outcome[T]]] = {}
+    done: dict[str, Outcome[T]] = {}
     start = good = time.monotonic()
     while waiting:
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.plan.request.group) if node.id in waiting}
+            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
@@ -3756,9 +3765,11 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
                 raise
         waiting |= seen
         for node in seen.values():
-            address = node.private_ip if launch.private else node.public_ip
+            boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
+            address = node.public_ip if boots and not app.settings.PRIVATE_NODES else node.address
             if address and node.id not in begun and node.state in ("pending", "running"):
-                begun[node.id] = app.pool.submit(node, boot_step, limit=BOOT_LIMIT, first_boot=True)
+                limit = BOOT_LIMIT if boots else LOGIN_LIMIT
+                begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
         end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
@@ -3800,23 +3811,16 @@ def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
     return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
 
 
-def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
-    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
+def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
+    """Launch a PLAN; return the nodes, why they are fewer than asked, or "", and how their ClientTokens begin.
+
+    Ctrl-C says in WAYS what can be done with nodes that may be there.
+    """
     from botocore.exceptions import ClientError
 
-    plan = make_plan(app, request, dry_run)
-    for line in describe(app, plan):
-        (result if dry_run else note)(line)
-    if dry_run:
-        return
+    request = plan.request
     launch = prepare(app, plan)
-    where = app.where(request.group)
-    ways = (
-        f"{command('install', request.group)} goes on with them ({command('createNodes')} would make more), "
-        f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
-    )
-    app.left = f"Nodes of {where} may be running and cost money: {ways}."
-    started = time.monotonic()
+    app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
     try:
         nodes, why = launch_nodes(app.ec2, launch)
     except ClientError as error:
@@ -3826,7 +3830,24 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
     note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
-    outcomes = await_nodes(app, launch, nodes)
+    return nodes, why, launch.token
+
+
+def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
+    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
+    plan = make_plan(app, request, dry_run)
+    for line in describe(app, plan):
+        (result if dry_run else note)(line)
+    if dry_run:
+        return
+    where = app.where(request.group)
+    ways = (
+        f"{command('install', request.group)} goes on with them ({command('createNodes')} would make more), "
+        f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
+    )
+    started = time.monotonic()
+    nodes, why, _ = launch_plan(app, plan, ways)
+    outcomes = await_nodes(app, request.group, nodes, boot_step, Progress("Answering", len(nodes)))
     result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
@@ -3836,14 +3857,23 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
+def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what createNodes and up can be asked for."""
+    for add in (
+        click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
+        click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        hours_option,
+        click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back."),
+        group_argument,
+        count_argument,
+        type_argument,
+    ):
+        command = add(command)
+    return command
+
+
 @cli.command("createNodes")
-@type_argument
-@count_argument
-@group_argument
-@click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
-@hours_option
-@click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
+@launch_options
 @click.pass_obj
 def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
@@ -4648,19 +4678,19 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
     return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
 
 
-def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
-    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
-    head = plan_head(nodes)
-    others = [node for node in nodes if node.id != head.id]
-    (looked,) = app.pool.each([head], look_step)
-    start = StartPlan(head, app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
-    if looked.ok and not force:
-        start = start._replace(client=describe_client(looked.value), linked=frozenset(looked.value.linked))
-        start = start if start.client else start._replace(linked=frozenset())
-    workers = app.pool.each(
-        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
-    )
-    linked = [outcome for outcome in workers if outcome.ok]
+def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None = None) -> StartPlan:
+    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at."""
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
+    if looked and looked.ok and (client := describe_client(looked.value)):
+        start = start._replace(client=client, linked=frozenset(looked.value.linked))
+    return start
+
+
+def link_group(
+    app: App, group: str, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+) -> None:
+    """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
+    head, linked = looked.node, [outcome for outcome in workers if outcome.ok]
     ready: Outcome[Any] = looked
     if looked.ok:
         step = functools.partial(head_step, start, looked.value, linked)
@@ -4673,12 +4703,25 @@ def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> Non
         raise ClusterError(explain_failed_head(group, ready, failed))
     say_how_to_connect(app, group, head, ready.value)
     if failed:
-        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+        count = len(workers) + 1
+        raise ClusterError(f"{count - len(failed)} of {count} nodes serve; failed: {', '.join(failed)}")
     if ready.value.waiting:
         raise ClusterError(
             f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
             "else they join when it leaves"
         )
+
+
+def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
+    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
+    head = plan_head(nodes)
+    others = [node for node in nodes if node.id != head.id]
+    (looked,) = app.pool.each([head], look_step)
+    start = plan_start(app, nodes, None if force else looked)
+    workers = app.pool.each(
+        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
+    )
+    link_group(app, group, start, looked, workers)
 
 
 @cli.command("start")
@@ -4734,6 +4777,182 @@ def tunnel(app: App, group: str, port: int) -> None:
         note(f"Forwarding to {head.name} until Ctrl-C")
         code = ssh.wait()
     raise ClusterError(f"{head.name}: ssh ended ({format_exit(code)}); run {command('tunnel', group)} again")
+
+
+# --- up ----------------------------------------------------------------------
+# createNodes, install and start in one, with no barrier between nodes. Touches what they touch; ends only nodes of
+# its own launch.
+
+COUNT_LIMIT = 60  # seconds for two polls to agree, and to show the nodes of a launch
+BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
+
+
+class Board(Progress):
+    """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
+
+    def __init__(self, nodes: Sequence[Node], say: Callable[[Outcome[Any]], str]) -> None:
+        super().__init__("Up", len(nodes), say)
+        self.began = time.monotonic()
+        self.at = {node.id: (self.began, node.name, "waits for its address") for node in nodes}
+
+    def begin(self, node: Node, step: str, ended: str = "") -> None:
+        """Note that NODE begins a STEP, and what the one before has come to."""
+        with OUTPUT:
+            self.at[node.id] = (time.monotonic(), node.name, step)
+            if ended and not sys.stderr.isatty():
+                note(f"{node.name}: {ended}")
+        self.redraw()
+
+    def finished(self, outcome: Outcome[Any]) -> None:
+        """Count a node, and print its line in place of the board's."""
+        with OUTPUT:
+            self.at.pop(outcome.node.id, None)
+            super().finished(outcome)
+
+    def lines(self) -> list[str]:
+        """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
+        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
+        waiting = sorted(self.at.values())
+        lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
+        steps = [step for _, _, step in waiting[room:]]
+        more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
+        return [*lines, f"Up: {self.counted()} nodes{more}, {format_duration(now - self.began)}"]
+
+    def redraw(self) -> None:
+        """Draw the board anew."""
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            with OUTPUT:
+                Progress.clear()
+                lines = self.lines()
+                click.echo("\n".join(line[:width] for line in lines), nl=False, err=True)
+                Progress.shown, Progress.above = True, len(lines) - 1
+
+
+def count_nodes(ec2: Client, group: str, launched: Sequence[Node] = ()) -> list[Node]:
+    """Return GROUP's nodes that run or will, oldest first, once two polls agree and know the LAUNCHED: lists lag."""
+    deadline = time.monotonic() + COUNT_LIMIT
+    before: set[str] | None = None
+    while True:
+        listed = {node.id: node for node in fetch_nodes(ec2, group)}
+        nodes = [node for node in listed.values() if node.state in ("pending", "running")]
+        unseen = [node for node in launched if node.id not in listed]
+        found = {node.id for node in nodes}
+        if (found == before and not unseen) or time.monotonic() > deadline:
+            return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
+        before = found
+        time.sleep(POLL)
+
+
+def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], token: str) -> list[Node]:
+    """Return the COUNT oldest nodes of GROUP; end those of this launch, known by their TOKEN, that are more.
+
+    Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
+    """
+    nodes = count_nodes(ec2, group, launched)
+    excess = [node for node in nodes[count:] if node.token.startswith(token)]
+    if excess:
+        terminate_nodes(ec2, excess)
+        note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
+    return nodes[:count]
+
+
+def up_step(install_one: Callable[[Remote], str], start: StartPlan, board: Board, remote: Remote) -> Served:
+    """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
+    node = remote.node
+    board.begin(node, "boots")
+    boot_step(remote)
+    board.begin(node, "installs Mitsuba", "has booted")
+    version = install_one(remote)
+    board.begin(node, "starts its server", f"Mitsuba {version}")
+    return Served(look_step(remote), 0, "") if node.id == start.head.id else worker_step(start, remote)
+
+
+def bring_up(app: App, group: str, nodes: Sequence[Node], package: Package) -> tuple[StartPlan, list[Outcome[Served]]]:
+    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link."""
+    head = plan_head(nodes)
+    spread = make_spread(package, 1)  # whoever comes first need not wait for the others
+    install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group))
+    looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
+    start = plan_start(app, nodes, looked)
+    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, start, board), board)
+    if spread:
+        spread.sessions.close()
+    return start, outcomes
+
+
+def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
+    """Link the nodes that serve; ClusterError for what has failed. Any of them can be a new group's head."""
+    head = next(outcome for outcome in outcomes if outcome.node.id == start.head.id)
+    workers = [outcome for outcome in outcomes if outcome is not head]
+    good = [outcome.node for outcome in workers if outcome.ok]
+    if head.ok or start.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
+        looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
+        return link_group(app, group, start, looked, workers)
+    start_group(app, group, good, force=False)
+    failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
+    raise ClusterError(f"{len(good)} of {len(outcomes)} nodes serve; failed: {failed}")
+
+
+def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
+    """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
+    from botocore.exceptions import ClientError
+
+    where, group, count = app.where(request.group), request.group, request.number
+    say = result if dry_run else note
+    nodes = count_nodes(app.ec2, group)
+    if others := [node for node in nodes if node.type != request.type]:
+        types = ", ".join(sorted({node.type for node in others}))
+        say(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
+    if len(nodes) >= count:
+        more = f", more than {count}: none is ended" if len(nodes) > count else ""
+        say(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
+        return nodes, "", ""
+    plan = make_plan(app, request._replace(number=count - len(nodes)), dry_run)
+    for line in describe(app, plan):
+        say(line)
+    if dry_run:
+        return [], "", ""
+    ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
+    try:
+        launched, why, token = launch_plan(app, plan, ways)
+    except (ClusterError, ClientError) as error:
+        if not nodes:
+            raise
+        return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
+    return keep_count(app.ec2, group, count, launched, token), why, token
+
+
+@cli.command("up")
+@launch_options
+@click.pass_obj
+def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+    """Make GROUP a cluster of COUNT nodes that serves; run it again to complete or mend it."""
+    again = command("up", machine, str(count), group)
+    package = plan_package(app.settings)
+    nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
+    if dry_run:
+        return
+    app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
+    if cidr := try_client_cidr(app.settings):
+        app.allow_access(fetch_security_groups(app.ec2, group), cidr)
+    while True:
+        if not (mine := app.ours(nodes)):
+            raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
+        start, outcomes = bring_up(app, group, mine, package)
+        nodes = keep_count(app.ec2, group, count, [], token) if token else nodes
+        kept = {node.id for node in nodes}
+        if (start.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}) or not token:
+            break
+    try:
+        link_up(app, group, start, [one for one in outcomes if one.node.id in kept or not one.ok])
+    except ClusterError as error:
+        raise ClusterError(f"{error.message}; {again} tries again") from error
+    if why or len(nodes) < count:
+        reason = f" ({why})" if why else ""
+        raise ClusterError(f"the group has {len(nodes)} of {count} nodes{reason}; {again} makes the others")
 
 
 # --- render ------------------------------------------------------------------
@@ -5047,7 +5266,7 @@ def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
     shown = node._asdict()
-    del shown["signature"]
+    del shown["signature"], shown["token"]
     return shown | {
         "name": node.name,
         "address": node.address,
