@@ -7,10 +7,12 @@ import pty
 import re
 import signal
 import sys
+from datetime import datetime, timezone
 from typing import Any
 
 import pytest
 
+import cluster
 from tests.support import LIMIT, LocalCloud, Result, killed, wait_until
 
 TYPE = "c1.xlarge"
@@ -56,7 +58,7 @@ def test_from_nothing_and_again(cloud: LocalCloud, group: str) -> None:
 
     worker = next(node for node in nodes if node["role"] == "worker")
     cloud.client("ec2").terminate_instances(InstanceIds=[worker["id"]])
-    mixed = cloud.cluster("up", "c5.large", "3", group)
+    mixed = cloud.cluster("up", "c5.xlarge", "3", group)
     assert_last_line(mixed, head)
     assert "2 nodes of another type (c1.xlarge)" in mixed.err
     assert_serving(cloud, group, 3)
@@ -120,10 +122,24 @@ def test_the_board_fits_a_small_terminal(cloud: LocalCloud, group: str) -> None:
             seen += block
         assert child.wait(LIMIT) == 0, seen
     os.close(terminal)
-    frames = [frame for frame in re.split(r"\x1b\[(?:K|J)", seen.decode()) if "Up: " in frame]
-    assert max(frame.count("\n") for frame in frames) == 8
-    assert all(len(line) < 80 for frame in frames for line in frame.split("Up: ")[0].splitlines())
-    assert any(": installs Mitsuba, " in frame for frame in frames)
+    assert b": installs Mitsuba, " in seen
+    assert b"Up: 0/8 nodes, 0s" in seen
+    assert b"\x1b[8A\x1b[J" in seen  # nine lines, removed before others are drawn
+
+
+@pytest.mark.parametrize("count", [1, 8, 40])
+def test_the_boards_lines(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 24)))
+    now = datetime.now(timezone.utc)
+    nodes = [cluster.Node(f"i-{i:02}", "g", TYPE, "pending", now, public_name=f"node-{i:02}") for i in range(count)]
+    board = cluster.Board(nodes, str)
+    board.begin(nodes[0], "boots")
+    *lines, whole = board.lines()
+    assert len(lines) == min(count, 12)
+    assert (lines[-1] if count < 40 else "node-00: boots, 0s").startswith(
+        "node-00: boots, "
+    )  # waits for the least time
+    assert whole == f"Up: 0/{count} nodes{', 27 more waits for its address, 1 more boots' if count > 12 else ''}, 0s"
 
 
 def read(terminal: int) -> bytes:
