@@ -89,6 +89,7 @@ TAG_HOST_KEY = "mitsuba-host-key"
 TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of the group and the host key
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
+TAG_IDLE = "mitsuba-idle-minutes"
 SERVER_PORT = 7554  # mtssrv's own default
 PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
@@ -329,6 +330,7 @@ class Settings(NamedTuple):
     PUBLIC_SERVER_PORT: bool = True
     ROOT_VOLUME_GB: int = 16
     MAX_HOURS: float = 0
+    IDLE_MINUTES: float = 60
     PKG_REPOSITORY: str = "deb https://www.mitsuba-renderer.org binary/"
     MITSUBA_PACKAGE: str = ""
     DATA_DIR: str = "/mnt"
@@ -404,6 +406,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "PRIVATE_NODES": (lambda value: isinstance(value, bool), "True or False"),
     "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
     "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
+    "IDLE_MINUTES": (lambda value: is_number(value, 0, 525600), "minutes, from 0 (no limit) to 525600"),
     "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
     "MITSUBA_PACKAGE": (
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
@@ -697,9 +700,17 @@ class Node(NamedTuple):
     signature: str = ""  # see is_ours
     price: float | None = None  # $ an hour
     max_hours: float | None = None
+    idle_minutes: float | None = None
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
     token: str = ""  # its launch's ClientToken
+    key_name: str = ""  # of the key pair that it was launched with
+    security_groups: tuple[str, ...] = ()  # their names
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name."""
+        return f"mitsuba-{self.group}" in self.security_groups
 
     @property
     def address(self) -> str:
@@ -743,11 +754,6 @@ class Rule(NamedTuple):
         """The rule without its description, as EC2's calls take it."""
         ports = {} if self.first is None else {"FromPort": self.first, "ToPort": self.last}
         return {"IpProtocol": self.protocol} | ports | {self.kind: [{SOURCES[self.kind]: self.source}]}
-
-    @property
-    def is_one_port(self) -> bool:
-        """Tell whether this opens one TCP port to an IPv4 network, as all rules of this tool do."""
-        return (self.protocol, self.kind) == ("tcp", "IpRanges") and self.first == self.last
 
     def __str__(self) -> str:
         """Say "tcp 22 from 192.0.2.7/32"."""
@@ -810,9 +816,12 @@ def to_node(raw: dict[str, Any]) -> Node:
         signature="".join(tags.get(name, "") for name in SIGNATURE_TAGS),
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
+        idle_minutes=to_number(tags.get(TAG_IDLE)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
         token=raw.get("ClientToken") or "",
+        key_name=raw.get("KeyName", ""),
+        security_groups=tuple(one.get("GroupName", "") for one in raw.get("SecurityGroups", [])),
     )
 
 
@@ -908,6 +917,11 @@ def total(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
+def at_least(nodes: Iterable[Node]) -> str:
+    """Return what stands before a cost of NODES: "at least " where the price of one is not known."""
+    return "at least " if any(node.price is None for node in nodes) else ""
+
+
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
     """Set one tag of many nodes, a thousand a call."""
     ids = [node.id for node in nodes]
@@ -917,8 +931,14 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
 
 def fetch_regions(settings: Settings) -> list[str]:
     """Return the names of the regions that the account can use; the one of config.py need not be among them."""
-    ec2 = open_client(settings, "ec2", find_partition(settings.AWS_REGION)[1])
-    return sorted(one["RegionName"] for one in ec2.describe_regions()["Regions"])
+    from botocore.exceptions import ClientError
+
+    first = open_client(settings, "ec2", find_partition(settings.AWS_REGION)[1])
+    try:
+        found = first.describe_regions()["Regions"]
+    except ClientError:  # a policy of the organization can close any region
+        found = open_client(settings, "ec2").describe_regions()["Regions"]
+    return sorted(one["RegionName"] for one in found)
 
 
 def fetch_client_cidr(settings: Settings) -> str:
@@ -1009,7 +1029,9 @@ def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: I
     known = {rule.way for rule in wanted}
     others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
     mark = f"{RULE_MARK} {identity.fingerprint} "
-    return others, not all(rule.owner.startswith(mark) and rule.is_one_port for rule in others)
+    one_port = [r for r in others if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    alike = [rule for rule in one_port if rule.owner.startswith(mark)]
+    return others, len(alike) < len(others)
 
 
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
@@ -1040,6 +1062,8 @@ LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
+CLOUD_INIT_LIMIT = 600
+MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
@@ -1112,6 +1136,11 @@ def load_identity(path: Path, may_ask: bool = True) -> Identity:
     if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
         return agent_identity(path, match[0])
     if "PRIVATE KEY" not in text:
+        if not path.exists():
+            raise ClusterError(
+                f"there is no SSH key {path}: copy it from the machine that launched the nodes; for nodes of this "
+                "machine's own, createNodes makes one (choose another KEYPAIR_NAME)"
+            )
         raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
@@ -1314,6 +1343,20 @@ echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2>
 echo "clock=$(date +%s.%N)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
+"""
+
+
+# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
+WAIT_FOR_BOOT = r"""
+set -euo pipefail
+command -v cloud-init > /dev/null || exit 0
+code=0
+timeout "$1" cloud-init status --wait > /dev/null || code=$?
+case $code in
+  0 | 2) ;;
+  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
+  *) cloud-init status --long; exit 1 ;;
+esac
 """
 
 
@@ -1712,6 +1755,8 @@ class Fetcher:
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
         self.counting = threading.Lock()
         self.moved = 0  # bytes
+        with contextlib.suppress(OSError):
+            os.open(MARK_PATH, os.O_RDONLY)  # stays open: so the node's guard sees that a command is at work
 
     def open_state(self, name: str, flags: int) -> int:
         """Open one of our own files."""
@@ -1829,8 +1874,8 @@ class Fetcher:
         os.close(folder)
         return self.entry(one)
 
-    def make_room(self, missing: Sequence[Wanted]) -> None:
-        """Remove parts that nobody will complete; FetchFailed where there is no room for what is MISSING."""
+    def make_room(self, missing: Sequence[Wanted]) -> int:
+        """Remove parts that nobody will complete; return the bytes that are MISSING, FetchFailed if they do not fit."""
         wanted, there = {self.part_name(one) for one in missing}, 0
         for name in os.listdir(self.state):
             if name in wanted:
@@ -1841,6 +1886,7 @@ class Fetcher:
         need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
         if need > free:
             raise FetchFailed(f"{need // MIB} MB are needed, {free // MIB} MB are free")
+        return need
 
     def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
         """Fetch those of WANTED that are not here and have a source; return what was done, as numbers."""
@@ -1851,7 +1897,7 @@ class Fetcher:
             record = self.load("record.json")
             record = record if isinstance(record, dict) else {}
             missing = [one for one in wanted if not self.is_here(one, record)]
-            self.make_room(missing)
+            lacking = self.make_room(missing)
             files, saved = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS), time.monotonic()
             jobs = {files.submit(self.fetch, one): one.path for one in missing if one.url}
             try:
@@ -1870,7 +1916,7 @@ class Fetcher:
                 self.ranges.shutdown(wait=False, cancel_futures=True)
                 self.save("record.json", record)
             done = {"fetched": len(jobs), "present": len(wanted) - len(missing), "missing": len(missing) - len(jobs)}
-            return done | {"moved": self.moved}
+            return done | {"moved": self.moved, "lacking": 0 if jobs else lacking}
 
 
 def fetch_files(arguments: list[str]) -> None:
@@ -1909,7 +1955,7 @@ def fetch_files(arguments: list[str]) -> None:
 
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
-    names = "FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
+    names = "MARK_PATH FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
     return node_program(names, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
 
 
@@ -1920,6 +1966,7 @@ class Fetched(NamedTuple):
     present: int  # were there already
     missing: int  # have no source yet
     moved: int  # bytes
+    lacking: int  # bytes of what is missing, without what an earlier try has brought
 
 
 class Refused(NodeError):
@@ -2063,7 +2110,7 @@ def serve_files(arguments: list[str]) -> None:
 
 def serve_program() -> str:
     """Return serve_files as a program of its own."""
-    names = "FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
+    names = "MARK_PATH FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
     return node_program(names, Wanted, FetchFailed, open_below, Fetcher, FileServer, serve_files)
 
 
@@ -2072,7 +2119,7 @@ class Source:
     """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
 
     remote: Remote | None = None
-    serving: bool = False
+    channel: paramiko.Channel | None = None
     failures: int = 0
 
 
@@ -2092,6 +2139,7 @@ class Spread:
         self.here: Source | None = Source()  # while nobody fetches from it
         self.idle: list[Source] = []  # nodes that serve nobody
         self.fetching = 0  # nodes
+        self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
         self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
 
@@ -2100,9 +2148,9 @@ class Spread:
         with self.changed:
             self.until = self.until or time.monotonic() + SPREAD_PATIENCE
             self.unheard -= 1
-            self.changed.notify_all()
+            self.changed.notify()
 
-    def choose(self, tried: Sequence[Source]) -> Source | None:
+    def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
         fresh = [source for source in self.idle if source not in tried]
         if len(tried) < PEERS_TRIED and fresh:
@@ -2110,17 +2158,20 @@ class Spread:
             self.idle.remove(source)
         else:
             alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
+            alone = alone and lacking <= min(self.waiting, default=lacking)  # so least comes from here
             if not self.here or not (alone or len(tried) >= PEERS_TRIED):
                 return None
             source, self.here = self.here, None
         self.fetching += 1
         return source
 
-    def take(self, tried: Sequence[Source]) -> Source:
+    def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
         with self.changed:
-            while not (source := self.choose(tried)):
-                self.changed.wait(0.2)
+            self.waiting.append(lacking)
+            while not (source := self.choose(tried, lacking)):
+                self.changed.wait(1)  # whoever was woken may have tried this source
+            self.waiting.remove(lacking)
         return source
 
     def give_back(self, source: Source, done: bool) -> None:
@@ -2132,7 +2183,7 @@ class Spread:
                 self.here = source
             elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
                 self.idle.append(source)
-            self.changed.notify_all()
+            self.changed.notify()
 
     @contextlib.contextmanager
     def address(self, source: Source, remote: Remote) -> Iterator[str]:
@@ -2140,8 +2191,11 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.serving:
-                self.start(source, source.remote)
+            if not source.channel or source.channel.exit_status_ready():  # not yet, or its time was up
+                try:
+                    source.channel = self.start(source.remote)
+                except SilentNode as error:  # the source's silence is not the receiver's
+                    raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
             return
         sizes = [one.size for one in self.wanted]
@@ -2160,8 +2214,8 @@ class Spread:
             with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
-    def start(self, source: Source, remote: Remote) -> None:
-        """Start a node's program that serves the files."""
+    def start(self, remote: Remote) -> paramiko.Channel:
+        """Start a node's program that serves the files; return the session whose end is its end."""
         seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
         job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
         arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
@@ -2174,7 +2228,7 @@ class Spread:
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             self.sessions.push(stack.pop_all())
-        source.serving = True
+        return channel
 
     def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
         """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
@@ -2184,14 +2238,15 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, complete = self.take(tried), False
+            source, complete = self.take(tried, done.lacking), False
             try:
                 with self.address(source, remote) as url:
                     headers = {"Authorization": f"Bearer {self.token}"}
                     wanted = [
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
-                    done = fetch_step(self.folder, wanted, show, remote, PEER_TRIES, PEER_TIMEOUT)
+                    patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
+                    done = fetch_step(self.folder, wanted, show, remote, *patience)
                 complete = True
             except SilentNode:
                 raise
@@ -2203,7 +2258,7 @@ class Spread:
                 self.give_back(source, complete)
         with self.changed:
             self.idle.append(Source(remote))
-            self.changed.notify_all()
+            self.changed.notify()
         return done
 
 
@@ -2238,6 +2293,7 @@ class App:
     def __init__(self, config: Path) -> None:
         self.config = config
         self.left = ""  # what Ctrl-C leaves behind, for the one line that says so
+        self.key_pairs: dict[str, bool] = {}  # region -> whether KEYPAIR_NAME is the user's key there
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -2275,6 +2331,7 @@ class App:
 
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
+        self.check_owner(group, nodes)
         ready = self.ours([node for node in nodes if node.state == "running"])
         waiting = [node for node in nodes if node.state == "pending"]
         if waiting:
@@ -2311,6 +2368,62 @@ class App:
             self.allow_access(groups, cidr)
         warn_of_rules(ec2, groups, self.settings, cidr, self.identity)
         return ready
+
+    def has_key_pair(self, ec2: Client) -> bool:
+        """Tell whether EC2's key pair KEYPAIR_NAME is the user's key; that of an encrypted one can't be compared."""
+        region = ec2.meta.region_name
+        if self.known_identity is None:
+            path = self.settings.key_file
+            return path.exists() and "PRIVATE KEY" in path.read_text("latin-1")
+        if region not in self.key_pairs:
+            self.key_pairs[region] = False
+            with tolerate():
+                asked = {"KeyNames": [self.settings.KEYPAIR_NAME], "IncludePublicKey": True}
+                public = [one.get("PublicKey", "").split()[:2] for one in ec2.describe_key_pairs(**asked)["KeyPairs"]]
+                self.key_pairs[region] = self.known_identity.public.split()[:2] in public
+        return self.key_pairs[region]
+
+    def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
+        """Return those of NODES that the user launched: by the signature in their tags, which others could spoil,
+        or by their key pair, which nobody can change.
+        """
+        key, name = self.known_identity, self.settings.KEYPAIR_NAME
+        return [
+            node
+            for node in nodes
+            if (key and is_ours(node, key)) or (node.key_name == name and self.has_key_pair(ec2 or self.ec2))
+        ]
+
+    def check_owner(self, group: str, nodes: Sequence[Node], others: bool = False, ec2: Client | None = None) -> None:
+        """Refuse GROUP where all of its NODES were launched with another key, unless OTHERS' nodes are meant, too."""
+        ec2 = ec2 or self.ec2
+        living = [node for node in nodes if node.is_inside and node.state in ALIVE]
+        if others or not living or self.launched(living, ec2):
+            return
+        rules = [rule for one in fetch_security_groups(ec2, group) for rule in one.rules]
+        marks = sorted({word for rule in rules for word in rule.owner.split()[-1:]})
+        keys = ", ".join(sorted({node.key_name or "none" for node in living}))
+        raise ClusterError(
+            f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
+            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). Name a group of your own, e.g. "
+            f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
+            "do it all the same with --others"
+        )
+
+    def in_all_regions(self, look: Callable[[Client], T], problems: list[str]) -> dict[str, T]:
+        """LOOK at every region, side by side, config.py's first; add to PROBLEMS those that refuse, in words."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        home, found = self.settings.AWS_REGION, {}
+
+        def ask(region: str) -> None:
+            try:
+                found[region] = look(self.ec2 if region == home else open_client(self.settings, "ec2", region))
+            except (BotoCoreError, ClientError) as error:
+                problems.append(f"{region}: {explain(error)}")
+
+        side_by_side(*(functools.partial(ask, region) for region in fetch_regions(self.settings)))
+        return {region: found[region] for region in sorted(found, key=lambda name: (name != home, name))}
 
     def ours(self, nodes: Sequence[Node]) -> list[Node]:
         """Return those of NODES that were launched with the user's key; name the others."""
@@ -2456,9 +2569,13 @@ def cli(ctx: click.Context, config: Path | None) -> None:
         click.echo(ctx.get_help())
 
 
+others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
 count_argument = click.argument("count", type=click.IntRange(1, 5000))
 type_argument = click.argument("machine", metavar="TYPE")
 hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
+idle_option = click.option(
+    "--idle-minutes", type=click.FloatRange(0, 525600), help="Nodes end themselves after so long without use; 0: never."
+)
 
 
 def find_node(app: App, name: str) -> Node:
@@ -2514,7 +2631,6 @@ IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
 LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
 STATE_PATH = "/run/mitsuba-cluster/state.json"
-MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
 
 
 class AnotherBuild(Exception):
@@ -2976,13 +3092,15 @@ def guard_program() -> str:
     return node_program(names, *parts, guard_node)
 
 
-def guard_at_boot(minutes: float) -> list[str]:
-    """Return the command line that installs the guard at a node's first boot."""
+def guard_at_boot(minutes: float) -> list[list[str]]:
+    """Return the command that installs the guard at a node's first boot; none where no MINUTES of idleness end it."""
     import base64
     import gzip
 
+    if not minutes:
+        return []
     program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
-    return ["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]
+    return [["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]]
 
 
 # --- createNodes -------------------------------------------------------------
@@ -3011,12 +3129,15 @@ QUOTAS = {
     "": ("L-1216C47A", "L-34B43A08"),
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
-CLOUD_INIT_LIMIT = 600
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
-GONE = (404, 410)  # HTTP's codes for what does not exist
+# https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
+KMS_HINT = (
+    " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
+    "kms:GenerateDataKeyWithoutPlaintext and kms:ReEncrypt* are needed)"
+)
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
@@ -3057,7 +3178,9 @@ class LaunchRequest(NamedTuple):
     spot: bool = False
     max_price: float | None = None
     max_hours: float | None = None
+    idle_minutes: float | None = None
     without_mitsuba: bool = False
+    others: bool = False  # even into somebody else's group
 
 
 class Subnet(NamedTuple):
@@ -3083,6 +3206,7 @@ class Plan(NamedTuple):
     spot: dict[str, float]  # zone -> $ an hour
     package: str  # where Mitsuba comes from; "" where that is not known
     hours: float  # after which the nodes end themselves; 0: never
+    idle: float  # minutes without use after which they do; 0: never
     quota: str | None  # of vCPUs; None: not asked for
 
 
@@ -3090,11 +3214,13 @@ class Launch(NamedTuple):
     """All that RunInstances needs."""
 
     plan: Plan
-    settings: Settings
+    key_name: str
     security_group: str
     user_data: str
     tags: dict[str, str]
-    token: str  # with which each of its requests' ClientTokens begins
+    disk_gb: int
+    private: bool  # no public addresses
+    token: str = ""  # with which each request's ClientToken begins
 
 
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
@@ -3138,20 +3264,6 @@ guarded=$?
 set_deadline "$1"
 exit $((guarded | $?))
 """
-
-# $1: seconds. cloud-init exits with 2 after mere warnings; an image may have none at all.
-WAIT_FOR_BOOT = """
-set -euo pipefail
-command -v cloud-init > /dev/null || exit 0
-code=0
-timeout "$1" cloud-init status --wait > /dev/null || code=$?
-case $code in
-  0 | 2) ;;
-  124) echo "cloud-init did not end within $1 seconds"; exit 1 ;;
-  *) cloud-init status --long; exit 1 ;;
-esac
-"""
-
 
 # As root: fails where the guard of BOOT is not there.
 CHECK_GUARD = """
@@ -3345,96 +3457,11 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
 
 
-def to_request(address: str, method: str = "GET") -> urllib.request.Request:
-    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
-    import base64
-    import urllib.parse
-    import urllib.request
-
-    parts = urllib.parse.urlsplit(address)
-    user, at, host = parts.netloc.rpartition("@")
-    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
-    if at:
-        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
-        request.add_header("Authorization", f"Basic {token}")
-    return request
-
-
-def package_risks(settings: Settings, package: Package) -> list[str]:
-    """Say how somebody in between could replace Mitsuba, which root installs."""
-    if "://" in package.source:
-        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
-        return [] if package.sha256 else [unchecked]
-    unsigned = re.match(
-        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
-    )
-    if unsigned and not package.is_file:
-        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
-    return []
-
-
-def index_has(apt_line: str, package: str) -> bool:
-    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
-    import gzip
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
-    if not found:
-        raise ValueError("this is no apt line")
-    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
-    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
-    if suite.endswith("/"):
-        folders = [f"{base}/{suite}".rstrip("/")]
-    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    indexes: dict[str, Callable[[bytes], bytes]]
-    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
-    missing: urllib.error.HTTPError | None = None
-    for folder in folders:
-        for name, unpack in indexes.items():
-            try:
-                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-                    if wanted.search(unpack(answer.read())):
-                        return True
-                missing = None
-                break
-            except urllib.error.HTTPError as error:
-                if error.code not in GONE:
-                    raise
-                missing = error
-    if missing:
-        raise missing
-    return False
-
-
-def check_package(settings: Settings, without: bool) -> str:
-    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
-    import lzma
-    import urllib.error
-    import urllib.request
-
-    title, doubt, proved = "", "", True
-    try:
-        package = plan_package(settings)
-        title = package.title
-        for risk in package_risks(settings, package):
-            warn(risk)
-        if "://" in package.source:
-            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
-    except ClusterError as error:
-        doubt = error.message
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
-        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
-        doubt = f"{title} can't be read ({error})"
-    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
-    if doubt and proved and not without:
-        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
-    if doubt:
-        warn(f"{doubt} before you run install" if title else doubt)
-    return title
+def format_limits(hours: float, idle: float) -> str:
+    """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
+    limits = [f"{hours:g} hours"] if hours else []
+    limits += [f"{idle:g} minutes without use"] if idle else []
+    return f"Each ends itself after {', or '.join(limits)}." if limits else ""
 
 
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
@@ -3452,6 +3479,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         lambda: check_package(settings, request.without_mitsuba),
         lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
     )
+    app.check_owner(request.group, before, request.others)
     check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
     subnets = by_price(subnets, spot if request.spot else {} if on_demand is None else {"": on_demand})
     lowest = subnets[0].price
@@ -3462,7 +3490,8 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         )
     present = sum(node.state in ("pending", "running") for node in before)
     hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
-    return Plan(request, machine, image, subnets, cidr, present, on_demand, spot, package, hours, quota)
+    idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
+    return Plan(request, machine, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3491,10 +3520,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         )
     elif not all(subnet.gives_addresses for subnet in plan.subnets):
         yield f"{settings.SUBNET_ID} gives no public addresses unasked; the nodes ask for one each, to be reached by it"
-    if plan.hours:
-        yield f"Each ends itself after {plan.hours:g} hours."
-    else:
-        yield f"They run until {command('terminateAll', request.group)}; --max-hours would end them by themselves."
+    limits = format_limits(plan.hours, plan.idle)
+    yield limits or f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
     if plan.package:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
@@ -3515,11 +3542,17 @@ def make_ed25519() -> tuple[str, str]:
     return private.decode(), public.decode()
 
 
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+
+
 def ensure_key_file(path: Path) -> None:
     """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    if "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-")):
+    if has_key(path):
         return
+    text = path.read_text("latin-1") if path.exists() else ""
     if text and "placeholder" not in text:
         raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
     if why := hide_from_git(path):
@@ -3528,26 +3561,43 @@ def ensure_key_file(path: Path) -> None:
             "path outside of the repository"
         )
     private, _ = make_ed25519()
-    write_secret(path, private)
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            "SSH_PRIVATE_KEY_FILE in config.py can name a file elsewhere"
+        ) from error
     click.echo(f"Made a new SSH key: {path}", err=True)
 
 
-def ensure_key_pair(ec2: Client, name: str, identity: Identity) -> None:
-    """Import the user's key under NAME; refuse a NAME that another key has."""
-    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-    pairs: list[dict[str, Any]] = []
-    with tolerate("InvalidKeyPair.NotFound"):
+def ensure_key(app: App) -> None:
+    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
+    ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
+    another = ClusterError(
+        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or copy that key's "
+        f"file from the machine that made it to {path}"
+    )
+
+    def find() -> list[str]:
         pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-    if not pairs:
+        return list(pairs[0].get("PublicKey", "").split()[:2])
+
+    present: list[str] = []
+    with tolerate("InvalidKeyPair.NotFound"):
+        present = find()
+    if present and not has_key(path):
+        raise another
+    ensure_key_file(path)
+    identity = app.identity
+    if not present:
+        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
         with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
             return
-        pairs = once_known(lambda: ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"])
-    if pairs[0].get("PublicKey", "").split()[:2] != identity.public.split()[:2]:
-        raise ClusterError(
-            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or put that key's "
-            "private half where SSH_PRIVATE_KEY_FILE says"
-        )
+        present = once_known(find)
+    if present != identity.public.split()[:2]:
+        raise another
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
@@ -3572,8 +3622,8 @@ def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
-def make_user_data(private: str, public: str, max_hours: float) -> str:
-    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline.
+def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
+    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
@@ -3581,7 +3631,7 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))]],
+        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -3589,9 +3639,8 @@ def make_user_data(private: str, public: str, max_hours: float) -> str:
 def prepare(app: App, plan: Plan) -> Launch:
     """Make what a launch needs: keys, security group, user data."""
     settings, ec2, name = app.settings, app.ec2, plan.request.group
-    ensure_key_file(settings.key_file)
+    ensure_key(app)
     identity = app.identity
-    ensure_key_pair(ec2, settings.KEYPAIR_NAME, identity)
     group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
     others, foreign = other_rules(group, settings, plan.cidr, identity)
     if foreign:
@@ -3601,32 +3650,32 @@ def prepare(app: App, plan: Plan) -> Launch:
     private, public = make_ed25519()
     tags = {TAG_GROUP: name, TAG_HOST_KEY: public} | sign_launch(identity, name, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
-    user_data = make_user_data(private, public, plan.hours)
+    tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
+    user_data = make_user_data(private, public, plan.hours, plan.idle)
     token = os.urandom(16).hex()
-    return Launch(plan, settings, group.id, user_data, tags, token)
+    disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
+    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed, token)
 
 
 def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
     """Return RunInstances' parameters; the same for each try of one request, to the byte."""
-    plan, request, settings = launch.plan, launch.plan.request, launch.settings
+    plan, request = launch.plan, launch.plan.request
     price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
     tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
     kinds = ["instance", "volume"] + (["spot-instances-request"] if request.spot else [])
-    disk = {
-        "VolumeSize": max(settings.ROOT_VOLUME_GB, plan.image.root_gb),
-        "VolumeType": "gp3",
-        "DeleteOnTermination": True,
-    }
+    disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
     if plan.type.encrypts:
         disk["Encrypted"] = True
-    network = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
-    parameters: dict[str, Any] = {
+    network: dict[str, Any] = {"SubnetId": subnet.id, "SecurityGroupIds": [launch.security_group]}
+    if subnet.gives_addresses == launch.private:  # the subnet does by itself what is not wanted
+        interface = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
+        network = {"NetworkInterfaces": [interface | {"AssociatePublicIpAddress": not launch.private}]}
+    parameters: dict[str, Any] = network | {
         "ImageId": plan.image.id,
         "InstanceType": plan.type.type,
         "MinCount": 1,
         "MaxCount": count,
-        "KeyName": settings.KEYPAIR_NAME,
-        "NetworkInterfaces": [network | {"AssociatePublicIpAddress": not settings.PRIVATE_NODES}],
+        "KeyName": launch.key_name,
         "UserData": launch.user_data,
         "ClientToken": token,
         "InstanceInitiatedShutdownBehavior": "terminate",
@@ -3731,7 +3780,8 @@ def boot_step(remote: Remote) -> None:
 def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: float) -> Outcome[T] | None:
     """Return how the wait for NODE has ended, ELAPSED seconds after the launch; None while it goes on."""
     if node.state in ("shutting-down", "terminated"):
-        return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}")
+        hint = KMS_HINT if node.reason.startswith("Client.InternalError") else ""
+        return Outcome(node, error=f"EC2 ended it while it started: {node.reason or 'no reason given'}{hint}")
     if not future and elapsed > BOOT_LIMIT:
         return Outcome(node, error=f"got no address within {format_duration(BOOT_LIMIT)}")
     if not future or not future.done():
@@ -3862,6 +3912,8 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for add in (
         click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
         click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        others_option,
+        idle_option,
         hours_option,
         click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back."),
         group_argument,
@@ -3886,10 +3938,12 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
 @group_argument
 @hours_option
+@idle_option
+@others_option
 @click.pass_obj
-def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: str, max_hours: float | None) -> None:
+def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(machine, count, group, True, max_price, max_hours))
+    create(app, LaunchRequest(machine, count, group, spot=True, **options))
 
 
 # --- install -----------------------------------------------------------------
@@ -3897,6 +3951,7 @@ def add_spot_nodes(app: App, machine: str, count: int, max_price: float, group: 
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
@@ -3931,6 +3986,7 @@ INSTALL = r"""
 set -euo pipefail
 umask 022
 user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
 state=/var/lib/mitsuba-cluster
@@ -4327,6 +4383,98 @@ def plan_package(settings: Settings) -> Package:
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
 
 
+def to_request(address: str, method: str = "GET") -> urllib.request.Request:
+    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+    import base64
+    import urllib.parse
+    import urllib.request
+
+    parts = urllib.parse.urlsplit(address)
+    user, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(parts._replace(netloc=host).geturl(), method=method)  # noqa: S310 - the user's own
+    if at:
+        token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    return request
+
+
+def package_risks(settings: Settings, package: Package) -> list[str]:
+    """Say how somebody in between could replace Mitsuba, which root installs."""
+    if "://" in package.source:
+        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
+        return [] if package.sha256 else [unchecked]
+    unsigned = re.match(
+        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
+    )
+    if unsigned and not package.is_file:
+        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
+    return []
+
+
+def index_has(apt_line: str, package: str) -> bool:
+    """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
+    import gzip
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
+    if not found:
+        raise ValueError("this is no apt line")
+    base, suite, components = found[1].rstrip("/"), found[2], found[3].split()
+    folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
+    if suite.endswith("/"):
+        folders = [f"{base}/{suite}".rstrip("/")]
+    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
+    indexes: dict[str, Callable[[bytes], bytes]]
+    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
+    missing: urllib.error.HTTPError | None = None
+    for folder in folders:
+        for name, unpack in indexes.items():
+            try:
+                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+                    if wanted.search(unpack(answer.read())):
+                        return True
+                missing = None
+                break
+            except urllib.error.HTTPError as error:
+                if error.code not in GONE:
+                    raise
+                missing = error
+    if missing:
+        raise missing
+    return False
+
+
+def check_package(settings: Settings, without: bool) -> str:
+    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
+    import lzma
+    import urllib.error
+    import urllib.request
+
+    title, doubt, proved = "", "", True
+    try:
+        package = plan_package(settings)
+        title = package.title
+        for risk in package_risks(settings, package):
+            warn(risk)
+        if "://" in package.source:
+            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
+        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
+            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
+    except ClusterError as error:
+        doubt = error.message
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        doubt = f"{title} can't be read ({error})"
+    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
+    if doubt and proved and not without:
+        raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
+    if doubt:
+        warn(f"{doubt} before you run install" if title else doubt)
+    return title
+
+
 def make_spread(package: Package, nodes: int) -> Spread | None:
     """Return what brings a package file to the nodes, into a folder in the user's home; None where it is elsewhere."""
     if not package.is_file:
@@ -4351,7 +4499,10 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
-                spread.bring(lambda moved: None, remote)
+                try:
+                    spread.bring(lambda moved: None, remote)
+                except NodeError as error:
+                    raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
@@ -5237,7 +5388,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     except NodeError as error:
         note(f"Given up: {error}")
     if then_terminate:
-        terminate_in(app.ec2, request.group)
+        terminate_in(app, app.ec2, request.group, others=False)
     if missing:
         raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
@@ -5259,7 +5410,7 @@ def format_cost(nodes: Sequence[Node]) -> str:
     )
     so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
     parts = [(hourly, "an hour"), (so_far, "so far")]
-    return ", ".join(f"{format_money(value)} {what}" for value, what in parts if value is not None)
+    return ", ".join(f"{at_least(nodes)}{format_money(value)} {what}" for value, what in parts if value is not None)
 
 
 def node_json(node: Node) -> dict[str, Any]:
@@ -5323,7 +5474,9 @@ def show_group(
     """Print one group."""
     alive = [node for node in nodes if node.state in ALIVE]
     heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
-    result(", ".join(filter(None, [heading, format_cost(alive)])))
+    limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
+    idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
+    result(", ".join(filter(None, [heading, format_cost(alive), idle])))
     if nodes:
         result(format_table(node_rows(nodes), terminal_width()))
     for node in nodes:
@@ -5813,19 +5966,47 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
 
 
 # --- terminateAll ------------------------------------------------------------
-# Ending a group or a node, and verifying it. Touches EC2 only.
+# Ending groups and single nodes, and verifying it. Touches EC2 only.
 
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
-TERMINATE_LIMIT = 600  # until EC2 says terminated
-UNSEEN_LIMIT = 120  # for a list to show the nodes that hold a security group
+TERMINATE_LIMIT = 600  # until one more node has ended; 150 s are ordinary
+HOLD_LIMIT = 300  # for the security group: ended nodes hold it a minute more, young ones before any list shows them
+UNSEEN_LIMIT = 5  # for lists to show something of a group: what is new they show late
 
 
-def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> None:
-    """Start the end of NODES, a thousand a call; a list that lags may name one that EC2 forgot."""
-    ids = [node.id for node in nodes if node.state != "shutting-down"]
-    for start in range(0, len(ids), TERMINATE_BATCH):
-        with tolerate("InvalidInstanceID.NotFound"):
-            ec2.terminate_instances(InstanceIds=ids[start : start + TERMINATE_BATCH])
+class Ended(NamedTuple):
+    """What came of ending one group in one region."""
+
+    nodes: list[Node]
+    protected: list[Node]  # EC2 refuses to end them
+    left: list[Node]  # that have the group's tag, and are not the user's to end
+    cancelled: int  # spot requests
+    found: bool  # whether there was anything of the group
+
+
+def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
+    """Start the end of NODES, a thousand a call; return those that are protected from it.
+
+    For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: the others
+    are sent again. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    """
+    from botocore.exceptions import ClientError
+
+    ids = [node.id for node in nodes]
+    requests = [ids[start : start + TERMINATE_BATCH] for start in range(0, len(ids), TERMINATE_BATCH)]
+    protected: set[str] = set()
+    while requests:
+        request = requests.pop()
+        try:
+            ec2.terminate_instances(InstanceIds=request)
+        except ClientError as error:
+            if error_code(error) not in ("InvalidInstanceID.NotFound", "OperationNotPermitted"):
+                raise
+            named = {name for name in request if len(request) == 1 or name in str(error)}
+            protected |= named if error_code(error) == "OperationNotPermitted" else set()
+            rest = [name for name in request if name not in named]
+            requests += [[name] for name in rest] if not named else [rest] if rest else []
+    return [node for node in nodes if node.id in protected]
 
 
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
@@ -5834,27 +6015,6 @@ def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[s
     if ids:
         ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=ids)
     return ids
-
-
-def wait_until_terminated(ec2: Client, group: str, show: Callable[[str], None]) -> list[Node]:
-    """Terminate all of GROUP and wait until EC2 says so; return every node that was seen.
-
-    Each look terminates what it finds: a list can show a node late. TimeoutError with the
-    names of those that remain.
-    """
-    seen: dict[str, Node] = {}
-    deadline = time.monotonic() + TERMINATE_LIMIT
-    while True:
-        living = [node for node in fetch_nodes(ec2, group) if node.state in ALIVE]
-        fresh = [node for node in living if node.id not in seen]
-        terminate_nodes(ec2, fresh)
-        seen |= {node.id: node for node in fresh}
-        if not living:
-            return list(seen.values())
-        if time.monotonic() > deadline:
-            raise TimeoutError(", ".join(node.id for node in living))
-        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended")
-        time.sleep(POLL)
 
 
 def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
@@ -5866,80 +6026,173 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def terminate_group(ec2: Client, group: str, show: Callable[[str], None]) -> tuple[list[Node], int, bool]:
-    """End everything of GROUP; return (its nodes, cancelled spot requests, whether there was anything).
+def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
+    """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
 
-    The security group is the anchor: while it can't be deleted there are nodes that the list
-    does not show yet, so look again, for UNSEEN_LIMIT. ClusterError where something remains.
+    The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
+    ends whatever runs by then. ClusterError where something remains.
     """
-    before = fetch_overview(ec2, group)
-    cancelled = len(cancel_spot_requests(ec2, before.requests))
-    ended: dict[str, Node] = {}
-    deadline = time.monotonic() + UNSEEN_LIMIT
-    waiting = list(before.security_groups)
+    seen: dict[str, Node] = {}
+    protected: dict[str, Node] = {}
+    cancelled: list[str] = []
+    before: Any = None
+    since = time.monotonic()
     while True:
-        try:
-            ended |= {node.id: node for node in wait_until_terminated(ec2, group, show)}
-        except TimeoutError as error:
-            raise ClusterError(f"EC2 does not say terminated of {error} yet; run terminateAll {group} again") from None
-        waiting = [one for one in waiting if not remove_security_group(ec2, one)]
-        if not waiting:
-            return list(ended.values()), cancelled, bool(ended or cancelled or before.security_groups)
-        if time.monotonic() > deadline:
+        listed = fetch_nodes(ec2, group)
+        nodes = [node for node in listed if node.state in ALIVE]
+        inside = [node for node in nodes if node.is_inside]
+        targets = inside if others else app.launched(inside, ec2)
+        running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
+        protected |= {node.id: node for node in terminate_nodes(ec2, running)}
+        living = [node for node in targets if node.id not in protected]
+        seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+        if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
+            with excused("their spot requests are not cancelled"):
+                cancelled = cancel_spot_requests(ec2, fetch_spot_requests(ec2, group))
+        present = (len(seen), {node.id for node in living})
+        since, before = (since if present == before else time.monotonic()), present
+        held = len(protected) + len(inside) > len(targets)
+        groups = [] if living or held else fetch_security_groups(ec2, group)
+        waiting = [one for one in groups if not remove_security_group(ec2, one)]
+        waited = time.monotonic() - since
+        something = bool(seen or groups or len(listed) > len(nodes))
+        if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
+            left = [node for node in nodes if node not in targets]
+            return Ended(list(seen.values()), list(protected.values()), left, len(cancelled), something or bool(nodes))
+        again = f"run {command('terminateAll', group)} again"
+        if living and waited > TERMINATE_LIMIT:
+            raise ClusterError(f"EC2 does not say terminated of {', '.join(n.id for n in living)} yet; {again}")
+        if waiting and waited > HOLD_LIMIT:
             raise ClusterError(
                 f"security group {waiting[0].id} is still in use by something that EC2 does not list as a node of "
-                f"{group!r}; run terminateAll {group} again, and look at it in the EC2 console"
+                f"{group!r}; {again}, and look at it in the EC2 console"
             )
-        show("the security group is still in use; looking again")
+        held_up = "; the security group is still in use" if waiting else ""
+        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended{held_up}")
         time.sleep(POLL)
 
 
-def terminate_in(ec2: Client, group: str) -> None:
-    """Terminate GROUP in one region and say what was proved."""
+def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
+    """Return the error that names NODES which EC2 refuses to end, and the way to end them."""
+    unprotect = f"aws ec2 modify-instance-attribute --region {ec2.meta.region_name} --no-disable-api-termination"
+    return ClusterError(
+        f"protected from termination, so they run on and cost money: {', '.join(node.id for node in nodes)}. "
+        f"For each: {unprotect} --instance-id ID; then {command('terminateAll', nodes[0].group)}"
+    )
+
+
+def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
+    """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    nodes, cancelled, anything = terminate_group(ec2, group, progress.show)
-    if not anything:
-        return note(f"Nothing to terminate: group {group!r} does not exist in {region}")
-    for node in nodes:
+    done = end_group(app, ec2, group, others, progress.show)
+    for node in done.nodes:
         result(f"{node.name}: terminated")
-    parts = [f"{format_count(len(nodes), 'node')} terminated"]
-    if cancelled:
-        parts.append(f"{format_count(cancelled, 'spot request')} cancelled")
-    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    paid = f" They cost {format_money(cost)}." if cost is not None else ""
-    return note(f"{', '.join(parts)}, security group removed: nothing of group {group!r} is left in {region}.{paid}")
+    for node in done.left:
+        why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
+        note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
+    parts = [f"{format_count(len(done.nodes), 'node')} terminated"]
+    if done.cancelled:
+        parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
+    if done.protected:
+        note(f"{', '.join(parts)} in {region}")
+        raise protected_error(ec2, done.protected)
+    if done.found:
+        cost = total(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
+        paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
+        end = "" if done.left else f", security group removed: nothing of group {group!r} is left in {region}"
+        note(f"{', '.join(parts)}{end}.{paid}")
+    return done.found
+
+
+class Present(NamedTuple):
+    """What terminateAll finds in a region."""
+
+    ec2: Client
+    nodes: list[Node]  # not terminated, of all groups
+    security_groups: list[SecurityGroup]
+
+
+def fetch_present(ec2: Client) -> Present:
+    """Return all that could be ended in a region."""
+    nodes, groups = side_by_side(lambda: fetch_nodes(ec2), lambda: fetch_security_groups(ec2))
+    return Present(ec2, [node for node in nodes if node.state in ALIVE], groups)
+
+
+def own_groups(app: App, present: Present) -> list[str]:
+    """Return the groups in which the user has nodes, or that a launch of the user's left behind empty."""
+    taken = {node.group for node in present.nodes}
+    key = app.known_identity.fingerprint if app.known_identity else " "
+    empty = [one for one in present.security_groups if one.group not in taken]
+    mine = {one.group for one in empty if any(key in rule.owner for rule in one.rules)}
+    return sorted(mine | {node.group for node in app.launched(present.nodes, present.ec2) if node.is_inside})
+
+
+def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
+    """Name the user's other groups that run on, with their cost."""
+    nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
+    for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
+        same = [node for node in nodes if node.group == group]
+        price = total(node.price for node in same)
+        cost = f", {at_least(same)}{format_money(price)} an hour" if price else ""
+        region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
+        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost}")
 
 
 @cli.command("terminateAll")
 @group_argument
+@click.option("--all-groups", is_flag=True, help="End all groups that were launched with your key.")
 @click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
-@click.pass_obj
-def terminate_all(app: App, group: str, all_regions: bool) -> None:
-    """Shut all nodes of the group down, and prove it."""
-    app.left = f"Some nodes of group {group!r} may still run; end them with {command('terminateAll', group)}."
-    regions = fetch_regions(app.settings) if all_regions else [app.settings.AWS_REGION]
-    if not all_regions:
-        return terminate_in(app.ec2, group)
-    troubles = []
-    for region in regions:
-        try:
-            terminate_in(open_client(app.settings, "ec2", region), group)
-        except ClusterError as error:
-            troubles.append(f"{region}: {error.message}")
-    if troubles:
-        raise ClusterError("; ".join(troubles))
-    return None
+@others_option
+@click.pass_context
+def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions: bool, others: bool) -> None:
+    """Shut all nodes of the group down, and verify it."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    app: App = ctx.obj
+    if all_groups and ctx.get_parameter_source("group") is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("--all-groups ends all of your groups; name none beside it")
+    options = [*(["--all-groups"] if all_groups else [group]), *(["--all-regions"] if all_regions else [])]
+    app.left = f"Some nodes may still run; end them with {command('terminateAll', *options)}."
+    home = app.settings.AWS_REGION
+    problems: list[str] = []
+    regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
+    found = False
+    for region, present in regions.items():
+        groups = own_groups(app, present) if all_groups else [group]
+        if region != home:
+            there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
+            groups = [one for one in groups if one in there]
+        for one in groups:
+            try:
+                app.check_owner(one, [node for node in present.nodes if node.group == one], others, present.ec2)
+                found = terminate_in(app, present.ec2, one, others) or found
+            except (ClusterError, BotoCoreError, ClientError) as error:
+                problem = error.message if isinstance(error, ClusterError) else explain(error)
+                problems.append(f"{region}: {problem}" if all_regions else problem)
+        name_running(app, present, groups)
+    if not found and not problems:
+        where = "any region" if all_regions else home
+        if not all_groups:
+            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}")
+        note(f"Nothing to terminate: you have no group in {where}")
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
 @cli.command("terminate")
 @click.argument("name", metavar="NODE")
+@others_option
 @click.pass_obj
-def terminate(app: App, name: str) -> None:
+def terminate(app: App, name: str, others: bool) -> None:
     """Shut one node down, by its name, address or instance id."""
     node = find_node(app, name)
+    if not node.is_inside:
+        raise ClusterError(f"{node.id} is not in security group mitsuba-{node.group}: this tool did not launch it")
+    app.check_owner(node.group, [node], others)
     app.left = f"{node.name} may still run; {command('status')} shows it."
-    terminate_nodes(app.ec2, [node])
+    if protected := terminate_nodes(app.ec2, [node]):
+        raise protected_error(app.ec2, protected)
     result(f"{node.name} ({node.id}) is being terminated")
     if node.role == "head":
         note(f"It was the head node: run {command('start', node.group)} to make another one the head")
@@ -6052,7 +6305,8 @@ def command_step(line: str, remote: Remote) -> Ran:
     import tempfile
 
     output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
-    code, _ = remote.run(user_command("run-command", line), limit=SYNC_LIMIT, sink=output.write)
+    marked = f"[ ! -e {MARK_PATH} ] || exec 9< {MARK_PATH}; {line}"  # so the node's guard sees that it is at work
+    code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=output.write)
     return Ran(code, output)
 
 
@@ -6100,24 +6354,28 @@ def regions(app: App) -> None:
         result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
 
 
-# $1: seconds to add to the deadline.
-EXTEND = """
+# $1: seconds to add to the deadline, if there is one. The idle time begins anew.
+EXTEND = r"""
 set -euo pipefail
 unit=/etc/systemd/system/mitsuba-deadline
-[ -e $unit.timer ] || { echo 'this node has no deadline'; exit 1; }
+if [ -e /run/mitsuba-cluster/in-use ]; then touch /run/mitsuba-cluster/in-use; fi
+if [ ! -e $unit.timer ]; then exit 0; fi
 old=$(sed -n 's/^OnCalendar=//p' $unit.timer)
 at=$(date -u -d "@$(($(date -u -d "$old" +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
 sed -i "s/^OnCalendar=.*/OnCalendar=$at/" $unit.timer
 systemctl daemon-reload
 systemctl restart mitsuba-deadline.timer
-echo "$at"
+echo "ends at $at"
 """
 
 
 def extend_step(hours: float, remote: Remote) -> str:
-    """Move one node's own timer; return when it ends now."""
-    output = remote.check(root_command("extend", EXTEND, str(round(hours * 3600))))
-    return output.strip().splitlines()[-1]
+    """Move one node's own timer, and begin its idle time anew; return what that means."""
+    lines = remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))).strip().splitlines()
+    if remote.node.max_hours and not lines:
+        raise NodeError("has lost its time limit")
+    idle = f"may be idle for {remote.node.idle_minutes:g} minutes from now on" if remote.node.idle_minutes else ""
+    return ", ".join(filter(None, [*lines[-1:], idle]))
 
 
 @cli.command("extend")
@@ -6125,16 +6383,16 @@ def extend_step(hours: float, remote: Remote) -> str:
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
-    """Move the moment at which the nodes end themselves by HOURS."""
-    nodes = [node for node in app.open_group(group) if node.max_hours]
+    """Move the moment at which the nodes end themselves by HOURS, and begin their idle time anew."""
+    nodes = [node for node in app.open_group(group) if node.max_hours or node.idle_minutes]
     if not nodes:
         raise ClusterError(f"no running node of {app.where(group)} has a time limit")
-    progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: ends at {outcome.value}")
+    progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
     outcomes = app.pool.each(nodes, functools.partial(extend_step, hours), progress)
     by_hours: dict[float, list[Node]] = {}
     for outcome in outcomes:
-        if outcome.ok:
-            by_hours.setdefault((outcome.node.max_hours or 0) + hours, []).append(outcome.node)
+        if outcome.ok and outcome.node.max_hours:
+            by_hours.setdefault(outcome.node.max_hours + hours, []).append(outcome.node)
     for total_hours, same in by_hours.items():
         tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
     app.report(outcomes, f"Extended by {hours:g} hours")

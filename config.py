@@ -59,6 +59,10 @@ ROOT_VOLUME_GB = 16
 # machine. 0: never, and they cost money until you run terminateAll.
 MAX_HOURS = 0
 
+# Nodes end themselves after so many minutes without use: nothing is rendered or sent, nobody
+# types, no client moves data. 0: never.
+IDLE_MINUTES = 60
+
 # --- Mitsuba ----------------------------------------------------------------
 
 # The apt repository that has a package called mitsuba, as a line of sources.list:

@@ -16,8 +16,8 @@ from tests.localcloud.places import PROJECT
 from tests.support import LocalCloud, interrupt, wait_until
 
 COMMANDS = (
-    "createNodes install start status syncData terminateAll addSpotNodes tunnel up render systemLoad terminate spotPrices "
-    "cancelSpot cancelAllSpot login runCommand regions extend policy"
+    "createNodes install start status syncData terminateAll addSpotNodes tunnel up render systemLoad terminate "
+    "spotPrices cancelSpot cancelAllSpot login runCommand regions extend policy"
 ).split()
 
 
@@ -123,7 +123,7 @@ def test_calls_do_not_grow_with_the_number_of_nodes(cloud: LocalCloud, group: st
     assert counts[0][0] == {"DescribeInstances": 1, "DescribeSpotInstanceRequests": 1, "DescribeSecurityGroups": 1}
 
 
-POLLS = ("DescribeInstances", "DeleteSecurityGroup")
+POLLS = ("DescribeInstances", "DescribeSecurityGroups", "DeleteSecurityGroup", "TerminateInstances")
 
 
 def test_foreign_instances_are_never_touched(cloud: LocalCloud, group: str) -> None:
@@ -285,8 +285,9 @@ def test_closed_port_means_tunnel(cloud: LocalCloud, group: str) -> None:
 
 def test_time_limit_is_tagged_and_moved(cloud: LocalCloud, group: str) -> None:
     made = cloud.cluster("createNodes", "c1.xlarge", "1", group, "--max-hours", "2.5")
-    assert "Each ends itself after 2.5 hours." in made.err
+    assert "Each ends itself after 2.5 hours, or 60 minutes without use." in made.err
     assert cloud.nodes(group)[0]["max_hours"] == 2.5
+    assert "idle limit 60 min" in cloud.cluster("status", group).out
     assert cloud.cluster("extend", "1", group).code == 0
     assert cloud.nodes(group)[0]["max_hours"] == 3.5
 

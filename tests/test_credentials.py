@@ -99,3 +99,13 @@ def profile(cloud: LocalCloud, folder: Path, text: str) -> dict[str, str]:
     env = cloud.environment(AWS_CONFIG_FILE=str(folder / "config"), AWS_PROFILE="render", HOME=str(folder))
     del env["AWS_ACCESS_KEY_ID"], env["AWS_SECRET_ACCESS_KEY"]
     return env
+
+
+def test_a_region_that_the_account_has_not_enabled(cloud: LocalCloud) -> None:
+    """`regions` works even then: it asks where every account may."""
+    there = {"AWS_REGION": "eu-west-1"}
+    with cloud.options(refusing_regions={"eu-west-1": "AuthFailure"}):
+        refused = cloud.cluster("status", settings=there)
+        listed = cloud.cluster("regions", settings=there)
+    assert "or AWS_REGION: ./cluster.py regions lists the regions that are enabled" in refused.last_line
+    assert (listed.code, "* eu-west-1\n" in listed.out) == (0, True)

@@ -192,7 +192,9 @@ def test_the_guard_is_a_program_of_its_own(tmp_path: Path, monkeypatch: pytest.M
 
 def test_user_data_has_room_for_the_guard() -> None:
     """EC2 takes 16 KB in all."""
-    assert len(json.dumps(cluster.guard_at_boot(60))) < 12_000
+    private, public = cluster.make_ed25519()
+    assert len(cluster.make_user_data(private, public, 8, 60)) < 16 * 1024 - 1500
+    assert len(cluster.make_user_data(private, public, 8, 0)) < 4096
 
 
 OWN, OTHER = "10.0.0.1", "10.0.0.2"

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -203,3 +204,55 @@ def test_logins_that_are_refused_come_slowly(monkeypatch: pytest.MonkeyPatch) ->
         cluster.open_remote(node("i-1"), cluster.Settings(), None, 600, first_boot=True)  # type: ignore[arg-type]
     assert max(pauses) == 2
     assert len(pauses) < 22
+
+
+# Keys, money, and what is left behind
+
+
+def test_a_second_computer_without_the_key(cloud: LocalCloud, group: str, tmp_path: Path) -> None:
+    """It makes no key that would fit nothing, and says both ways out."""
+    assert cloud.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+    key = tmp_path / "key.pem"
+    for words, says in (
+        (
+            ("createNodes", "c1.xlarge", "1", f"{group}-2"),
+            "choose another KEYPAIR_NAME in config.py, or copy that key's",
+        ),
+        (("runCommand", "true", group), f"there is no SSH key {key}: copy it from the machine that launched the nodes"),
+    ):
+        refused = cloud.cluster(*words, settings={"SSH_PRIVATE_KEY_FILE": str(key)})
+        assert (refused.code, says in refused.last_line) == (1, True), refused.err
+        assert not key.exists()
+    own = {"SSH_PRIVATE_KEY_FILE": str(key), "KEYPAIR_NAME": group}
+    assert cloud.cluster("createNodes", "c1.xlarge", "1", f"{group}-2", settings=own).code == 0
+    cloud.client("ec2").delete_key_pair(KeyName=group)
+    cloud.end(f"{group}-2")
+
+
+def test_a_folder_that_takes_no_key(cloud: LocalCloud, group: str) -> None:
+    settings = {"SSH_PRIVATE_KEY_FILE": "/proc/self/key.pem", "KEYPAIR_NAME": group}  # not even root writes there
+    refused = cloud.cluster("createNodes", "c1.xlarge", "1", group, settings=settings)
+    assert refused.code == 1
+    assert "the folder /proc/self must be writable, since the new SSH key is kept there" in refused.last_line
+    assert cloud.nodes(group) == []
+
+
+def test_costs_that_lack_a_price_say_at_least(cloud: LocalCloud, group: str) -> None:
+    assert cloud.cluster("createNodes", "c1.xlarge", "2", group).code == 0
+    assert "at least" not in cloud.cluster("status", group).out
+    first = cloud.nodes(group)[0]["id"]
+    cloud.client("ec2").delete_tags(Resources=[first], Tags=[{"Key": "mitsuba-price"}])
+    assert re.search(r"at least \$0\.5\d an hour, at least \$\d", cloud.cluster("status", group).out)
+    ended = cloud.cluster("terminateAll", group)
+    assert re.search(r"cost at least \$0\.0", ended.err)
+
+
+def test_a_launch_that_leaves_nodes_says_how_to_go_on(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(launch_faults=["kms"]):
+        made = cloud.cluster(*CREATE, group)
+    assert made.code == 1
+    assert (
+        "EC2 ended it while it started: Client.InternalError: Client error on launch (may you use the KMS" in made.err
+    )
+    goes_on = f"./cluster.py install {group} goes on with them (./cluster.py createNodes would make more)"
+    assert goes_on in made.last_line

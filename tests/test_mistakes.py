@@ -78,7 +78,7 @@ MISTAKES = [
     Mistake(
         "no nodes", ("install", "empty"), "no running nodes in group 'empty' (us-east-1); ./cluster.py createNodes"
     ),
-    Mistake("no nodes to end", ("terminateAll", "empty"), "Nothing to terminate: group 'empty' does not exist", 0),
+    Mistake("no nodes to end", ("terminateAll", "empty"), "Nothing to terminate: group 'empty' does not exist"),
     Mistake("unknown node", ("terminate", "i-0123456789abcdef0"), "no node 'i-0123456789abcdef0' of this tool"),
     Mistake("malformed node", ("login", "; rm -rf /"), "no node '; rm -rf /' of this tool"),
     Mistake("no head", ("tunnel", "empty"), "no running nodes in group 'empty'"),

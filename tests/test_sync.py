@@ -172,9 +172,21 @@ def test_an_object_that_changes_meanwhile(tmp_path: Path) -> None:
 def test_many_small_files(tmp_path: Path) -> None:
     names = [f"frames/{number:04}.png" for number in range(300)]
     with range_server(b"tiny") as server:
-        assert run_sync(tmp_path, server.job(*names)) == {"moved": 1200, "fetched": 300, "present": 0, "missing": 0}
+        assert run_sync(tmp_path, server.job(*names)) == {
+            "moved": 1200,
+            "fetched": 300,
+            "present": 0,
+            "missing": 0,
+            "lacking": 0,
+        }
         (tmp_path / names[7]).write_bytes(b"edited")
-        assert run_sync(tmp_path, server.job(*names)) == {"moved": 4, "fetched": 1, "present": 299, "missing": 0}
+        assert run_sync(tmp_path, server.job(*names)) == {
+            "moved": 4,
+            "fetched": 1,
+            "present": 299,
+            "missing": 0,
+            "lacking": 0,
+        }
     assert {(tmp_path / name).read_bytes() for name in names} == {b"tiny"}
 
 

@@ -38,7 +38,7 @@ def test_a_digest_of_either_kind_is_checked(tmp_path: Path, kind: str) -> None:
     with range_server(b"data") as server:
         good, bad = (hashlib.new(kind, text).hexdigest() for text in (b"data", b"other"))
         done = cluster.Fetcher(str(tmp_path)).fetch_all(wanted(server, "a/good", digest=good))
-        assert done == {"fetched": 1, "present": 0, "missing": 0, "moved": 4}
+        assert done == {"fetched": 1, "present": 0, "missing": 0, "moved": 4, "lacking": 0}
         with pytest.raises(cluster.FetchFailed, match=r"^a/bad: its checksum is wrong after the transfer"):
             cluster.Fetcher(str(tmp_path)).fetch_all(wanted(server, "a/bad", digest=bad))
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["good"]
@@ -71,7 +71,7 @@ def test_without_a_source_a_node_says_what_it_lacks(tmp_path: Path) -> None:
     with range_server(b"data") as server:
         run_sync(tmp_path, server.job("one"))
         job = [one._asdict() for one in wanted(server, "one", "two", url="")]
-        assert run_sync(tmp_path, job) == {"fetched": 0, "present": 1, "missing": 1, "moved": 0}
+        assert run_sync(tmp_path, job) == {"fetched": 0, "present": 1, "missing": 1, "moved": 0, "lacking": 4}
 
 
 @pytest.mark.parametrize(
@@ -259,3 +259,20 @@ def test_addresses_that_are_dead_at_once_are_named(tmp_path: Path) -> None:
     assert str(failure.value) == (
         "big: its source answers 403 ExpiredToken; if your AWS session has expired, renew it and run this again"
     )
+
+
+# Who fetches from here
+
+
+def test_what_an_interrupted_run_has_brought_need_not_come_from_here_again(tmp_path: Path) -> None:
+    content = os.urandom(3 * PART)
+    with range_server(content) as server:
+        server.refuse_from = 2 * PART
+        run_sync(tmp_path, server.job("big"))
+        job = [one._asdict() for one in wanted(server, "big", url="")]
+        assert run_sync(tmp_path, job)["lacking"] <= PART
+    assert run_sync(tmp_path / cluster.FETCH_FOLDER, job)["lacking"] == 3 * PART
+    spread = cluster.Spread("/mnt", [], [], 2)
+    spread.unheard, spread.waiting = 0, [PART, 3 * PART]
+    assert spread.choose([], 3 * PART) is None
+    assert spread.choose([], PART)

@@ -66,6 +66,7 @@ class Options:
     created_lag: Seconds = PACES["short"]["created_lag"]
     ending_lag: Seconds = PACES["short"]["ending_lag"]
     holding_lag: Seconds = PACES["short"]["holding_lag"]
+    forgotten: list[str] = field(default_factory=list)  # instances that lists show and calls that name them don't know
     refusing_regions: dict[str, str] = field(default_factory=dict)  # region -> the code of its refusals
     spot_prices: dict[str, float] = field(default_factory=dict)  # zone -> $ an hour, where it is not the usual one
     capacity: dict[str, int] = field(default_factory=dict)  # zone -> instances that it has left
@@ -237,6 +238,9 @@ def mend_instances(cloud: Cloud) -> None:
 
         def _boot(self) -> None:
             wrong = cloud.options.launch_faults.pop(0) if cloud.options.launch_faults else ""
+            if wrong == "kms":  # a disk's key that the user may not use
+                self._end("Client.InternalError", "Client.InternalError: Client error on launch")
+                return
             if wrong == "dies":
                 self._end("Server.InternalError", "Server.InternalError: Internal error on launch")
                 return
@@ -260,11 +264,11 @@ def mend_instances(cloud: Cloud) -> None:
                 self.node.stop()
                 time.sleep(lag(cloud.options, "ending_lag", self))
                 self._become("terminated")
+                cloud_end_of_spot(self)
                 time.sleep(lag(cloud.options, "holding_lag", self))  # its network interface outlives it
                 self.holds_groups = False
 
             threading.Thread(target=finish, daemon=True).start()
-            cloud_end_of_spot(self)
 
         def vanish(self) -> None:
             """End at once, without AWS's delays: for the tests' own clearing up."""
@@ -311,7 +315,7 @@ def mend_instances(cloud: Cloud) -> None:
 def cloud_end_of_spot(instance: Any) -> None:
     """Close the spot request of an instance that ends."""
     request = instance.ec2_backend.spot_instance_requests.get(instance.spot_instance_request_id)
-    if request:
+    if request and request.state == "active":
         reclaimed = instance.interrupted_at
         request.state = "closed"
         request.status_code = "instance-terminated-no-capacity" if reclaimed else "instance-terminated-by-user"

@@ -86,7 +86,7 @@ def refuse(cloud: Any, region: str, action: str, parameters: dict[str, str]) -> 
     unknown = [
         name
         for name, one in instances.items()
-        if not one or one.region_name != region or is_late(options, "list_lag", one)
+        if not one or one.region_name != region or is_late(options, "list_lag", one) or name in options.forgotten
     ]
     groups = [backend.get_security_group_from_id(name) for name in named(parameters, NAMES_GROUP)]
     keys = [] if action in MAKES_KEYS else [backend.key_pairs.get(name) for name in named(parameters, NAMES_KEY)]

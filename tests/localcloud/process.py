@@ -468,7 +468,7 @@ async def server_log(node: ProcessNode, arguments: list[str]) -> tuple[int, str]
 
 async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Move the deadline that the user data set."""
-    return 0, "moved\n"
+    return 0, "ends at another time\n"
 
 
 def reset(writer: asyncio.StreamWriter) -> None:

@@ -1,0 +1,175 @@
+"""terminateAll and terminate: all that is the user's ends, nothing else does, and what remains is named."""
+
+from __future__ import annotations
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tests.support import LocalCloud, wait_until
+
+
+def create(cloud: LocalCloud, group: str, count: int = 1, settings: dict[str, Any] | None = None) -> list[str]:
+    """Create COUNT nodes without AWS's delays; return their ids."""
+    with cloud.options(pace="none"):
+        made = cloud.cluster("createNodes", "c1.xlarge", str(count), group, settings=settings)
+    assert made.code == 0, made.err
+    return cloud.truth(group)[0]
+
+
+def end_quickly(cloud: LocalCloud, *words: str, **options: Any) -> Any:
+    """Run a command that ends nodes, without AWS's delays."""
+    with cloud.options(pace="none"):
+        return cloud.cluster(*words, **options)
+
+
+def test_nodes_that_end_later_than_a_security_group_is_waited_for(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 2)
+    with cloud.options(ending_lag=9, holding_lag=2):
+        ended = cloud.cluster("terminateAll", group, limits={"HOLD_LIMIT": 8})
+    assert ended.code == 0, ended.err
+    assert ended.out.count(": terminated") == 2
+    assert cloud.truth(group) == ([], 0)
+
+
+def test_a_security_group_that_is_never_let_go(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group)
+    with cloud.options(ending_lag=0, holding_lag=30):
+        ended = cloud.cluster("terminateAll", group, limits={"HOLD_LIMIT": 1})
+    assert ended.code == 1
+    assert "is still in use by something that EC2 does not list" in ended.last_line
+    assert f"run ./cluster.py terminateAll {group} again" in ended.last_line
+
+
+def test_one_unknown_id_spares_no_other_node(cloud: LocalCloud, group: str) -> None:
+    first, *others = create(cloud, group, 3)
+    with ThreadPoolExecutor(1) as pool:
+        with cloud.options(forgotten=[first]):
+            run = pool.submit(functools.partial(cloud.cluster, "terminateAll", group))
+            states = functools.partial(cloud.ask, "truth", group)
+            wait_until(lambda: {states()["instances"][name] for name in others} == {"terminated"})
+            assert states()["instances"][first] == "running"
+            assert not run.done()
+        ended = run.result()
+    assert ended.code == 0, ended.err
+    assert ended.out.count(": terminated") == 3
+    assert cloud.truth(group) == ([], 0)
+
+
+def test_a_protected_node(cloud: LocalCloud, group: str) -> None:
+    protected, _ = create(cloud, group, 2)
+    change = cloud.client("ec2").modify_instance_attribute
+    change(InstanceId=protected, DisableApiTermination={"Value": True})
+    ended = end_quickly(cloud, "terminateAll", group, limits={"UNSEEN_LIMIT": 1})
+    assert ended.code == 1
+    assert f"protected from termination, so they run on and cost money: {protected}." in ended.last_line
+    assert "modify-instance-attribute --region us-east-1 --no-disable-api-termination" in ended.last_line
+    assert cloud.truth(group) == ([protected], 1)
+    assert f"they run on and cost money: {protected}." in cloud.cluster("terminate", protected).last_line
+    change(InstanceId=protected, DisableApiTermination={"Value": False})
+    assert end_quickly(cloud, "terminateAll", group).code == 0
+    assert cloud.truth(group) == ([], 0)
+
+
+def test_trouble_with_spot_requests_keeps_no_node_alive(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(pace="none"):
+        assert cloud.cluster("createNodes", "c1.xlarge", "1", group, "--spot").code == 0
+        rules = [{"kind": "denied", "action": f"{verb}SpotInstanceRequests"} for verb in ("Describe", "Cancel")]
+        with cloud.faults(*rules):
+            ended = cloud.cluster("terminateAll", group)
+    assert ended.code == 0, ended.err
+    assert "Warning: their spot requests are not cancelled: " in ended.err
+    assert cloud.truth(group) == ([], 0)
+
+
+def test_only_nodes_in_the_groups_own_security_group_are_ended(cloud: LocalCloud, group: str) -> None:
+    (node,) = create(cloud, group)
+    ec2 = cloud.client("ec2")
+    raw = ec2.describe_instances(InstanceIds=[node])["Reservations"][0]["Instances"][0]
+    data = ec2.describe_instance_attribute(InstanceId=node, Attribute="userData")["UserData"]["Value"]
+    same = {name: raw[name] for name in ("ImageId", "InstanceType", "KeyName", "SubnetId")}
+    with cloud.options(pace="none"):
+        (planted,) = ec2.run_instances(**same, UserData=decode(data), MinCount=1, MaxCount=1)["Instances"]
+        name = planted["InstanceId"]
+        ec2.create_tags(Resources=[name], Tags=[tag for tag in raw["Tags"] if not tag["Key"].startswith("aws:")])
+        alone = cloud.cluster("terminate", name)
+        ended = cloud.cluster("terminateAll", group)
+    assert (alone.code, f"{name} is not in security group mitsuba-{group}" in alone.last_line) == (1, True)
+    assert ended.code == 0, ended.err
+    assert ended.out.count(": terminated") == 1
+    assert f"Left alone: {name} has the tag of group '{group}', but is not in security group" in ended.err
+    assert cloud.truth(group) == ([name], 0)
+
+
+def decode(text: str) -> str:
+    """Return user data as RunInstances takes it."""
+    import base64
+
+    return base64.b64decode(text).decode()
+
+
+def test_somebody_elses_group(cloud: LocalCloud, group: str) -> None:
+    theirs = {"KEYPAIR_NAME": group, "SSH_PRIVATE_KEY_FILE": str(cloud.where.root / f"{group}.pem")}
+    (node,) = create(cloud, group, 1, theirs)
+    for words in (("createNodes", "c1.xlarge", "1"), ("start",), ("terminateAll",)):
+        refused = cloud.cluster(*words, group)
+        assert refused.code == 1, refused.err
+        assert f"group '{group}' (us-east-1) is somebody else's" in refused.last_line
+        assert f"key pair {group}, by " in refused.last_line
+        assert "--others" in refused.last_line
+    assert "is somebody else's" in cloud.cluster("terminate", node).last_line
+    assert cloud.truth(group)[0] == [node]
+    with cloud.options(pace="none"):
+        assert cloud.cluster("createNodes", "c1.xlarge", "1", group, "--others").code == 0
+        mine = cloud.cluster("terminateAll", group, limits={"UNSEEN_LIMIT": 1})
+        assert mine.code == 0, mine.err
+        assert f"Left alone: {node} has the tag of group '{group}', but was launched with another key" in mine.err
+        assert cloud.truth(group) == ([node], 1)
+        assert cloud.cluster("terminateAll", group, "--others").code == 0
+    assert cloud.truth(group) == ([], 0)
+
+
+def test_a_spoilt_signature_keeps_no_node_alive(cloud: LocalCloud, group: str) -> None:
+    (node,) = create(cloud, group)
+    cloud.client("ec2").create_tags(Resources=[node], Tags=[{"Key": "mitsuba-signature-1", "Value": "AAAA"}])
+    ended = end_quickly(cloud, "terminateAll", group)
+    assert ended.code == 0, ended.err
+    assert cloud.truth(group) == ([], 0)
+
+
+def test_other_groups_are_named_and_a_mistyped_one_fails(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 2)
+    mistyped = end_quickly(cloud, "terminateAll", f"{group}-x", limits={"UNSEEN_LIMIT": 0})
+    assert mistyped.code == 1
+    assert mistyped.last_line == f"Error: Nothing to terminate: group '{group}-x' does not exist in us-east-1"
+    assert f"Group {group} runs on: 2 nodes, $1.04 an hour\n" in mistyped.err
+
+
+def test_all_groups_in_all_regions_past_those_that_refuse(cloud: LocalCloud, group: str) -> None:
+    key = {"KEYPAIR_NAME": group, "SSH_PRIVATE_KEY_FILE": str(cloud.where.root / f"{group}.pem")}
+    first, second = f"{group}-1", f"{group}-2"
+    create(cloud, first, 1, key)
+    create(cloud, second, 1, key | {"AWS_REGION": "us-west-2"})
+    codes = {"eu-west-1": "UnauthorizedOperation", "ap-south-1": "AuthFailure", "sa-east-1": "UnauthorizedOperation"}
+    with cloud.options(refusing_regions=codes):
+        ended = end_quickly(cloud, "terminateAll", "--all-groups", "--all-regions", settings=key)
+    assert ended.code == 1
+    assert all(f"{region}: " in ended.last_line for region in codes)
+    assert "eu-central-1" not in ended.out + ended.err
+    assert "explicit deny in a service control policy" in ended.last_line
+    assert ended.out.count(": terminated") == 2
+    assert f"nothing of group '{second}' is left in us-west-2" in ended.err
+    assert cloud.truth(first) == cloud.truth(second) == ([], 0)
+
+
+def test_all_groups_spares_those_of_others(cloud: LocalCloud, group: str) -> None:
+    key = {"KEYPAIR_NAME": group, "SSH_PRIVATE_KEY_FILE": str(cloud.where.root / f"{group}.pem")}
+    others = create(cloud, group)
+    create(cloud, f"{group}-mine", 1, key)
+    ended = end_quickly(cloud, "terminateAll", "--all-groups", settings=key)
+    assert ended.code == 0, ended.err
+    assert cloud.truth(f"{group}-mine") == ([], 0)
+    assert cloud.truth(group)[0] == others
+    usage = cloud.cluster("terminateAll", group, "--all-groups")
+    assert usage.code == 2
+    assert cloud.truth(group)[0] == others
