@@ -172,7 +172,7 @@ def test_a_subnet_that_gives_no_public_addresses(cloud: LocalCloud, group: str) 
     finally:
         ec2.modify_subnet_attribute(SubnetId=subnet, MapPublicIpOnLaunch={"Value": True})
     assert made.code == 0, made.err
-    assert f"{subnet} gives no public addresses unasked; the nodes ask for one each" in made.err
+    assert f"Without public addresses of its own: {subnet}; the nodes ask for one each" in made.err
     assert public_address(cloud, group)
 
 
