@@ -486,6 +486,7 @@ def test_addresses_lose_their_credentials() -> None:
         == "deb http://…@127.0.0.1:1/a ./, 'https://x/?…'"
     )
     assert cluster.mask("a@b: what? no") == "a@b: what? no"
+    assert str(cluster.SilentNode(SIGNED)) == cluster.ClusterError(SIGNED).message == cluster.mask(SIGNED)
 
 
 @pytest.mark.parametrize(
