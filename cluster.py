@@ -720,6 +720,18 @@ class Node(NamedTuple):
         return self.public_name or self.address or self.id
 
 
+class InstanceType(NamedTuple):
+    """What an instance type can do."""
+
+    type: str
+    architectures: tuple[str, ...]
+    boot_modes: tuple[str, ...]
+    virtualization: tuple[str, ...]
+    cores: int
+    encrypts: bool
+    burstable: bool
+
+
 class SpotRequest(NamedTuple):
     """A spot request of ours."""
 
@@ -923,6 +935,42 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
     ids = [node.id for node in nodes]
     for start in range(0, len(ids), TAG_BATCH):
         ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
+
+
+def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
+    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
+    types = []
+    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
+        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
+    if not types:
+        region = ec2.meta.region_name
+        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
+    raw = types[0]
+    return InstanceType(
+        type=machine,
+        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
+        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
+        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
+        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
+        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
+        burstable=raw.get("BurstablePerformanceSupported", False),
+    )
+
+
+def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
+    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
+    history = fetch_pages(
+        ec2,
+        "describe_spot_price_history",
+        "SpotPriceHistory",
+        InstanceTypes=[machine],
+        ProductDescriptions=["Linux/UNIX"],
+        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
+    )
+    zones: dict[str, list[tuple[datetime, float]]] = {}
+    for one in history:
+        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
+    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
 def fetch_regions(settings: Settings) -> list[str]:
@@ -1238,6 +1286,48 @@ def write_secret(path: Path, text: str) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def make_ed25519() -> tuple[str, str]:
+    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    form = serialization.PublicFormat.OpenSSH
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    return private.decode(), public.decode()
+
+
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+
+
+def ensure_key_file(path: Path) -> None:
+    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    if has_key(path):
+        return
+    text = path.read_text("latin-1") if path.exists() else ""
+    if text and "placeholder" not in text:
+        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
+    private, _ = make_ed25519()
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            "SSH_PRIVATE_KEY_FILE in config.py can name a file elsewhere"
+        ) from error
+    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def user_command(name: str, script: str, *arguments: str) -> str:
@@ -3141,18 +3231,6 @@ CAPACITY_CODES = (
 ).split()
 
 
-class InstanceType(NamedTuple):
-    """What an instance type can do."""
-
-    type: str
-    architectures: tuple[str, ...]
-    boot_modes: tuple[str, ...]
-    virtualization: tuple[str, ...]
-    cores: int
-    encrypts: bool
-    burstable: bool
-
-
 class Image(NamedTuple):
     """What matters of an AMI."""
 
@@ -3272,26 +3350,6 @@ def plan_batches(count: int, size: int) -> list[int]:
     return [min(size, count - start) for start in range(0, count, size)]
 
 
-def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
-    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
-    types = []
-    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
-        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
-    if not types:
-        region = ec2.meta.region_name
-        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
-    raw = types[0]
-    return InstanceType(
-        type=machine,
-        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
-        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
-        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
-        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
-        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
-        burstable=raw.get("BurstablePerformanceSupported", False),
-    )
-
-
 def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
     """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
@@ -3394,22 +3452,6 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
         rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
         return max(filter(None, map(float, rates)), default=None)
     return None
-
-
-def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
-    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
-    history = fetch_pages(
-        ec2,
-        "describe_spot_price_history",
-        "SpotPriceHistory",
-        InstanceTypes=[machine],
-        ProductDescriptions=["Linux/UNIX"],
-        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
-    )
-    zones: dict[str, list[tuple[datetime, float]]] = {}
-    for one in history:
-        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
-    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
 def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
@@ -3522,48 +3564,6 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     if plan.quota is not None:
         quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
         yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
-
-
-def make_ed25519() -> tuple[str, str]:
-    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    form = serialization.PublicFormat.OpenSSH
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
-    return private.decode(), public.decode()
-
-
-def has_key(path: Path) -> bool:
-    """Tell whether a file is there and holds a key: not the placeholder."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
-
-
-def ensure_key_file(path: Path) -> None:
-    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    if has_key(path):
-        return
-    text = path.read_text("latin-1") if path.exists() else ""
-    if text and "placeholder" not in text:
-        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
-    if why := hide_from_git(path):
-        raise ClusterError(
-            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
-            "path outside of the repository"
-        )
-    private, _ = make_ed25519()
-    try:
-        write_secret(path, private)
-    except OSError as error:
-        raise ClusterError(
-            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
-            "SSH_PRIVATE_KEY_FILE in config.py can name a file elsewhere"
-        ) from error
-    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def ensure_key(app: App) -> None:
