@@ -30,6 +30,7 @@ part of the day: createNodes, install, start, status, syncData, terminateAll, Sp
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -68,7 +69,6 @@ except ImportError:
 # What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
     import subprocess
-    import tempfile
     import urllib.request
 
     import paramiko
@@ -101,6 +101,7 @@ POLL = 1.0  # between two looks at EC2, one call for all nodes
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
 SYNC_LIMIT = 24 * 3600
 MIB = 1 << 20
+VERSION = "1.0.0"
 
 RETRY_CODES = (
     "RequestLimitExceeded Throttling ThrottlingException InternalError InternalFailure Unavailable ServiceUnavailable "
@@ -121,7 +122,11 @@ class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(mask("\n".join(map(printable, message.split("\n")))))
+        super().__init__(mask(printable_lines(message)))
+
+    def show(self, file: Any = None) -> None:
+        """Print the line."""
+        complain(self.message)
 
 
 class NodeError(Exception):
@@ -136,12 +141,35 @@ class Terminated(BaseException):
     """SIGTERM has come; unwinds like Ctrl-C's KeyboardInterrupt."""
 
 
-PROGRAM = ["./cluster.py"]  # as the user called it: --config FILE is added where it was given
+class Call:
+    """How the user called this program: messages say what can be typed, and which file can be edited."""
+
+    program = "./cluster.py"
+    options: tuple[str, ...] = ()  # --config FILE, where it was given
+    settings = "config.py"  # the file that is read
 
 
 def command(name: str, *arguments: str) -> str:
     """Return a command line that the user can paste, whatever a tag says; the default group need not be named."""
-    return " ".join([*PROGRAM, name, *(shlex.quote(one) for one in arguments if one != "default")])
+    words = (shlex.quote(one) for one in arguments if one != "default")
+    return " ".join([Call.program, *Call.options, name, *words])
+
+
+def called_as(path: str) -> str:
+    """Return how to call the program at PATH again: by its name where PATH finds it, else by its path."""
+    name = os.path.basename(path)
+    found = shutil.which(name)
+    if found and os.path.realpath(found) == os.path.realpath(path):
+        return shlex.quote(name)
+    return shlex.quote(path if os.sep in path else f"./{path}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" where WORD is nearly one of those that are KNOWN, else ""."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def printable(text: str) -> str:
@@ -190,34 +218,42 @@ def format_money(dollars: float) -> str:
     return f"${dollars:.2f}" if dollars >= 0.1 or not dollars else f"${dollars:.4f}"
 
 
-def wrap(words: Sequence[str], width: int) -> list[str]:
-    """Join WORDS by commas into lines of at most WIDTH (one word a line at least)."""
-    lines: list[str] = []
-    for word in words:
-        if lines and len(lines[-1]) + 2 + len(word) <= width:
-            lines[-1] += ", " + word
-        else:
-            lines.append(word)
-    return lines
+def visible(cell: str) -> int:
+    """Return the width of a cell on the screen: colours take none."""
+    return len(click.unstyle(cell))
 
 
-def format_table(rows: Sequence[Sequence[str]], width: int) -> str:
-    """Align ROWS (the first is the header) in columns; stack the cells where WIDTH is too small."""
-    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    if sum(columns) + 2 * (len(columns) - 1) <= width:
-        lines = ("  ".join(cell.ljust(size) for cell, size in zip(row, columns)) for row in rows)
+def fit_columns(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]) -> Sequence[Sequence[str]]:
+    """Leave out the columns SPARE, one after the other, until ROWS fit into WIDTH; of NAME only the common tail."""
+    for title in spare:
+        if sum(max(map(visible, column)) + 2 for column in zip(*rows)) - 2 <= width:
+            break
+        if title == "NAME":  # of the form ec2-203-0-113-1.compute-1.amazonaws.com
+            rows = [[re.sub(r"(ec2-[\d-]+)\.[\w.-]+", r"\1…", cell) for cell in row] for row in rows]
+        elif title in rows[0]:
+            at = rows[0].index(title)
+            rows = [[cell for i, cell in enumerate(row) if i != at] for row in rows]
+    return rows
+
+
+def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str] = ()) -> str:
+    """Align ROWS (the first is the header) in columns; where WIDTH is too small leave SPARE ones out, then stack."""
+    rows = fit_columns(rows, width, spare)
+    sizes = [max(map(visible, column)) for column in zip(*rows)]
+    if sum(sizes) + 2 * (len(sizes) - 1) <= width:
+        lines = ("  ".join(cell + " " * (size - visible(cell)) for cell, size in zip(row, sizes)) for row in rows)
         return "\n".join(line.rstrip() for line in lines)
     header, *body = rows
     blocks = []
     for row in body:
         pairs = [f"{name.lower()} {cell}" for name, cell in zip(header[1:], row[1:]) if cell]
-        blocks.append("\n  ".join([row[0], *wrap(pairs, width - 2)]))
+        blocks.append("\n  ".join([row[0], *pairs]))
     return "\n".join(blocks)
 
 
 def format_bar(done: float, total: float, width: int = 20) -> str:
     """Return a progress bar: [######··············]."""
-    filled = int(width * min(done, total) / total) if total else width
+    filled = int(width * min(done, total) / total) if total else 0
     return f"[{'#' * filled}{'·' * (width - filled)}]"
 
 
@@ -237,40 +273,76 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
+def is_lively(stream: Any) -> bool:
+    """Tell whether a stream is a terminal for colours and cursor codes; see https://no-color.org."""
+    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+
+
+def paint(text: str, err: bool = False, **look: Any) -> str:
+    """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if that has them."""
+    text = printable(text)
+    return click.style(text, **look) if is_lively(sys.stderr if err else sys.stdout) else text
+
+
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
 
 
 class Progress:
-    """A bar on a terminal, nothing of it in a pipe; a line for each node that is done."""
+    """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
 
-    shown = False  # a bar stands on the terminal's last line
+    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
+    """
 
-    def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None) -> None:
-        self.label, self.total, self.say = label, total, say
-        self.done = 0.0
+    shown = 0  # characters of a bar that stand on the terminal's last line
+
+    def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
+        self.label, self.total, self.say, self.size = label, total, say, size
+        self.done = 0
         self.detail = ""
+        self.steps: dict[str, str] = {}  # node id -> what it does now
+        self.moved: dict[str, int] = collections.defaultdict(int)  # node id, or "all" -> bytes
+        self.began = self.told = time.monotonic()
+
+    def step(self, node: Node, text: str) -> None:
+        """Note what NODE does now, in a word or two: "booting", "unpacking"."""
+        with OUTPUT:
+            self.steps[node.id] = text
 
     @staticmethod
     def clear() -> None:
         """Remove the bar, so that a line can be printed; the caller holds OUTPUT."""
         if Progress.shown:
-            click.echo("\r\033[K", nl=False, err=True)
-            Progress.shown = False
+            click.echo(f"\r{' ' * Progress.shown}\r", nl=False, err=True)
+            Progress.shown = 0
+
+    def describe(self) -> str:
+        """Return what stands beside the bar: nodes, bytes, rate, time left, the nodes' steps, the time gone."""
+        gone, moved = time.monotonic() - self.began, sum(self.moved.values())
+        parts = [f"{self.done}/{self.total}"] if self.total else []
+        if self.size:
+            parts.append(f"{format_size(moved)} of {format_size(self.size)}")
+            if moved and gone > 1:
+                rate = moved / gone
+                parts.append(f"{format_size(rate)}/s, {format_duration(max(0, self.size - moved) / rate)} left")
+        steps = sorted(self.steps.values())
+        parts += [self.detail] if self.detail else [f"{steps.count(step)} {step}" for step in dict.fromkeys(steps)]
+        return ", ".join([*parts, format_duration(gone)])
 
     def redraw(self) -> None:
         """Draw the bar anew."""
-        if sys.stderr.isatty():
-            text = f"{self.label} {format_bar(self.done, self.total)} {self.detail or self.counted()}"
-            with OUTPUT:
-                click.echo("\r\033[K" + text[: shutil.get_terminal_size().columns - 1], nl=False, err=True)
-                Progress.shown = True
-
-    def counted(self) -> str:
-        """Return "3/8"."""
-        return f"{int(self.done)}/{self.total}"
+        with OUTPUT:
+            if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+                moved = sum(self.moved.values())
+                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
+                text = f"{self.label} {bar} {self.describe()}"[: shutil.get_terminal_size().columns - 1]
+                click.echo("\r" + text.ljust(Progress.shown), nl=False, err=True)
+                Progress.shown = len(text)
+            elif time.monotonic() - self.told > 60:
+                self.told = time.monotonic()
+                note(f"{self.label}: {self.describe()}")
 
     def show(self, detail: str) -> None:
-        """Show a detail beside the bar."""
+        """Show a detail beside the bar, in place of the nodes' steps."""
         self.detail = detail
         self.redraw()
 
@@ -278,32 +350,65 @@ class Progress:
         """Count a node, and print its line: success to stdout, failure to stderr."""
         with OUTPUT:
             self.done += 1
+            self.steps.pop(outcome.node.id, None)
             if outcome.error:
-                note(f"{outcome.node.name}: {outcome.error}")
+                put(f"{paint(outcome.node.name, err=True, fg='red')}: {printable_lines(outcome.error)}", err=True)
             elif self.say and (line := self.say(outcome)):
                 result(line)
 
 
-def say_line(text: str, err: bool) -> None:
-    """Print TEXT, made printable, past the bar."""
+def printable_lines(text: str) -> str:
+    """Make each line of TEXT printable."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def put(text: str | bytes, err: bool = False) -> None:
+    """Print what is printable or painted already, past the bar; any thread may."""
     with OUTPUT:
         Progress.clear()
-        click.echo("\n".join(map(printable, text.split("\n"))), err=err)
+        click.echo(text, nl=isinstance(text, str), err=err)
 
 
 def note(text: str) -> None:
-    """Say something about the progress, on stderr; any thread may."""
-    say_line(mask(text), True)
+    """Say something about the progress, on stderr."""
+    put(printable_lines(mask(text)), err=True)
 
 
 def result(text: str) -> None:
-    """Print a result, on stdout; any thread may."""
-    say_line(text, False)
+    """Print a result, on stdout."""
+    put(printable_lines(text))
 
 
 def warn(text: str) -> None:
     """Say what went wrong and can be done without."""
-    note(f"Warning: {text}")
+    put(f"{paint('Warning:', err=True, fg='yellow')} {printable_lines(mask(text))}", err=True)
+
+
+def complain(text: str) -> None:
+    """Say what went wrong."""
+    put(f"{paint('Error:', err=True, fg='red')} {printable_lines(text)}", err=True)
+
+
+class Lines:
+    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix, self.rest = prefix.encode(), b""
+
+    def __call__(self, block: bytes) -> None:
+        """Print the lines that BLOCK completes; what does not end is cut into long ones."""
+        *lines, self.rest = (self.rest + block).split(b"\n")
+        if len(self.rest) > MIB:
+            lines, self.rest = [*lines, self.rest], b""
+        if lines and sys.stdout.isatty():
+            result("\n".join((self.prefix + line.rstrip(b"\r")).decode("utf-8", "replace") for line in lines))
+        elif lines:
+            put(b"".join(self.prefix + line + b"\n" for line in lines))
+
+    def end(self) -> None:
+        """Print what came after the last line."""
+        if self.rest:
+            self(b"\n")
 
 
 # --- Settings ----------------------------------------------------------------
@@ -423,6 +528,8 @@ UNQUOTED = ' (is there a value without quotes? name = "value")'
 
 def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
+    if path.is_dir():
+        raise ClusterError(f"{path} is a folder, no settings file; did you mean {path / 'config.py'}?")
     try:
         return runpy.run_path(str(path))
     except FileNotFoundError:
@@ -457,7 +564,7 @@ def load_settings(path: Path) -> Settings:
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
     known = set(Settings._fields)
     for name in values.keys() - known:
-        click.echo(f"Warning: {path.name} sets {name}, which is no setting", err=True)
+        click.echo(f"Warning: {path.name} sets {name}, which is no setting{did_you_mean(name, known)}", err=True)
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
             shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
@@ -546,9 +653,10 @@ def open_client(settings: Settings, service: str, region: str = "", **options: A
     }
     with open_session(settings, settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY) as session:
         partitions = session.get_available_partitions()
-        if not any(region in session.get_available_regions("ec2", partition) for partition in partitions):
-            url = "https://docs.aws.amazon.com/ec2"
-            raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows; see {url}")
+        known = [name for partition in partitions for name in session.get_available_regions("ec2", partition)]
+        if region not in known:
+            advice = did_you_mean(region, known) or "; see https://docs.aws.amazon.com/ec2"
+            raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows{advice}")
         return session.client(service, region_name=region, config=Config(**(defaults | options)))
 
 
@@ -628,7 +736,7 @@ def explain(error: Exception) -> str:
     text = str((getattr(error, "response", None) or {}).get("Error", {}).get("Message", "")) or str(error)
     text = " ".join(printable(text.replace("\n", " ")).split())
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
-        return f"no AWS credentials: run `aws configure`, or see the top of config.py ({text})"
+        return f"no AWS credentials: run `aws configure`, or see the top of {Call.settings} ({text})"
     if kind == "MissingDependencyException":
         add = f"{shlex.quote(sys.executable)} -m pip install 'botocore[crt]'"
         return f"your AWS profile was made by `aws login`, for which boto3 needs one more package: {add}"
@@ -642,7 +750,7 @@ def explain(error: Exception) -> str:
         return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
     if code in CREDENTIAL_CODES:
         region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
-        check = f"check AWS_PROFILE, `aws configure`, or config.py{region if code in REGION_CODES else ''}"
+        check = f"check AWS_PROFILE, `aws configure`, or {Call.settings}{region if code in REGION_CODES else ''}"
         return f"AWS refuses these credentials ({code}): {check}"
     if code in DENIED_CODES:
         return explain_denial(text, action)
@@ -718,6 +826,16 @@ class Node(NamedTuple):
     def name(self) -> str:
         """What to print: the public name, else the address, else the id."""
         return self.public_name or self.address or self.id
+
+    @property
+    def short(self) -> str:
+        """The last two numbers of the private address, as "4-17": it stays the same for a node's life."""
+        return "-".join(self.private_ip.split(".")[-2:])
+
+    @property
+    def age(self) -> tuple[datetime, list[int], str]:
+        """What sorts nodes from the oldest to the youngest; those of one launch by their addresses."""
+        return self.launched, [int(part) for part in self.private_ip.split(".") if part], self.id
 
 
 class InstanceType(NamedTuple):
@@ -994,7 +1112,7 @@ def fetch_client_cidr(settings: Settings) -> str:
     if settings.CLIENT_CIDR:
         return settings.CLIENT_CIDR
     url = os.environ.get(ADDRESS_VARIABLE, ADDRESS_URL)
-    advice = 'set CLIENT_CIDR in config.py, e.g. "203.0.113.7/32"'
+    advice = f'set CLIENT_CIDR in {Call.settings}, e.g. "203.0.113.7/32"'
     try:
         with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310 - ours, or the user's own
             text = answer.read(100).decode("ascii", "replace").strip()
@@ -1325,7 +1443,7 @@ def ensure_key_file(path: Path) -> None:
     except OSError as error:
         raise ClusterError(
             f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
-            "SSH_PRIVATE_KEY_FILE in config.py can name a file elsewhere"
+            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
         ) from error
     click.echo(f"Made a new SSH key: {path}", err=True)
 
@@ -1414,6 +1532,8 @@ class Facts(NamedTuple):
     clock: str = ""  # seconds since 1970
     load: tuple[float, ...] = ()
     memory_mb: tuple[int, ...] = ()  # used, total
+    restarts: int = 0  # of its server by systemd, since it was started
+    problem: str = ""  # what the server's log said last of an error, if it was restarted
 
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
@@ -1429,6 +1549,12 @@ echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2>
 echo "clock=$(date +%s.%N)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
+restarts=$(systemctl show --property NRestarts --value mtssrv.service 2> /dev/null)
+echo "restarts=${restarts:-0}"
+if [ "${restarts:-0}" != 0 ]; then
+  log=$(journalctl --no-pager --quiet --output cat --lines 200 --unit mtssrv.service 2> /dev/null)
+  echo "problem=$(grep -iE 'error|exception|fail|cannot|could not' <<< "$log" | tail -n 1 | cut -c 1-300)"
+fi
 """
 
 
@@ -1589,6 +1715,8 @@ def fetch_facts(remote: Remote) -> Facts:
             clock=pairs.get("clock", ""),
             load=tuple(map(float, pairs.get("load", "").split())),
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
+            restarts=int(pairs.get("restarts") or 0),
+            problem=printable(pairs.get("problem", "")),
         )
     except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
@@ -2537,6 +2665,31 @@ def on_terminate(*_: object) -> None:
     raise Terminated
 
 
+class WrongUsage(click.UsageError):
+    """A command line that can't be understood: its usage and one line on stderr, exit code 2."""
+
+    def show(self, file: Any = None) -> None:
+        """Say what is wrong, and where the help is."""
+        if self.ctx:
+            note(f"{self.ctx.get_usage()}\nTry {self.ctx.command_path} --help\n")
+        complain(self.format_message())
+
+
+@contextlib.contextmanager
+def plain_usage() -> Iterator[None]:
+    """Let click's errors of usage say what else could be meant."""
+    try:
+        yield
+    except click.UsageError as error:
+        advice, name = "", error.ctx.info_name if error.ctx else ""
+        if name == "runCommand" and not isinstance(error, click.MissingParameter):
+            advice = f"; quote the command, or put -- before it: {command('runCommand', '-- ls -la /mnt')}"
+        elif unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", error.format_message()):
+            advice = did_you_mean(unknown[1], cli.commands)
+            raise WrongUsage(f"{unknown[0]}{advice}", error.ctx) from None
+        raise WrongUsage(error.format_message().rstrip(".") + advice, error.ctx) from None
+
+
 DAY = "createNodes install start status syncData terminateAll".split()
 
 
@@ -2547,6 +2700,18 @@ class Tool(click.Group):
         """Begin with the user's day; the rest stays in the order of the file."""
         return sorted(self.commands, key=lambda name: DAY.index(name) if name in DAY else len(DAY))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take --config from anywhere before a "--"."""
+        end = args.index("--") if "--" in args else len(args)
+        words = args[:end]
+        for i, word in enumerate(words):
+            if word == "--config" and i + 1 < len(words):
+                words = [f"--config={words[i + 1]}", *words[:i], *words[i + 2 :]]
+            elif word.startswith("--config="):
+                words = [word, *words[:i], *words[i + 1 :]]
+        with plain_usage():
+            return super().parse_args(ctx, [*words, *args[end:]])
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Know createNodes by its old name, too."""
         return super().get_command(ctx, "createNodes" if cmd_name == "addNodes" else cmd_name)
@@ -2556,7 +2721,8 @@ class Tool(click.Group):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)
         try:
-            return super().invoke(ctx)
+            with plain_usage():
+                return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort):
             self.interrupted(ctx, 130)
         except Terminated:
@@ -2593,6 +2759,17 @@ def log_folder(group: str) -> Path:
     return folder
 
 
+def complete(ctx: click.Context, incomplete: str, ask: Callable[[Client], Iterable[str]]) -> list[Any]:
+    """Return EC2's answer to a Tab, or nothing where it does not come within a second or two."""
+    from click.shell_completion import CompletionItem
+
+    with contextlib.suppress(Exception):  # whatever goes wrong: a Tab shows no errors
+        settings = load_settings(ctx.find_root().params.get("config") or default_config())
+        ec2 = open_client(settings, "ec2", connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
+        return [CompletionItem(name) for name in sorted(set(ask(ec2))) if name.startswith(incomplete)]
+    return []
+
+
 class OwnWords(click.Command):
     """A command whose words after the first -- are not its own: it gets them as WORDS."""
 
@@ -2615,24 +2792,79 @@ class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only sinc
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Check the name: it becomes a tag, a folder and a security group."""
         if not GROUP_NAME.fullmatch(value):
-            self.fail(f"{value!r} is no group name: letters, digits, '.', '_' and '-', at most 63", param, ctx)
+            raise click.UsageError(f"{value!r} is no group name: letters, digits, '.', '_' and '-', at most 63", ctx)
         return str(value)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Complete the groups that have logs here: asking EC2 at every Tab would take too long."""
-        from click.shell_completion import CompletionItem
+        """Complete the groups that exist."""
+        return complete(ctx, incomplete, lambda ec2: [one.group for one in fetch_security_groups(ec2)])
 
-        folders = log_folder("").glob(f"{incomplete}*") if not set("*?[") & set(incomplete) else []
-        return [CompletionItem(folder.name) for folder in sorted(folders)]
+
+class NodeName(click.ParamType):  # type: ignore[type-arg]
+    """A node, as find_node understands it."""
+
+    name = "node"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """Complete short names, and "head"."""
+        return complete(ctx, incomplete, lambda ec2: ["head", *(n.short for n in fetch_nodes(ec2) if n.state in ALIVE)])
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A number from LOW (ABOVE it) to HIGH, refused in words that name the argument."""
+
+    name = "number"
+
+    def __init__(self, low: float, high: float, whole: bool = False, above: bool = False) -> None:
+        self.low, self.high, self.whole, self.above = low, high, whole, above
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        with contextlib.suppress(ValueError):
+            number = (int if self.whole else float)(value)
+            if self.low < number <= self.high or (number == self.low and not self.above):
+                return number
+        title = "it" if not param else param.opts[0] if isinstance(param, click.Option) else (param.name or "").upper()
+        kind = "a whole number" if self.whole else "a number"
+        span = f"above {self.low:g}, at most" if self.above else f"from {self.low:g} to"
+        first = (ctx.params.get("machine") if ctx else None) or ""
+        swapped = ctx and first.isdigit() and re.fullmatch(r"[a-z][\w-]*\.[\w-]+", str(value))
+        advice = f"; did you mean {command(ctx.info_name or '', value, first)}?" if ctx and swapped else ""
+        raise click.UsageError(f"{title} must be {kind} {span} {self.high:g}, not {value!r}{advice}", ctx)
 
 
 group_argument = click.argument("group", type=GroupName(), default="default", metavar="[GROUP]")
+
+
+def default_config() -> Path:
+    """Return the settings file if none is named: beside a clone's cluster.py; of an installed program the user's own.
+
+    Never one of the working folder, which may be anybody's: the file is run as code.
+    """
+    if __name__ == "__main__":
+        return HERE / "config.py"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "mitsuba-cluster" / "config.py"
+
+
+def offer_config(path: Path) -> None:
+    """Where an installed program has no settings yet, offer to write the commented template to PATH."""
+    from importlib import metadata
+
+    note(f"There is no settings file {path}")
+    template = next(one for one in metadata.files("mitsuba-cluster") or [] if one.name == "config.py")
+    if not sys.stdin.isatty():
+        raise ClusterError("run this at a terminal to have one written there, or name one: --config FILE")
+    click.confirm("Shall the template, with a comment for each setting, be written there?", abort=True, err=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(Path(template.locate()).read_text("utf-8"), "utf-8")
+    raise ClusterError(f"{path} is written: look it over, then run this again")
 
 
 @click.group(cls=Tool, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--config", type=click.Path(path_type=Path), envvar=CONFIG_VARIABLE, help="Another settings file than config.py."
 )
+@click.version_option(VERSION, message="mitsuba-cluster %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, config: Path | None) -> None:
     """Create a Mitsuba rendering cluster on Amazon EC2.
@@ -2649,41 +2881,91 @@ def cli(ctx: click.Context, config: Path | None) -> None:
     GROUP names one of several independent clusters; it is "default" if you leave it out.
     """
     given = ctx.get_parameter_source("config") is click.core.ParameterSource.COMMANDLINE
-    PROGRAM[1:] = ["--config", shlex.quote(str(config))] if given else []
-    ctx.obj = App(config or HERE / "config.py")
+    Call.options = ("--config", shlex.quote(str(config))) if given else ()
+    path = config or default_config()
+    Call.settings = path.name if path.parent == Path.cwd() else str(path)
+    ctx.obj = App(path)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
 
 others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
-count_argument = click.argument("count", type=click.IntRange(1, 5000))
+count_argument = click.argument("count", type=Number(1, 5000, whole=True))
 type_argument = click.argument("machine", metavar="TYPE")
-hours_option = click.option("--max-hours", type=click.FloatRange(0, 8760), help="Nodes end themselves after so long.")
-idle_option = click.option(
-    "--idle-minutes", type=click.FloatRange(0, 525600), help="Nodes end themselves after so long without use; 0: never."
+hours_option = click.option(
+    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
 )
+idle_option = click.option(
+    "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
+)
+node_argument = click.argument("name", type=NodeName(), metavar="NODE")
+
+
+def in_order(nodes: Iterable[Node]) -> list[Node]:
+    """Return NODES as they are shown: the head first, then by age."""
+    return sorted(nodes, key=lambda node: (node.role != "head", node.age))
 
 
 def find_node(app: App, name: str) -> Node:
-    """Return our node that NAME means; ClusterError where there is none, or more than one."""
+    """Return our node that NAME means: "head", a short name, an address, or how its name or id begins.
+
+    ClusterError where there is none, or more than one.
+    """
     nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
-    found = [node for node in nodes if name in (node.id, node.public_name, node.public_ip, node.private_ip)]
+    if name == "head":
+        found = [node for node in nodes if node.role == "head" and node.state == "running"]
+        found = [node for node in found if node.group == "default"] or found
+    else:
+        exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
+        found = exact or [node for node in nodes if (node.id.startswith(name) or node.name.startswith(name))]
     if len(found) > 1:
-        raise ClusterError(f"{printable(name)!r} may be {' or '.join(node.id for node in found)}: name one by its id")
+        which = ", ".join(f"{node.name} ({node.group}, {node.id})" for node in in_order(found))
+        raise ClusterError(f"{printable(name)!r} may be {which}: name one of them by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
+            if name != "head"
+            else f"no head node in {app.settings.AWS_REGION}; {command('start')} makes one"
         )
     return found[0]
 
 
 def find_head(app: App, group: str) -> Node:
     """Return GROUP's head node."""
-    nodes = app.ours([node for node in fetch_nodes(app.ec2, group) if node.state == "running"])
-    heads = [node for node in nodes if node.role == "head"]
+    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
     if not heads:
         raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
     return heads[0]
+
+
+def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Sequence[str]] = ()) -> str:
+    """Return the table of NODES, MORE columns (their titles first) after it; not WIDE: as the terminal is."""
+    now = datetime.now(timezone.utc)
+    rows = [["NODE", "NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
+    for node in nodes:
+        cost = spent(node, now)
+        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
+        rows.append(
+            [
+                node.short,
+                paint(node.name, bold=True) if node.role == "head" else node.name,
+                node.type,
+                paint(node.state, fg="green" if node.state == "running" else "yellow"),
+                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
+                node.role or "",
+                node.market,
+                node.private_ip,
+                format_money(node.price)[1:] if node.price is not None else "?",
+                format_money(cost)[1:] if cost is not None else "?",
+                format_duration(left.total_seconds()) if left else "",
+                node.id,
+            ]
+        )
+    filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    rows = [[*(row[i] for i in filled), *(column[at] for column in more)] for at, row in enumerate(rows)]
+    market = [] if any(node.market == "spot" for node in nodes) else ["MARKET"]
+    spare = ["PRIVATE", "ID", *market, "NAME", "$/H", "TYPE", "MARKET", "ENDS IN"]
+    return format_table(rows, 10_000 if wide else terminal_width(), spare)
 
 
 # --- Guard -------------------------------------------------------------------
@@ -3570,8 +3852,8 @@ def ensure_key(app: App) -> None:
     """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
     ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
     another = ClusterError(
-        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in config.py, or copy that key's "
-        f"file from the machine that made it to {path}"
+        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy that "
+        f"key's file from the machine that made it to {path}"
     )
 
     def find() -> list[str]:
@@ -3825,32 +4107,6 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
     return [done[node.id] for node in nodes]
 
 
-def node_rows(nodes: Sequence[Node]) -> list[list[str]]:
-    """Return the table of NODES, header first."""
-    now = datetime.now(timezone.utc)
-    rows = [["NAME", "TYPE", "STATE", "UP", "ROLE", "MARKET", "PRIVATE", "$/H", "$", "ENDS IN", "ID"]]
-    for node in nodes:
-        cost = spent(node, now)
-        left = node.launched + timedelta(hours=node.max_hours) - now if node.max_hours else None
-        rows.append(
-            [
-                node.name,
-                node.type,
-                node.state,
-                "" if node.state == "terminated" else format_duration((now - node.launched).total_seconds()),
-                node.role or "",
-                node.market,
-                node.private_ip,
-                format_money(node.price)[1:] if node.price is not None else "?",
-                format_money(cost)[1:] if cost is not None else "?",
-                format_duration(left.total_seconds()) if left else "",
-                node.id,
-            ]
-        )
-    empty = {i for i in range(len(rows[0])) if not any(row[i] for row in rows[1:])}
-    return [[cell for i, cell in enumerate(row) if i not in empty] for row in rows]
-
-
 def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
     from botocore.exceptions import ClientError
@@ -3878,7 +4134,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
     note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
     outcomes = await_nodes(app, launch, nodes)
-    result(format_table(node_rows([outcome.node for outcome in outcomes]), terminal_width()))
+    put(format_nodes(in_order(outcome.node for outcome in outcomes)))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
@@ -3906,7 +4162,7 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @cli.command("addSpotNodes")
 @type_argument
 @count_argument
-@click.argument("max_price", metavar="MAXPRICE", type=click.FloatRange(0, 1000, min_open=True))
+@click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True))
 @group_argument
 @hours_option
 @idle_option
@@ -4438,7 +4694,7 @@ def check_package(settings: Settings, without: bool) -> str:
     except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
         proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
         doubt = f"{title} can't be read ({error})"
-    doubt += "; set MITSUBA_PACKAGE or PKG_REPOSITORY in config.py" if doubt and title else ""
+    doubt += f"; set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings}" if doubt and title else ""
     if doubt and proved and not without:
         raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
     if doubt:
@@ -4519,7 +4775,7 @@ NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 def plan_head(nodes: Sequence[Node]) -> Node:
     """Choose the head: the one that was it, else on-demand before spot, else the oldest."""
-    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.launched, node.id))
+    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.age))
 
 
 def plan_head_cores(own: int) -> int:
@@ -4873,7 +5129,14 @@ def open_tunnel(head: Node, settings: Settings, port: int) -> Iterator[subproces
 
 @cli.command("tunnel")
 @group_argument
-@click.option("--port", type=click.IntRange(1, 65535), default=SERVER_PORT, show_default=True, help="Local port.")
+@click.option(
+    "--port",
+    type=Number(1, 65535, whole=True),
+    metavar="PORT",
+    default=SERVER_PORT,
+    show_default=True,
+    help="Local port.",
+)
 @click.pass_obj
 def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
@@ -5179,58 +5442,75 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
 # What runs, since when, and what it costs. Touches AWS; the nodes only where they are to be asked.
 
 BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
-LOOK_LIMIT = 10  # the same, where all that is wanted is a look
-WATCH_SECONDS = 3  # between two looks of systemLoad --watch
+LOOK_LIMIT = 10  # for connecting, where all that is wanted is a look
+ANSWER_LIMIT = 5  # for a node's whole answer to status
+ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
+WATCH_SECONDS = 3  # between two looks of --watch
+SERVER_LOOKS = {"serving": "green", "unlinked": "yellow", "down": "red", "silent": "red"}
 
 
-def format_cost(nodes: Sequence[Node]) -> str:
-    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+def totals(nodes: Sequence[Node]) -> dict[str, Any]:
+    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
     hourly = total(
         node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
         for node in nodes
         if node.price is not None and node.state in BILLED
     )
-    so_far = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    parts = [(hourly, "an hour"), (so_far, "so far")]
+    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    rounded = {"hourly": hourly, "cost": cost}
+    return {"nodes": len(nodes)} | {key: round(x, 4) if x is not None else None for key, x in rounded.items()}
+
+
+def format_cost(nodes: Sequence[Node]) -> str:
+    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+    known = totals(nodes)
+    parts = [(known["hourly"], "an hour"), (known["cost"], "so far")]
     return ", ".join(f"{at_least(nodes)}{format_money(value)} {what}" for value, what in parts if value is not None)
 
 
 def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
-    shown = node._asdict()
-    del shown["signature"]
-    return shown | {
+    return node._asdict() | {
         "name": node.name,
+        "short": node.short,
         "address": node.address,
         "launched": node.launched.isoformat().replace("+00:00", "Z"),
         "cost": round(cost, 4) if cost is not None else None,
     }
 
 
-def server_detail(outcome: Outcome[Any], linked: set[str]) -> dict[str, Any]:
+class Asked(NamedTuple):
+    """What one node says of itself and its server: the fields of `status --servers --json`."""
+
+    server: str  # serving, unlinked (a worker that its head does not use), down, or silent
+    server_text: str  # the same as a sentence
+    load: tuple[float, ...] | None = None
+    server_cores: int | None = None
+    idle: float | None = None  # seconds
+    clients: Sequence[dict[str, Any]] = ()  # of a head: the Mitsubas that are connected to it
+    restarts: int | None = None
+
+
+def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[str]) -> Asked:
     """Say in words and numbers what one node's server does."""
     if not outcome.ok:
-        return {"server": outcome.error, "load": None, "server_cores": None, "idle": None, "clients": []}
+        return Asked("silent" if outcome.silent else "down", outcome.error)
     facts, cores, why = outcome.value
-    text = f"serves {format_count(cores, 'core')}" if cores is not None else why
+    word, text = ("serving", f"serves {format_count(cores, 'core')}") if cores is not None else ("down", why)
     if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
-        text = f"up but not linked: run {command('start', outcome.node.group)}"
-    load = " ".join(f"{value:g}" for value in facts.load)
-    parts = [text, f"load {load} on {format_count(facts.cores, 'core')}"]
+        word, text = "unlinked", f"up but not linked: run {command('start', outcome.node.group)}"
+    parts = [text, f"load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"]
     clients = facts.clients if facts.role == "head" else {}
     for peer, (connected, silent) in clients.items():
         address = peer.rpartition(":")[0]
         parts.append(f"client {address} for {format_duration(connected)}, silent for {format_duration(silent)}")
     if facts.idle is not None and facts.idle_limit:
         parts.append(f"idle for {format_duration(facts.idle)} of {format_duration(facts.idle_limit)}")
-    return {
-        "server": "; ".join(parts),
-        "load": facts.load,
-        "server_cores": cores,
-        "idle": facts.idle,
-        "clients": [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()],
-    }
+    if facts.restarts:
+        parts.append(f"restarted {format_count(facts.restarts, 'time')}{facts.problem and f', after: {facts.problem}'}")
+    listed = [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()]
+    return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
 
 
 def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
@@ -5242,105 +5522,180 @@ def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
         return facts, None, str(error)
 
 
-def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, dict[str, Any]]:
-    """Return node id -> load, cores and what its server says, of the running NODES."""
+def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[Outcome[T]]:
+    """Run STEP on those of NODES that run; one that does not answer within a few seconds is given up."""
     running = [node for node in nodes if node.state == "running"]
-    outcomes = app.pool.each(running, server_step, limit=LOOK_LIMIT) if running else []
+    progress = Progress("Asking", len(running))
+    futures = {node: app.pool.submit(node, step, limit=ANSWER_LIMIT) for node in running}
+    deadline = time.monotonic() + ANSWER_LIMIT + len(running) / ANSWER_RATE
+    while (left := deadline - time.monotonic()) > 0 and not all(future.done() for future in futures.values()):
+        progress.done = sum(future.done() for future in futures.values())
+        progress.redraw()
+        app.pool.wait(futures.values(), min(0.2, left))
+    late: Outcome[T] = Outcome(nodes[0], error=f"frozen or cut off: no answer within {ANSWER_LIMIT} s", silent=True)
+    found = [future.result() if future.done() else replace(late, node=node) for node, future in futures.items()]
+    return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
+
+
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
+    """Return node id -> what its server says, of the running NODES."""
+    outcomes = ask_briefly(app, nodes, server_step)
     linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
-    return {outcome.node.id: server_detail(outcome, linked) for outcome in outcomes}
+    return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
 
-def show_group(
-    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
-) -> None:
-    """Print one group."""
+def format_group(app: App, group: str, overview: Overview, wide: bool, asked: dict[str, Asked] | None = None) -> str:
+    """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
+    nodes = [node for node in overview.nodes if node.group == group]
     alive = [node for node in nodes if node.state in ALIVE]
     heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    result(", ".join(filter(None, [heading, format_cost(alive), idle])))
+    lines = [", ".join(filter(None, [heading, format_cost(alive), idle]))]
+    more: list[list[str]] = []
+    if asked is not None:
+        known = [asked.get(node.id, Asked("", "")) for node in nodes]
+        more.append(["SERVER", *(paint(one.server, fg=SERVER_LOOKS.get(one.server)) for one in known)])
+        more.append(["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)])
+        clients = (str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))
+        more.append(["CLIENTS", *clients])
     if nodes:
-        result(format_table(node_rows(nodes), terminal_width()))
+        lines.append(format_nodes(nodes, wide, more))
     for node in nodes:
         if node.reason:
-            result(f"{node.name}: {node.state}: {node.reason}")
+            lines.append(f"{node.name}: {node.state}: {printable(node.reason)}")
         elif app.known_identity and not is_ours(node, app.known_identity):
-            result(f"{node.name}: {not_ours(node)}")
-        if node.id in details:
-            result(f"{node.name}: {details[node.id]['server']}")
-    for request in requests:
+            lines.append(f"{node.name}: {not_ours(node)}")
+    for request in live(overview.requests):
         if request.group == group:
-            result(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    roles = {node.role for node in alive}
-    if "worker" in roles and "head" not in roles:
-        result(f"The head node is gone: {command('start', group)} makes another node the head")
+            lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
+    if heads := [node for node in alive if node.role == "head"]:
+        lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
+    elif any(node.role == "worker" for node in alive):
+        lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
     if not alive:
-        note(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+        lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+    return "\n".join(lines)
 
 
-def group_json(
-    app: App, group: str, nodes: Sequence[Node], requests: Sequence[SpotRequest], details: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
+def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]) -> dict[str, Any]:
     """Return one group as `status --json` shows it."""
     key = app.known_identity
+    nodes = [node for node in overview.nodes if node.group == group]
+    alive = [node for node in nodes if node.state in ALIVE]
     return {
         "nodes": [
-            node_json(node) | {"launched_with_this_key": is_ours(node, key) if key else None} | details.get(node.id, {})
+            node_json(node)
+            | {"launched_with_this_key": is_ours(node, key) if key else None}
+            | (asked[node.id]._asdict() if node.id in asked else {})
             for node in nodes
-            if node.group == group
         ],
-        "spot_requests": [request._asdict() for request in requests if request.group == group],
+        "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
+        "head": next((node.name for node in alive if node.role == "head"), None),
+        "totals": totals(alive),
     }
+
+
+def fetch_shown(app: App, group: str | None) -> tuple[list[str], Overview]:
+    """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
+    overview, _ = side_by_side(
+        lambda: fetch_overview(app.ec2, group),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
+    )
+    alive = [node for node in overview.nodes if node.state in ALIVE]
+    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
+    groups = sorted({one.group for one in ours})
+    nodes = [node for node in overview.nodes if node.state in ALIVE or (node.reason and node.group in groups)]
+    return groups, overview._replace(nodes=in_order(nodes))
+
+
+def redraw_screen(text: str) -> None:
+    """Show TEXT alone on the terminal, as far as it has room; in a pipe after what was there."""
+    if is_lively(sys.stdout):
+        height = shutil.get_terminal_size().lines - 1
+        text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
+    put(text)
+
+
+def watch_status(app: App, group: str | None, wide: bool) -> None:
+    """Renew status, with servers, load and clients, until Ctrl-C."""
+    while True:
+        groups, overview = fetch_shown(app, group)
+        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
+        blocks = [format_group(app, name, overview, wide, asked) for name in groups]
+        when = datetime.now().strftime("%H:%M:%S")
+        redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
+        time.sleep(WATCH_SECONDS)
 
 
 @cli.command("status")
 @click.argument("group", type=GroupName(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
+@click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
+@click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
 @click.pass_obj
-def status(app: App, group: str | None, as_json: bool, servers: bool) -> None:
+def status(app: App, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool) -> None:
     """Show what is running, since when, and what it costs."""
-    overview, cidr, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group),
-        lambda: try_client_cidr(app.settings),
-        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
-    )
-    alive = [node for node in overview.nodes if node.state in ALIVE]
-    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
-    groups = sorted({one.group for one in ours})
-    nodes = [one for one in overview.nodes if one.state in ALIVE or (one.reason and one.group in groups)]
-    details = ask_servers(app, nodes) if servers else {}
+    if watch:
+        watch_status(app, group, wide)
+    address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
+    groups, overview = fetch_shown(app, group)
+    nodes = overview.nodes
     if as_json:
-        shown = {name: group_json(app, name, nodes, overview.requests, details) for name in groups}
-        return result(json.dumps({"region": app.settings.AWS_REGION, "groups": shown}, indent=2))
+        asked = ask_servers(app, nodes) if servers and nodes else {}
+        shown = {name: group_json(app, name, overview, asked) for name in groups}
+        everything = {"region": app.settings.AWS_REGION, "groups": shown}
+        everything["totals"] = totals([node for node in nodes if node.state in ALIVE])
+        return result(json.dumps(everything, indent=2))
     for name in groups:
-        show_group(app, name, [node for node in nodes if node.group == name], live(overview.requests), details)
+        put(format_group(app, name, overview, wide))
     if not groups:
         note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
     elif len(groups) > 1 and (cost := format_cost(nodes)):
         result(f"All groups: {cost}")
-    if app.known_identity:
-        warn_of_rules(app.ec2, overview.security_groups, app.settings, cidr, app.known_identity)
+    if servers and nodes:
+        asked = ask_servers(app, nodes)
+        for node in nodes:
+            if node.id in asked:
+                name = paint(node.name, fg=SERVER_LOOKS[asked[node.id].server])
+                put(f"{name}: {printable_lines(asked[node.id].server_text)}")
+    if app.known_identity and overview.security_groups:
+        warn_of_rules(app.ec2, overview.security_groups, app.settings, address.result(), app.known_identity)
     return None
+
+
+def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
+    """Return a node's load as `systemLoad --json` shows it."""
+    if not outcome.ok:
+        return {"error": outcome.error}
+    facts = outcome.value
+    return {"error": None, "load": facts.load, "cores": facts.cores, "memory_mb": facts.memory_mb}
 
 
 @cli.command("systemLoad")
 @group_argument
 @click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def system_load(app: App, group: str, watch: bool) -> None:
+def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
-    nodes = app.open_group(group)
+    nodes = in_order(app.open_group(group))
     while True:
-        outcomes = app.pool.each(nodes, fetch_facts, limit=LOOK_LIMIT)
-        rows = [["LOAD 1", "5", "15", "CORES", "MEMORY", "NAME"]]
-        for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
-            facts: Facts = outcome.value
+        outcomes = ask_briefly(app, nodes, fetch_facts)
+        rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
+        good = [outcome for outcome in outcomes if outcome.ok]
+        for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
+            facts = outcome.value
             used = " of ".join(f"{value / 1024:.1f}" for value in facts.memory_mb) + " GiB"
-            rows.append([*(f"{value:.2f}" for value in facts.load), str(facts.cores), used, outcome.node.name])
-        if watch and sys.stdout.isatty():
-            click.clear()
-        result(format_table(rows, terminal_width()))
+            load = (f"{value:.2f}" for value in facts.load)
+            rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
+        if as_json:
+            result(json.dumps({outcome.node.name: load_json(outcome) for outcome in outcomes}, indent=2))
+        elif watch:
+            redraw_screen(format_table(rows, terminal_width(), ["NAME"]))
+        else:
+            result(format_table(rows, terminal_width(), ["NAME"]))
         if not watch:
             break
         time.sleep(WATCH_SECONDS)
@@ -5546,18 +5901,17 @@ def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
 @contextlib.contextmanager
 def counted(label: str, size: int) -> Iterator[Callable[..., None]]:
     """Show a bar of SIZE bytes while the body works; any thread may count bytes, also such as are only READ."""
-    progress, lock, done, seen = Progress(label, size), threading.Lock(), threading.Event(), 0
+    progress, lock, done, seen = Progress(label, 0, size=size), threading.Lock(), threading.Event(), 0
 
     def count(more: int, read: int = 0) -> None:
         nonlocal seen
         with lock:
-            progress.done += more
+            progress.moved["all"] += more
             seen += read
 
     def draw() -> None:
         while not done.wait(0.2):
-            reading = f", {format_size(seen)} checked" if 0 < seen < size else ""
-            progress.show(f"{format_size(progress.done)} of {format_size(size)}{reading}")
+            progress.show(f"{format_size(seen)} checked" if 0 < seen < size else "")
 
     painter = threading.Thread(target=draw, daemon=True)
     painter.start()
@@ -5625,20 +5979,6 @@ def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wante
     ]
 
 
-class SyncProgress(Progress):
-    """The nodes that are done, and the bytes of all."""
-
-    def __init__(self, nodes: Sequence[Node], size: int) -> None:
-        super().__init__("Fetching", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
-        self.size = size * len(nodes)
-        self.moved = {node.id: 0 for node in nodes}
-
-    def redraw(self) -> None:
-        """Draw the bar with the bytes beside it."""
-        self.detail = f"{self.counted()} nodes, {format_size(sum(self.moved.values()))} of {format_size(self.size)}"
-        super().redraw()
-
-
 def describe_fetched(done: Fetched, moved: int) -> str:
     """Return a node's line."""
     if not done.fetched:
@@ -5648,7 +5988,7 @@ def describe_fetched(done: Fetched, moved: int) -> str:
 
 
 def sync_step(
-    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], progress: SyncProgress, remote: Remote
+    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], progress: Progress, remote: Remote
 ) -> str:
     """Fetch WANTED on one node; return what was done."""
     before = 0  # bytes, of earlier attempts
@@ -5693,7 +6033,7 @@ def sync_from_here(app: App, group: str, files: dict[str, Path]) -> None:
     size = sum(one.size for one in wanted)
     note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     spread = Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes))
-    progress = SyncProgress(nodes, size)
+    progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
 
     def step(remote: Remote) -> str:
         done = spread.bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
@@ -5718,7 +6058,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
         )
     size = sum(one.size for one in objects)
     note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
-    progress = SyncProgress(nodes, size)
+    progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
     sign_all = functools.partial(sign, s3, bucket, objects)
     step = functools.partial(sync_step, app.settings.DATA_DIR, sign_all(), sign_all, progress)
     outcomes = app.pool.each(nodes, step, progress)
@@ -5731,7 +6071,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
 
 
 @cli.command("syncData")
-@click.argument("name")
+@click.argument("name", type=click.Path())
 @group_argument
 @click.option("--yes", is_flag=True, help="Send a large folder without asking.")
 @click.pass_obj
@@ -5750,7 +6090,7 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     elif files:
         sync_from_here(app, group, files)
     else:
-        raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in config.py")
+        raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in {Call.settings}")
 
 
 # --- terminateAll ------------------------------------------------------------
@@ -5879,7 +6219,7 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     for node in done.left:
         why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
         note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
-    parts = [f"{format_count(len(done.nodes), 'node')} terminated"]
+    parts = [f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"]
     if done.cancelled:
         parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
     if done.protected:
@@ -5969,7 +6309,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
 
 
 @cli.command("terminate")
-@click.argument("name", metavar="NODE")
+@node_argument
 @others_option
 @click.pass_obj
 def terminate(app: App, name: str, others: bool) -> None:
@@ -6053,7 +6393,7 @@ def cancel_all_spot(app: App) -> None:
 
 
 # --- Small commands ----------------------------------------------------------
-# login, runCommand, regions, extend, policy.
+# login, runCommand, logs, regions, completion, extend, policy.
 
 
 @cli.command("login")
@@ -6072,74 +6412,135 @@ def login(app: App, name: str | None) -> None:
     sys.exit(min(code, 255))
 
 
-def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
-    """Return what a command did on a node, with the first megabyte of its output."""
-    if not outcome.ok:
-        return {"error": outcome.error, "code": None, "output": ""}
-    with outcome.value.output as output:
-        output.seek(0)
-        return {"error": None, "code": outcome.value.code, "output": output.read(MIB).decode("utf-8", "replace")}
-
-
 class Ran(NamedTuple):
-    """What a command did on a node: its exit code, and its output in a temporary file."""
+    """What a command did on a node: its exit code, and the first megabyte of its output."""
 
     code: int
-    output: tempfile.SpooledTemporaryFile[bytes]
+    output: str
 
 
-def command_step(line: str, remote: Remote) -> Ran:
-    """Run a command line on one node, as its shell reads it."""
-    import tempfile
-
-    output: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(MIB)  # noqa: SIM115 - read later
+def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
+    """Run a command line on one node, as its shell reads it; print its output as it comes, or keep it for JSON."""
     marked = f"[ ! -e {MARK_PATH} ] || exec 9< {MARK_PATH}; {line}"  # so the node's guard sees that it is at work
-    code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=output.write)
-    return Ran(code, output)
+    kept = bytearray()
+    lines = Lines(f"{remote.node.short}: " if named else "")
+    sink = (lambda block: kept.extend(block[: MIB - len(kept)])) if as_json else lines
+    try:
+        code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=sink)
+    finally:
+        lines.end()
+    return Ran(code, kept.decode("utf-8", "replace"))
 
 
-class CommandProgress(Progress):
-    """Prints each node's output under its name when it ends."""
-
-    def __init__(self, total: int, as_json: bool) -> None:
-        super().__init__("Running", total)
-        self.as_json = as_json
-
-    def finished(self, outcome: Outcome[Any]) -> None:
-        """Print one node's output; a block at a time, since it may be long."""
-        super().finished(outcome)
-        if outcome.ok and not self.as_json:
-            code = outcome.value.code
-            result(f"--- {outcome.node.name}{f' ({format_exit(code)})' if code else ''}")
-            with outcome.value.output as output:
-                output.seek(0)
-                for block in iter(lambda: output.read(MIB), b""):
-                    click.echo(block, nl=False)
+def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
+    """Return what a command did on a node, as `runCommand --json` shows it."""
+    if not outcome.ok:
+        return {"error": outcome.error, "code": None, "output": ""}
+    return {"error": None, "code": outcome.value.code, "output": outcome.value.output}
 
 
-@cli.command("runCommand")
-@click.argument("line", metavar='"CMD ARGS"')
-@group_argument
+@cli.command("runCommand", cls=OwnWords)
+@click.argument("quoted", metavar='["CMD ARGS"] [GROUP]', nargs=-1)
+@click.option("--group", "named", type=GroupName(), help="The group, where it is not named after the command.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.pass_obj
-def run_command(app: App, line: str, group: str, as_json: bool) -> None:
-    """Run a shell command on every node; print its output."""
+@click.pass_context
+def run_command(
+    ctx: click.Context, quoted: tuple[str, ...], named: str | None, as_json: bool, words: tuple[str, ...]
+) -> None:
+    """Run a shell command on every node; show its output."""
+    app: App = ctx.obj
+    left = list(quoted)
+    line = words[0] if len(words) == 1 else shlex.join(words) if words else left.pop(0) if left else ""
+    group = GroupName().convert(named or (left.pop(0) if left else "default"), None, ctx)
+    if left or not line:
+        raise click.UsageError(f"unexpected {' '.join(left)!r}" if left else "no command is given", ctx)
     nodes = app.open_group(group)
-    progress = CommandProgress(len(nodes), as_json)
-    outcomes = app.pool.each(nodes, functools.partial(command_step, line), progress)
+    step = functools.partial(command_step, line, as_json, len(nodes) > 1)
+    outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
     if as_json:
         result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
+    for outcome in failed:
+        if outcome.ok:
+            note(f"{outcome.node.name}: {format_exit(outcome.value.code)}")
     if failed:
-        raise ClusterError(f"{len(failed)} of {len(nodes)} nodes failed: {', '.join(o.node.name for o in failed)}")
+        raise ClusterError(
+            f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(o.node.name for o in failed)}"
+        )
+
+
+# $1 how many lines, $2 where to go on (or empty). Without --follow: that would run on when the user has left.
+JOURNAL = """
+exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \\
+  --unit mtssrv.service --unit mtssrv-watchdog.service
+"""
+
+
+def journal_step(lines: str, cursor: str, remote: Remote) -> tuple[str, str]:
+    """Return (the journal's lines after CURSOR, the new cursor)."""
+    output = remote.check(root_command("journal", JOURNAL, lines, cursor), keep=MIB)
+    text, _, end = output.rpartition("-- cursor: ")
+    return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
+
+
+@cli.command("logs")
+@click.argument("name", type=NodeName(), metavar="[NODE]", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
+@click.pass_obj
+def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
+    """Show what a node's server wrote (default: the head's)."""
+    node = find_node(app, name or "head")
+    if installation:
+        path = log_folder(node.group) / f"{node.id}.install.log"
+        if not path.exists():
+            raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
+        return Lines()(path.read_bytes() + b"\n")
+    app.open_group(node.group)
+    lines, cursor = "200", ""
+    while True:
+        outcome = app.pool.each([node], functools.partial(journal_step, lines, cursor))[0]
+        if not outcome.ok:
+            raise ClusterError(f"{node.name}: {outcome.error}")
+        text, cursor = outcome.value
+        Lines()(text.encode())
+        if not follow:
+            return None
+        lines = "all"
+        time.sleep(1)
 
 
 @cli.command("regions")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def regions(app: App) -> None:
-    """List the regions; the one of config.py is marked."""
-    for region in fetch_regions(app.settings):
-        result(f"{'*' if region == app.settings.AWS_REGION else ' '} {region}")
+def regions(app: App, as_json: bool) -> None:
+    """List the regions; the one of the settings is marked."""
+    found, ours = fetch_regions(app.settings), app.settings.AWS_REGION
+    if as_json:
+        return result(json.dumps({"region": ours, "regions": found}, indent=2))
+    return result("\n".join(f"{'*' if region == ours else ' '} {region}" for region in found))
+
+
+COMPLETE_VARIABLE = "_CLUSTER_PY_COMPLETE"
+COMPLETIONS = {
+    "bash": ("~/.bashrc", 'eval "$({variable}=bash_source {program})"'),
+    "zsh": ("~/.zshrc", 'eval "$({variable}=zsh_source {program})"'),
+    "fish": ("~/.config/fish/config.fish", "{variable}=fish_source {program} | source"),
+}
+
+
+@cli.command("completion")
+@click.argument("shell", type=click.Choice(list(COMPLETIONS)), required=False)
+def completion(shell: str | None) -> None:
+    """Print the line that makes your shell's Tab work."""
+    shell = shell or os.path.basename(os.environ.get("SHELL", ""))
+    if shell not in COMPLETIONS:
+        raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")
+    path, line = COMPLETIONS[shell]
+    called = shlex.split(Call.program)[0]
+    program = shlex.quote(os.path.abspath(called)) if os.sep in called else Call.program
+    note(f"Add this line to {path}:")
+    result(line.format(variable=COMPLETE_VARIABLE, program=program))
 
 
 # $1: seconds to add to the deadline, if there is one. The idle time begins anew.
@@ -6167,7 +6568,7 @@ def extend_step(hours: float, remote: Remote) -> str:
 
 
 @cli.command("extend")
-@click.argument("hours", type=click.FloatRange(0, 8760, min_open=True))
+@click.argument("hours", type=Number(0, 8760, above=True), metavar="HOURS")
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
@@ -6256,7 +6657,9 @@ def override_limits() -> None:
 def main() -> None:
     """Run the tool."""
     override_limits()
-    cli(prog_name="cluster.py")
+    Call.program = called_as(sys.argv[0])
+    completing = COMPLETE_VARIABLE in os.environ  # then the shell knows the program by its name
+    cli(prog_name=os.path.basename(sys.argv[0]) if completing else Call.program, complete_var=COMPLETE_VARIABLE)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_tags_of_others(given_tags: dict[str, str], state: str, reason: str) -> 
     node = cluster.to_node(raw)
     assert node.role in (None, "head", "worker")
     json.dumps(cluster.node_json(node))
-    shown = cluster.format_table(cluster.node_rows([node]), 80) + cluster.format_cost([node])
+    shown = cluster.format_nodes([node]) + cluster.format_cost([node])
     shown += node.group + node.host_key + node.reason  # of status, and of known_hosts
     assert all(char.isprintable() or char in "\n\t" for char in shown)
 

@@ -224,7 +224,8 @@ def test_a_second_computer_without_the_key(cloud: LocalCloud, group: str, tmp_pa
         assert (refused.code, says in refused.last_line) == (1, True), refused.err
         assert not key.exists()
     own = {"SSH_PRIVATE_KEY_FILE": str(key), "KEYPAIR_NAME": group}
-    assert cloud.cluster("createNodes", "c1.xlarge", "1", f"{group}-2", settings=own).code == 0
+    made = cloud.cluster("createNodes", "c1.xlarge", "1", f"{group}-2", settings=own)
+    assert made.code == 0, made.err
     cloud.client("ec2").delete_key_pair(KeyName=group)
     cloud.end(f"{group}-2")
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 from cluster import make_policy
 from tests.localcloud.places import PROJECT
@@ -51,16 +47,3 @@ def test_files_and_actions_that_the_readme_names_exist() -> None:
     actions = {"".join(part.capitalize() for part in name.split("_")) for name in used - {"get_paginator"}}
     allowed = {action for statement in make_policy("aws", "")["Statement"] for action in statement["Action"]}
     assert {f"ec2:{action}" for action in actions} <= allowed
-
-
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [("./cluster.py te", {"plain,terminate", "plain,terminateAll"}), ("./cluster.py install sh", {"plain,shots"})],
-)
-def test_completion(tmp_path: Path, typed: str, expected: set[str]) -> None:
-    (tmp_path / "mitsuba-cluster" / "shots").mkdir(parents=True)
-    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
-    env = {"_CLUSTER_PY_COMPLETE": "bash_complete", "XDG_STATE_HOME": str(tmp_path)} | words
-    command = [sys.executable, "cluster.py"]
-    done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == expected

@@ -239,7 +239,7 @@ def sync_by(server: RangeServer, remote: LocalRemote, folder: Path) -> str:
     def sign_again() -> list[cluster.Wanted]:
         return [one._replace(url=f"{one.url}{next(numbers)}") for one in wanted(server, "big")]
 
-    progress = cluster.SyncProgress([remote.node], 2 * PART)
+    progress = cluster.Progress("Fetching", 1, size=2 * PART)
     return cluster.sync_step(str(folder), sign_again(), sign_again, progress, remote)
 
 

@@ -101,6 +101,7 @@ class ProcessNode:
         self.journal: list[tuple[float, str]] = []  # the server's complaints, each with its time
         self.installed = False
         self.deadline: float | None = None
+        self.restarts, self.problem = 0, ""  # of its server
         self.listener: asyncssh.SSHAcceptor | None = None
         self.impostor: asyncio.Server | None = None  # what answers in sshd's place
         self.server: asyncio.Server | None = None
@@ -436,7 +437,8 @@ async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     return 0, (
         f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
         f"boot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
-        f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nguard={json.dumps(node.guard) if node.guard else ''}\n"
+        f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nrestarts={node.restarts}\nproblem={node.problem}\n"
+        f"guard={json.dumps(node.guard) if node.guard else ''}\n"
     )
 
 
@@ -464,6 +466,19 @@ async def server_log(node: ProcessNode, arguments: list[str]) -> tuple[int, str]
     """Tell what the server has to complain about; it logs nothing else."""
     since = float(arguments[0].removeprefix("@")) if arguments else 0
     return 0, "".join(f"{text}\n" for at, text in node.journal if at >= since) or "(a process node has no journal)\n"
+
+
+async def journal(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+    """Return the lines of a made-up journal after the cursor, which is their number."""
+    seen = int(arguments[1] or 0)
+    lines = ["mtssrv: Listening on port 7554\n", *(f"{line}\n" for _, line in node.journal)]
+    return 0, "".join(lines[seen:]) + (f"-- cursor: {len(lines)}\n" if lines[seen:] else "")
+
+
+async def lack_file(node: ProcessNode) -> None:
+    """Let the server have been restarted for want of a data file."""
+    node.restarts, node.problem = 1, "ERROR: smoke.vol: unable to open the file"
+    node.journal.append((time.time(), node.problem))
 
 
 async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
@@ -530,6 +545,7 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "client-comes": seat_client,
     "client-goes": dismiss_client,
     "server-gone": stop_server,
+    "server-lacks-file": lack_file,
     "server-restarts": ProcessNode.serve,
     "clients-cut": cut_clients,
     "sshd-refuses": refuse,
@@ -548,5 +564,6 @@ ACTS: dict[str, Act] = {
     "install": install,
     "start-server": start_server,
     "server-log": server_log,
+    "journal": journal,
     "extend": extend,
 }
