@@ -2631,7 +2631,8 @@ class App:
         keys = ", ".join(sorted({node.key_name or "none" for node in living}))
         raise ClusterError(
             f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
-            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). Name a group of your own, e.g. "
+            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). If it is yours, copy that key's file to "
+            f"{self.settings.key_file}. Else name a group of your own, e.g. "
             f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
             "do it all the same with --others"
         )

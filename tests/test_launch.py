@@ -215,7 +215,10 @@ def test_a_second_computer_without_the_key(cloud: LocalCloud, group: str, tmp_pa
     key = tmp_path / "key.pem"
     for words, says in (
         (("createNodes", "c1.xlarge", "1", f"{group}-2"), ", or copy that key's file from the machine that made it to"),
-        (("runCommand", "true", group), f"there is no SSH key {key}: copy it from the machine that launched the nodes"),
+        (
+            ("runCommand", "true", group),
+            f"If it is yours, copy that key's file to {key}. Else name a group of your own",
+        ),
     ):
         refused = cloud.cluster(*words, settings={"SSH_PRIVATE_KEY_FILE": str(key)})
         assert (refused.code, says in refused.last_line) == (1, True), refused.err
