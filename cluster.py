@@ -24,7 +24,7 @@ sees and ends the cluster, whatever happened to this one.
 Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
 a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
 
-Rooms: Constants, Errors and output, Settings, AWS, SSH, Command line, and then a chapter for each
+Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, and then a chapter for each
 part of the day: createNodes, install, start, status, syncData, terminateAll, Spot, Small commands.
 """
 
@@ -131,6 +131,9 @@ class ClusterError(click.ClickException):
 
 class NodeError(Exception):
     """One node's step failed; the other nodes go on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
 
 
 class SilentNode(NodeError):
@@ -3092,7 +3095,7 @@ class Look(NamedTuple):
 
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
-    opened: int  # connections that the node has accepted so far, on any port, but for the guard's own
+    opened: int  # connections to the head's server so far, however short, but for the guard's own
     servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
     logins: dict[str, int]  # the same of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
@@ -3140,7 +3143,7 @@ def run_quietly(*words: str) -> str:
     import subprocess
 
     try:
-        return subprocess.run(words, stdout=subprocess.PIPE, timeout=30, check=False).stdout.decode("utf-8", "replace")
+        return subprocess.run(words, capture_output=True, timeout=30, check=False).stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -3150,7 +3153,7 @@ def take_look(own_connections: int) -> Look:
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    names, values = (line.split() for line in read_file("/proc/net/snmp").splitlines() if line.startswith("Tcp:"))
+    counted = re.search(r"counter packets (\d+)", run_quietly("nft", "list", "table", "inet", "mitsuba_guard"))
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
@@ -3160,7 +3163,7 @@ def take_look(own_connections: int) -> Look:
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        int(values[names.index("PassiveOpens")]) - own_connections,
+        (int(counted[1]) if counted else 0) - own_connections,
         servers,
         logins,
         touched,
@@ -3288,6 +3291,19 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Link
     return links, answers[own].connections
 
 
+# Between two looks a short render comes and goes unseen: so each first packet of a connection is counted.
+COUNT_CONNECTIONS = f"""
+add table inet mitsuba_guard
+delete table inet mitsuba_guard
+table inet mitsuba_guard {{
+  chain input {{
+    type filter hook input priority 0;
+    tcp dport {SERVER_PORT} tcp flags & (fin | syn | rst | ack) == syn counter
+  }}
+}}
+"""
+
+
 def guard_node(arguments: list[str]) -> None:
     """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
     if arguments == ["filter"]:
@@ -3299,6 +3315,8 @@ def guard_node(arguments: list[str]) -> None:
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
+    if role == "head":
+        run_quietly("nft", COUNT_CONNECTIONS)
     while True:
         if role == "head":
             links, more = keep_serving(plan, links, memory.quiet)
@@ -3361,7 +3379,8 @@ def guard_program() -> str:
     names = (
         "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
         "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
-        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
+        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH "
+        "COUNT_CONNECTIONS"
     )
     parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
     parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
@@ -3908,7 +3927,8 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
+        # "set -e": else cloud-init, which makes one script of them, would see the last one's exit code only.
+        "bootcmd": ["set -e", ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -4958,14 +4978,29 @@ def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
 
 
-def describe_client(facts: Facts) -> str:
-    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last; "" where there is none."""
+def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
+    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last.
+
+    "" where there is none, or it has been SILENT_FOR longer.
+    """
     silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
-    if not silences:
+    if not silences or min(silences.values()) > silent_for:
         return ""
     address = min(silences, key=lambda one: silences[one])
     more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
     return f"client {address}{more}, silent for {format_duration(silences[address])}"
+
+
+def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
+    """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
+    identity = app.known_identity
+    heads = [node for node in nodes if node.role == "head" and node.state == "running"]
+    for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
+        future = app.pool.submit(head, fetch_facts, limit=limit)
+        app.pool.wait([future], limit)
+        if future.done() and future.result().ok:
+            return future.result().value
+    return Facts(0)
 
 
 def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
@@ -5746,16 +5781,6 @@ READERS = 4  # files that are hashed at once
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
 
-class RemoteObject(NamedTuple):
-    """An S3 object that the nodes shall have."""
-
-    key: str
-    path: str  # below DATA_DIR
-    size: int
-    etag: str
-    digest: str = ""  # SHA-256 or MD5 in hex, where one is known
-
-
 def plan_relative_path(key: str, prefix: str) -> str | None:
     """Return where an object goes below DATA_DIR; None where its key leads elsewhere or nowhere."""
     path = key[len(prefix) :].lstrip("/")
@@ -5980,30 +6005,30 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[...,
     return sent
 
 
-def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
-    """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
+def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[dict[str, Wanted], list[str]]:
+    """Return what the nodes shall have, by its key: all under PREFIX/NAME…; and the keys that can't be files."""
     found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
     with threads(32) as pool:
         digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
-    objects = [RemoteObject(key, str(paths[key]), *found[key], digest) for key, digest in zip(good, digests)]
+    objects = {}
+    for key, digest in zip(good, digests):
+        size, etag = found[key]
+        objects[key] = Wanted(str(paths[key]), size, digest or etag, digest, "", {"If-Match": f'"{etag}"'})
     return objects, [key for key in found if paths[key] is None]
 
 
-def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wanted]:
-    """Return the objects as what nodes fetch, by signed addresses that live as short as may be."""
+def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
+    """Return the OBJECTS with signed addresses that live as short as may be."""
     shortest, longest = SIGNED_SECONDS
-    seconds = int(min(longest, shortest + sum(one.size for one in objects) / SLOWEST))
+    seconds = int(min(longest, shortest + sum(one.size for one in objects.values()) / SLOWEST))
 
-    def address(one: RemoteObject) -> str:
-        where = {"Bucket": bucket, "Key": one.key}
+    def address(key: str) -> str:
+        where = {"Bucket": bucket, "Key": key}
         return str(s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds))
 
-    return [
-        Wanted(one.path, one.size, one.digest or one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'})
-        for one in objects
-    ]
+    return [one._replace(url=address(key)) for key, one in objects.items()]
 
 
 def describe_fetched(done: Fetched, moved: int) -> str:
@@ -6083,13 +6108,13 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
         raise ClusterError(
             f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
         )
-    size = sum(one.size for one in objects)
+    size = sum(one.size for one in objects.values())
     note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
     sign_all = functools.partial(sign, s3, bucket, objects)
     step = functools.partial(sync_step, app.settings.DATA_DIR, sign_all(), sign_all, progress)
     outcomes = app.pool.each(nodes, step, progress)
-    for one in objects:
+    for one in objects.values():
         if not one.digest:
             note(f"{one.path}: complete by its size, but not verified by hash (it has none in S3)")
     app.report(outcomes, "Synchronized")
@@ -6124,6 +6149,9 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
 # Ending groups and single nodes, and verifying it. Touches EC2 only.
 
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
+ASK_LIMIT = 5  # seconds, for the head to say whether a client would lose its render
+LAST_ASK_LIMIT = 2  # the same before a whole group ends, which waits for nobody
+CLIENT_ACTIVE = 600  # seconds since a client last moved bytes
 TERMINATE_LIMIT = 600  # until one more node has ended; 150 s are ordinary
 HOLD_LIMIT = 300  # for the security group: ended nodes hold it a minute more, young ones before any list shows them
 UNSEEN_LIMIT = 5  # for lists to show something of a group: what is new they show late
@@ -6321,7 +6349,10 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
         for one in groups:
             try:
                 app.check_owner(one, [node for node in present.nodes if node.group == one], others, present.ec2)
+                client = describe_client(ask_head(app, [n for n in present.nodes if n.group == one], LAST_ASK_LIMIT))
                 found = terminate_in(app, present.ec2, one, others) or found
+                if client:
+                    note(f"{client}, was connected to the head of group {one!r}")
             except (ClusterError, BotoCoreError, ClientError) as error:
                 problem = error.message if isinstance(error, ClusterError) else explain(error)
                 problems.append(f"{region}: {problem}" if all_regions else problem)
@@ -6338,13 +6369,18 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
 @cli.command("terminate")
 @node_argument
 @others_option
+@click.option("--force", is_flag=True, help="Even if a client's render is lost by it.")
 @click.pass_obj
-def terminate(app: App, name: str, others: bool) -> None:
+def terminate(app: App, name: str, others: bool, force: bool) -> None:
     """Shut one node down, by its name, address or instance id."""
     node = find_node(app, name)
     if not node.is_inside:
         raise ClusterError(f"{node.id} is not in security group mitsuba-{node.group}: this tool did not launch it")
     app.check_owner(node.group, [node], others)
+    facts = Facts(0) if force else ask_head(app, fetch_nodes(app.ec2, node.group), ASK_LIMIT)
+    client = describe_client(facts, CLIENT_ACTIVE)
+    if client and (node.role == "head" or node.private_ip in facts.linked):
+        raise ClusterError(f"{client}, would lose its render; {command('terminate', name, '--force')} ends the node")
     app.left = f"{node.name} may still run; {command('status')} shows it."
     if protected := terminate_nodes(app.ec2, [node]):
         raise protected_error(app.ec2, protected)
