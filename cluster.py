@@ -290,6 +290,11 @@ def paint(text: str, err: bool = False, **look: Any) -> str:
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
 
 
+def is_terminal() -> bool:
+    """Tell whether what stands on stderr can be drawn anew."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class Progress:
     """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
 
@@ -297,6 +302,7 @@ class Progress:
     """
 
     shown = 0  # characters of a bar that stand on the terminal's last line
+    above = 0  # lines above that one
 
     def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
         self.label, self.total, self.say, self.size = label, total, say, size
@@ -315,8 +321,9 @@ class Progress:
     def clear() -> None:
         """Remove the bar, so that a line can be printed; the caller holds OUTPUT."""
         if Progress.shown:
-            click.echo(f"\r{' ' * Progress.shown}\r", nl=False, err=True)
-            Progress.shown = 0
+            up = f"\033[{Progress.above}A\033[J" if Progress.above else ""
+            click.echo(f"\r{' ' * Progress.shown}\r{up}", nl=False, err=True)
+            Progress.shown = Progress.above = 0
 
     def describe(self) -> str:
         """Return what stands beside the bar: nodes, bytes, rate, time left, the nodes' steps, the time gone."""
@@ -334,7 +341,7 @@ class Progress:
     def redraw(self) -> None:
         """Draw the bar anew."""
         with OUTPUT:
-            if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            if is_terminal():
                 moved = sum(self.moved.values())
                 bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
                 text = f"{self.label} {bar} {self.describe()}"[: shutil.get_terminal_size().columns - 1]
@@ -812,6 +819,7 @@ class Node(NamedTuple):
     idle_minutes: float | None = None
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
+    token: str = ""  # its launch's ClientToken
     key_name: str = ""  # of the key pair that it was launched with
     security_groups: tuple[str, ...] = ()  # their names
 
@@ -938,6 +946,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         idle_minutes=to_number(tags.get(TAG_IDLE)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
+        token=raw.get("ClientToken") or "",
         key_name=raw.get("KeyName", ""),
         security_groups=tuple(one.get("GroupName", "") for one in raw.get("SecurityGroups", [])),
     )
@@ -3517,6 +3526,7 @@ class Launch(NamedTuple):
     tags: dict[str, str]
     disk_gb: int
     private: bool  # no public addresses
+    token: str = ""  # with which each request's ClientToken begins
 
 
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
@@ -3949,8 +3959,9 @@ def prepare(app: App, plan: Plan) -> Launch:
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
     tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
     user_data = make_user_data(private, public, plan.hours, plan.idle)
+    token = os.urandom(16).hex()
     disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
-    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed)
+    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed, token)
 
 
 def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
@@ -4025,7 +4036,8 @@ def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
         zone = subnet.zone
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()))
+                token = launch.token + os.urandom(8).hex()
+                got = launch_batch(ec2, launch_parameters(launch, subnet, size, token))
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
@@ -4072,7 +4084,7 @@ def boot_step(remote: Remote) -> None:
     check_guard(remote)
 
 
-def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
+def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: float) -> Outcome[T] | None:
     """Return how the wait for NODE has ended, ELAPSED seconds after the launch; None while it goes on."""
     if node.state in ("shutting-down", "terminated"):
         hint = KMS_HINT if node.reason.startswith("Client.InternalError") else ""
@@ -4087,21 +4099,22 @@ def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: 
     return outcome
 
 
-def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome[None]]:
-    """Wait until each node answers and has booted; each goes on by itself once it has the address that will be used.
+def await_nodes(
+    app: App, group: str, nodes: Sequence[Node], step: Callable[[Remote], T], progress: Progress
+) -> list[Outcome[T]]:
+    """Run STEP on each node, by itself, once the node has the address that will be used, and answers.
 
     EC2 tells the private address at once, the public one seconds later, and shows new nodes late in its lists.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    progress = Progress("Answering", len(nodes))
     waiting = {node.id: node for node in nodes}
-    begun: dict[str, Future[Outcome[None]]] = {}
-    done: dict[str, Outcome[None]] = {}
+    begun: dict[str, Future[Outcome[T]]] = {}
+    done: dict[str, Outcome[T]] = {}
     start = good = time.monotonic()
     while waiting:
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.plan.request.group) if node.id in waiting}
+            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
@@ -4109,9 +4122,11 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
                 raise
         waiting |= seen
         for node in seen.values():
-            address = node.private_ip if launch.private else node.public_ip
+            boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
+            address = node.public_ip if boots and not app.settings.PRIVATE_NODES else node.address
             if address and node.id not in begun and node.state in ("pending", "running"):
-                begun[node.id] = app.pool.submit(node, boot_step, limit=BOOT_LIMIT, first_boot=True)
+                limit = BOOT_LIMIT if boots else LOGIN_LIMIT
+                begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
         end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
@@ -4127,23 +4142,16 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
     return [done[node.id] for node in nodes]
 
 
-def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
-    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
+def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
+    """Launch a PLAN; return the nodes, why they are fewer than asked, or "", and how their ClientTokens begin.
+
+    Ctrl-C says in WAYS what can be done with nodes that may be there.
+    """
     from botocore.exceptions import ClientError
 
-    plan = make_plan(app, request, dry_run)
-    for line in describe(app, plan):
-        (result if dry_run else note)(line)
-    if dry_run:
-        return
+    request = plan.request
     launch = prepare(app, plan)
-    where = app.where(request.group)
-    ways = (
-        f"{command('install', request.group)} goes on with them ({command('createNodes')} would make more), "
-        f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
-    )
-    app.left = f"Nodes of {where} may be running and cost money: {ways}."
-    started = time.monotonic()
+    app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
     try:
         nodes, why = launch_nodes(app.ec2, launch)
     except ClientError as error:
@@ -4153,7 +4161,24 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
     note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
-    outcomes = await_nodes(app, launch, nodes)
+    return nodes, why, launch.token
+
+
+def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
+    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
+    plan = make_plan(app, request, dry_run)
+    for line in describe(app, plan):
+        (result if dry_run else note)(line)
+    if dry_run:
+        return
+    where = app.where(request.group)
+    ways = (
+        f"{command('install', request.group)} goes on with them ({command('createNodes')} would make more), "
+        f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
+    )
+    started = time.monotonic()
+    nodes, why, _ = launch_plan(app, plan, ways)
+    outcomes = await_nodes(app, request.group, nodes, boot_step, Progress("Answering", len(nodes)))
     put(format_nodes(in_order(outcome.node for outcome in outcomes)))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
@@ -4163,16 +4188,25 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
+def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what createNodes and up can be asked for."""
+    for add in (
+        click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
+        click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        others_option,
+        idle_option,
+        hours_option,
+        click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back."),
+        group_argument,
+        count_argument,
+        type_argument,
+    ):
+        command = add(command)
+    return command
+
+
 @cli.command("createNodes")
-@type_argument
-@count_argument
-@group_argument
-@click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
-@hours_option
-@idle_option
-@others_option
-@click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
+@launch_options
 @click.pass_obj
 def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
@@ -4731,7 +4765,25 @@ def make_spread(package: Package, nodes: int) -> Spread | None:
     return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def install_step(settings: Settings, package: Package, spread: Spread | None, logs: Path, remote: Remote) -> str:
+def split_steps(log: Callable[[bytes], object], tell: Callable[[str], None]) -> Callable[[bytes], None]:
+    """Return what takes a script's output: LOG gets all of it, and TELL the name in each line "step: NAME"."""
+    rest = b""
+
+    def take(block: bytes) -> None:
+        nonlocal rest
+        log(block)
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if line.startswith(b"step: "):
+                tell(printable(line[6:30].decode("utf-8", "replace")))
+        rest = rest[-MIB:]
+
+    return take
+
+
+def install_step(
+    settings: Settings, package: Package, spread: Spread | None, logs: Path, progress: Progress, remote: Remote
+) -> str:
     """Install Mitsuba on one node; return its version."""
     import hashlib
 
@@ -4739,13 +4791,16 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    tell = functools.partial(progress.step, remote.node)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
             os.fchmod(log.fileno(), 0o600)  # one of an older version
+            tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
+                tell("sending")
                 try:
                     spread.bring(lambda moved: None, remote)
                 except NodeError as error:
@@ -4753,7 +4808,7 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
+            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=split_steps(log.write, tell))
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -4773,7 +4828,7 @@ def install(app: App, group: str) -> None:
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
     spread = make_spread(package, len(nodes))
-    step = functools.partial(install_step, app.settings, package, spread, logs)
+    step = functools.partial(install_step, app.settings, package, spread, logs, progress)
     outcomes = app.pool.each(nodes, step, progress)
     if spread:
         spread.sessions.close()
@@ -5091,19 +5146,19 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
     return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
 
 
-def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
-    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
-    head = plan_head(nodes)
-    others = [node for node in nodes if node.id != head.id]
-    (looked,) = app.pool.each([head], look_step)
-    start = StartPlan(head, app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
-    if looked.ok and not force:
-        start = start._replace(client=describe_client(looked.value), linked=frozenset(looked.value.linked))
-        start = start if start.client else start._replace(linked=frozenset())
-    workers = app.pool.each(
-        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
-    )
-    linked = [outcome for outcome in workers if outcome.ok]
+def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None = None) -> StartPlan:
+    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at."""
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
+    if looked and looked.ok and (client := describe_client(looked.value)):
+        start = start._replace(client=client, linked=frozenset(looked.value.linked))
+    return start
+
+
+def link_group(
+    app: App, group: str, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+) -> None:
+    """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
+    head, linked = looked.node, [outcome for outcome in workers if outcome.ok]
     ready: Outcome[Any] = looked
     if looked.ok:
         step = functools.partial(head_step, start, looked.value, linked)
@@ -5116,12 +5171,25 @@ def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> Non
         raise ClusterError(explain_failed_head(group, ready, failed))
     say_how_to_connect(app, group, head, ready.value)
     if failed:
-        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+        count = len(workers) + 1
+        raise ClusterError(f"{count - len(failed)} of {count} nodes serve; failed: {', '.join(failed)}")
     if ready.value.waiting:
         raise ClusterError(
             f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
             "else they join when it leaves"
         )
+
+
+def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
+    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
+    head = plan_head(nodes)
+    others = [node for node in nodes if node.id != head.id]
+    (looked,) = app.pool.each([head], look_step)
+    start = plan_start(app, nodes, None if force else looked)
+    workers = app.pool.each(
+        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
+    )
+    link_group(app, group, start, looked, workers)
 
 
 @cli.command("start")
@@ -5184,6 +5252,182 @@ def tunnel(app: App, group: str, port: int) -> None:
         note(f"Forwarding to {head.name} until Ctrl-C")
         code = ssh.wait()
     raise ClusterError(f"{head.name}: ssh ended ({format_exit(code)}); run {command('tunnel', group)} again")
+
+
+# --- up ----------------------------------------------------------------------
+# createNodes, install and start in one, with no barrier between nodes. Touches what they touch; ends only nodes of
+# its own launch.
+
+COUNT_LIMIT = 60  # seconds for two polls to agree, and to show the nodes of a launch
+BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
+
+
+class Board(Progress):
+    """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
+
+    def __init__(self, nodes: Sequence[Node], say: Callable[[Outcome[Any]], str]) -> None:
+        super().__init__("Up", len(nodes), say)
+        self.at = {node.id: (self.began, node.name, "waits for its address") for node in nodes}
+
+    def begin(self, node: Node, step: str, ended: str = "") -> None:
+        """Note that NODE begins a STEP, and what the one before has come to."""
+        with OUTPUT:
+            self.at[node.id] = (time.monotonic(), node.name, step)
+            if ended and not is_terminal():
+                note(f"{node.name}: {ended}")
+        self.redraw()
+
+    def finished(self, outcome: Outcome[Any]) -> None:
+        """Count a node, and print its line in place of the board's."""
+        with OUTPUT:
+            self.at.pop(outcome.node.id, None)
+            super().finished(outcome)
+
+    def lines(self) -> list[str]:
+        """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
+        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
+        waiting = sorted(self.at.values())
+        lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
+        steps = [step for _, _, step in waiting[room:]]
+        more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
+        return [*lines, f"Up: {self.done}/{self.total} nodes{more}, {format_duration(now - self.began)}"]
+
+    def redraw(self) -> None:
+        """Draw the board anew."""
+        if not is_terminal():
+            super().redraw()  # a line a minute
+            return
+        with OUTPUT:
+            Progress.clear()
+            lines = [line[: shutil.get_terminal_size().columns - 1] for line in self.lines()]
+            click.echo("\n".join(lines), nl=False, err=True)
+            Progress.shown, Progress.above = len(lines[-1]), len(lines) - 1
+
+
+def count_nodes(ec2: Client, group: str, launched: Sequence[Node] = ()) -> list[Node]:
+    """Return GROUP's nodes that run or will, oldest first, once two polls agree and know the LAUNCHED: lists lag."""
+    deadline = time.monotonic() + COUNT_LIMIT
+    before: set[str] | None = None
+    while True:
+        listed = {node.id: node for node in fetch_nodes(ec2, group)}
+        nodes = [node for node in listed.values() if node.state in ("pending", "running")]
+        unseen = [node for node in launched if node.id not in listed]
+        found = {node.id for node in nodes}
+        if (found == before and not unseen) or time.monotonic() > deadline:
+            return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
+        before = found
+        time.sleep(POLL)
+
+
+def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], token: str) -> list[Node]:
+    """Return the COUNT oldest nodes of GROUP; end those of this launch, known by their TOKEN, that are more.
+
+    Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
+    """
+    nodes = count_nodes(ec2, group, launched)
+    excess = [node for node in nodes[count:] if node.token.startswith(token)]
+    if excess:
+        terminate_nodes(ec2, excess)
+        note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
+    return nodes[:count]
+
+
+def up_step(install_one: Callable[[Remote], str], start: StartPlan, board: Board, remote: Remote) -> Served:
+    """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
+    node = remote.node
+    board.begin(node, "boots")
+    boot_step(remote)
+    board.begin(node, "installs Mitsuba", "has booted")
+    version = install_one(remote)
+    board.begin(node, "starts its server", f"Mitsuba {version}")
+    return Served(look_step(remote), 0, "") if node.id == start.head.id else worker_step(start, remote)
+
+
+def bring_up(app: App, group: str, nodes: Sequence[Node], package: Package) -> tuple[StartPlan, list[Outcome[Served]]]:
+    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link."""
+    head = plan_head(nodes)
+    spread = make_spread(package, 1)  # whoever comes first need not wait for the others
+    install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group))
+    looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
+    start = plan_start(app, nodes, looked)
+    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, start, board), board)
+    if spread:
+        spread.sessions.close()
+    return start, outcomes
+
+
+def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
+    """Link the nodes that serve; ClusterError for what has failed. Any of them can be a new group's head."""
+    head = next(outcome for outcome in outcomes if outcome.node.id == start.head.id)
+    workers = [outcome for outcome in outcomes if outcome is not head]
+    good = [outcome.node for outcome in workers if outcome.ok]
+    if head.ok or start.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
+        looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
+        return link_group(app, group, start, looked, workers)
+    start_group(app, group, good, force=False)
+    failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
+    raise ClusterError(f"{len(good)} of {len(outcomes)} nodes serve; failed: {failed}")
+
+
+def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
+    """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
+    from botocore.exceptions import ClientError
+
+    where, group, count = app.where(request.group), request.group, request.number
+    say = result if dry_run else note
+    nodes = count_nodes(app.ec2, group)
+    if others := [node for node in nodes if node.type != request.type]:
+        types = ", ".join(sorted({node.type for node in others}))
+        say(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
+    if len(nodes) >= count:
+        more = f", more than {count}: none is ended" if len(nodes) > count else ""
+        say(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
+        return nodes, "", ""
+    plan = make_plan(app, request._replace(number=count - len(nodes)), dry_run)
+    for line in describe(app, plan):
+        say(line)
+    if dry_run:
+        return [], "", ""
+    ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
+    try:
+        launched, why, token = launch_plan(app, plan, ways)
+    except (ClusterError, ClientError) as error:
+        if not nodes:
+            raise
+        return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
+    return keep_count(app.ec2, group, count, launched, token), why, token
+
+
+@cli.command("up")
+@launch_options
+@click.pass_obj
+def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+    """Make GROUP a cluster of COUNT nodes that serves; run it again to complete or mend it."""
+    again = command("up", machine, str(count), group)
+    package = plan_package(app.settings)
+    nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
+    if dry_run:
+        return
+    app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
+    if cidr := try_client_cidr(app.settings):
+        app.allow_access(fetch_security_groups(app.ec2, group), cidr)
+    while True:
+        if not (mine := app.ours(nodes)):
+            raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
+        start, outcomes = bring_up(app, group, mine, package)
+        nodes = keep_count(app.ec2, group, count, [], token) if token else nodes
+        kept = {node.id for node in nodes}
+        if (start.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}) or not token:
+            break
+    try:
+        link_up(app, group, start, [one for one in outcomes if one.node.id in kept or not one.ok])
+    except ClusterError as error:
+        raise ClusterError(f"{error.message}; {again} tries again") from error
+    if why or len(nodes) < count:
+        reason = f" ({why})" if why else ""
+        raise ClusterError(f"the group has {len(nodes)} of {count} nodes{reason}; {again} makes the others")
 
 
 # --- render ------------------------------------------------------------------
@@ -5506,7 +5750,9 @@ def format_cost(nodes: Sequence[Node]) -> str:
 def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
-    return node._asdict() | {
+    shown = node._asdict()
+    del shown["token"]
+    return shown | {
         "name": node.name,
         "short": node.short,
         "address": node.address,
