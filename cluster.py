@@ -916,6 +916,7 @@ class Overview(NamedTuple):
     nodes: list[Node]
     requests: list[SpotRequest]
     security_groups: list[SecurityGroup]
+    region: str
 
 
 def to_utc(value: Any) -> datetime:
@@ -1027,13 +1028,12 @@ def fetch_security_groups(ec2: Client, group: str | None = None) -> list[Securit
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
     """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
-    return Overview(
-        *side_by_side(
-            lambda: fetch_nodes(ec2, group),
-            lambda: fetch_spot_requests(ec2, group),
-            lambda: fetch_security_groups(ec2, group),
-        )
+    nodes, requests, security_groups = side_by_side(
+        lambda: fetch_nodes(ec2, group),
+        lambda: fetch_spot_requests(ec2, group),
+        lambda: fetch_security_groups(ec2, group),
     )
+    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
 
 
 def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
@@ -5830,7 +5830,7 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
     nodes = [node for node in overview.nodes if node.group == group]
     alive = [node for node in nodes if node.state in ALIVE]
-    heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
+    heading = f"Group {group} ({overview.region}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
     lines = [", ".join(filter(None, [heading, format_cost(alive), idle]))]
@@ -5878,10 +5878,10 @@ def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]
     }
 
 
-def fetch_shown(app: App, group: str | None) -> tuple[list[str], Overview]:
+def fetch_shown(ec2: Client, group: str | None) -> tuple[list[str], Overview]:
     """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
     overview, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group),
+        lambda: fetch_overview(ec2, group),
         lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
     )
     alive = [node for node in overview.nodes if node.state in ALIVE]
@@ -5902,12 +5902,32 @@ def redraw_screen(text: str) -> None:
 def watch_status(app: App, group: str | None, wide: bool) -> None:
     """Renew status, with servers, load and clients, until Ctrl-C."""
     while True:
-        groups, overview = fetch_shown(app, group)
+        groups, overview = fetch_shown(app.ec2, group)
         asked = ask_servers(app, overview.nodes) if overview.nodes else {}
         blocks = [format_group(app, name, overview, wide, asked) for name in groups]
         when = datetime.now().strftime("%H:%M:%S")
         redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
         time.sleep(WATCH_SECONDS)
+
+
+def show_regions(app: App, group: str | None, as_json: bool, wide: bool) -> None:
+    """Show what runs in every region, past those that refuse."""
+    problems: list[str] = []
+    found = app.in_all_regions(lambda ec2: fetch_shown(ec2, group), problems)
+    if as_json:
+        shown = {
+            region: {name: group_json(app, name, overview, {}) for name in groups}
+            for region, (groups, overview) in found.items()
+            if groups
+        }
+        result(json.dumps({"regions": shown}, indent=2))
+    for groups, overview in found.values() if not as_json else ():
+        for name in groups:
+            put(format_group(app, name, overview, wide))
+    if not as_json and not any(groups for groups, _ in found.values()):
+        note("Nothing is running in any region that answers" + (f" in group {group!r}" if group else ""))
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
 @cli.command("status")
@@ -5916,13 +5936,20 @@ def watch_status(app: App, group: str | None, wide: bool) -> None:
 @click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
+@click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
 @click.pass_obj
-def status(app: App, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool) -> None:
+def status(
+    app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
+) -> None:
     """Show what is running, since when, and what it costs."""
+    if where["all_regions"]:
+        if servers or watch:
+            raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
+        return show_regions(app, group, as_json, wide)
     if watch:
         watch_status(app, group, wide)
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
-    groups, overview = fetch_shown(app, group)
+    groups, overview = fetch_shown(app.ec2, group)
     nodes = overview.nodes
     if as_json:
         asked = ask_servers(app, nodes) if servers and nodes else {}
