@@ -4804,9 +4804,10 @@ def install_step(
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
-                tell("sending")
+                tell("waiting")
+                tenth = max(1, spread.wanted[0].size // 10)
                 try:
-                    spread.bring(lambda moved: None, remote)
+                    spread.bring(lambda moved: tell(f"sending {moved // tenth * 10} %") if moved else None, remote)
                 except NodeError as error:
                     raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
