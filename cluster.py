@@ -2557,6 +2557,9 @@ class App:
 
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
+        path = self.settings.key_file
+        if nodes and self.known_identity is None and path.exists() and b"placeholder" not in path.read_bytes():
+            _ = self.identity  # asks for its passphrase, or says what is wrong with it, before others are suspected
         self.check_owner(group, nodes)
         ready = self.ours([node for node in nodes if node.state == "running"])
         waiting = [node for node in nodes if node.state == "pending"]
