@@ -849,6 +849,18 @@ class Node(NamedTuple):
         return self.launched, [int(part) for part in self.private_ip.split(".") if part], self.id
 
 
+class InstanceType(NamedTuple):
+    """What an instance type can do."""
+
+    type: str
+    architectures: tuple[str, ...]
+    boot_modes: tuple[str, ...]
+    virtualization: tuple[str, ...]
+    cores: int
+    encrypts: bool
+    burstable: bool
+
+
 class SpotRequest(NamedTuple):
     """A spot request of ours."""
 
@@ -904,6 +916,7 @@ class Overview(NamedTuple):
     nodes: list[Node]
     requests: list[SpotRequest]
     security_groups: list[SecurityGroup]
+    region: str
 
 
 def to_utc(value: Any) -> datetime:
@@ -1015,13 +1028,12 @@ def fetch_security_groups(ec2: Client, group: str | None = None) -> list[Securit
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
     """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
-    return Overview(
-        *side_by_side(
-            lambda: fetch_nodes(ec2, group),
-            lambda: fetch_spot_requests(ec2, group),
-            lambda: fetch_security_groups(ec2, group),
-        )
+    nodes, requests, security_groups = side_by_side(
+        lambda: fetch_nodes(ec2, group),
+        lambda: fetch_spot_requests(ec2, group),
+        lambda: fetch_security_groups(ec2, group),
     )
+    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
 
 
 def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
@@ -1053,6 +1065,42 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
     ids = [node.id for node in nodes]
     for start in range(0, len(ids), TAG_BATCH):
         ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
+
+
+def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
+    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
+    types = []
+    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
+        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
+    if not types:
+        region = ec2.meta.region_name
+        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
+    raw = types[0]
+    return InstanceType(
+        type=machine,
+        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
+        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
+        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
+        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
+        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
+        burstable=raw.get("BurstablePerformanceSupported", False),
+    )
+
+
+def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
+    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
+    history = fetch_pages(
+        ec2,
+        "describe_spot_price_history",
+        "SpotPriceHistory",
+        InstanceTypes=[machine],
+        ProductDescriptions=["Linux/UNIX"],
+        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
+    )
+    zones: dict[str, list[tuple[datetime, float]]] = {}
+    for one in history:
+        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
+    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
 def fetch_regions(settings: Settings) -> list[str]:
@@ -1368,6 +1416,48 @@ def write_secret(path: Path, text: str) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def make_ed25519() -> tuple[str, str]:
+    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    form = serialization.PublicFormat.OpenSSH
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    return private.decode(), public.decode()
+
+
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+
+
+def ensure_key_file(path: Path) -> None:
+    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    if has_key(path):
+        return
+    text = path.read_text("latin-1") if path.exists() else ""
+    if text and "placeholder" not in text:
+        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
+    private, _ = make_ed25519()
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
+        ) from error
+    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def user_command(name: str, script: str, *arguments: str) -> str:
@@ -2541,7 +2631,8 @@ class App:
         keys = ", ".join(sorted({node.key_name or "none" for node in living}))
         raise ClusterError(
             f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
-            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). Name a group of your own, e.g. "
+            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). If it is yours, copy that key's file to "
+            f"{self.settings.key_file}. Else name a group of your own, e.g. "
             f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
             "do it all the same with --others"
         )
@@ -3452,18 +3543,6 @@ CAPACITY_CODES = (
 ).split()
 
 
-class InstanceType(NamedTuple):
-    """What an instance type can do."""
-
-    type: str
-    architectures: tuple[str, ...]
-    boot_modes: tuple[str, ...]
-    virtualization: tuple[str, ...]
-    cores: int
-    encrypts: bool
-    burstable: bool
-
-
 class Image(NamedTuple):
     """What matters of an AMI."""
 
@@ -3584,26 +3663,6 @@ def plan_batches(count: int, size: int) -> list[int]:
     return [min(size, count - start) for start in range(0, count, size)]
 
 
-def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
-    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
-    types = []
-    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
-        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
-    if not types:
-        region = ec2.meta.region_name
-        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
-    raw = types[0]
-    return InstanceType(
-        type=machine,
-        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
-        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
-        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
-        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
-        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
-        burstable=raw.get("BurstablePerformanceSupported", False),
-    )
-
-
 def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
     """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
@@ -3706,22 +3765,6 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
         rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
         return max(filter(None, map(float, rates)), default=None)
     return None
-
-
-def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
-    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
-    history = fetch_pages(
-        ec2,
-        "describe_spot_price_history",
-        "SpotPriceHistory",
-        InstanceTypes=[machine],
-        ProductDescriptions=["Linux/UNIX"],
-        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
-    )
-    zones: dict[str, list[tuple[datetime, float]]] = {}
-    for one in history:
-        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
-    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
 def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
@@ -3834,48 +3877,6 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     if plan.quota is not None:
         quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
         yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
-
-
-def make_ed25519() -> tuple[str, str]:
-    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    form = serialization.PublicFormat.OpenSSH
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
-    return private.decode(), public.decode()
-
-
-def has_key(path: Path) -> bool:
-    """Tell whether a file is there and holds a key: not the placeholder."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
-
-
-def ensure_key_file(path: Path) -> None:
-    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    if has_key(path):
-        return
-    text = path.read_text("latin-1") if path.exists() else ""
-    if text and "placeholder" not in text:
-        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
-    if why := hide_from_git(path):
-        raise ClusterError(
-            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
-            "path outside of the repository"
-        )
-    private, _ = make_ed25519()
-    try:
-        write_secret(path, private)
-    except OSError as error:
-        raise ClusterError(
-            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
-            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
-        ) from error
-    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def ensure_key(app: App) -> None:
@@ -4766,7 +4767,25 @@ def make_spread(package: Package, nodes: int) -> Spread | None:
     return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def install_step(settings: Settings, package: Package, spread: Spread | None, logs: Path, remote: Remote) -> str:
+def split_steps(log: Callable[[bytes], object], tell: Callable[[str], None]) -> Callable[[bytes], None]:
+    """Return what takes a script's output: LOG gets all of it, and TELL the name in each line "step: NAME"."""
+    rest = b""
+
+    def take(block: bytes) -> None:
+        nonlocal rest
+        log(block)
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if line.startswith(b"step: "):
+                tell(printable(line[6:30].decode("utf-8", "replace")))
+        rest = rest[-MIB:]
+
+    return take
+
+
+def install_step(
+    settings: Settings, package: Package, spread: Spread | None, logs: Path, progress: Progress, remote: Remote
+) -> str:
     """Install Mitsuba on one node; return its version."""
     import hashlib
 
@@ -4774,13 +4793,16 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    tell = functools.partial(progress.step, remote.node)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
             os.fchmod(log.fileno(), 0o600)  # one of an older version
+            tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
+                tell("sending")
                 try:
                     spread.bring(lambda moved: None, remote)
                 except NodeError as error:
@@ -4788,7 +4810,7 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
+            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=split_steps(log.write, tell))
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -4808,7 +4830,7 @@ def install(app: App, group: str) -> None:
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
     spread = make_spread(package, len(nodes))
-    step = functools.partial(install_step, app.settings, package, spread, logs)
+    step = functools.partial(install_step, app.settings, package, spread, logs, progress)
     outcomes = app.pool.each(nodes, step, progress)
     if spread:
         spread.sessions.close()
@@ -5809,7 +5831,7 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
     nodes = [node for node in overview.nodes if node.group == group]
     alive = [node for node in nodes if node.state in ALIVE]
-    heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
+    heading = f"Group {group} ({overview.region}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
     lines = [", ".join(filter(None, [heading, format_cost(alive), idle]))]
@@ -5857,10 +5879,10 @@ def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]
     }
 
 
-def fetch_shown(app: App, group: str | None) -> tuple[list[str], Overview]:
+def fetch_shown(ec2: Client, group: str | None) -> tuple[list[str], Overview]:
     """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
     overview, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group),
+        lambda: fetch_overview(ec2, group),
         lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
     )
     alive = [node for node in overview.nodes if node.state in ALIVE]
@@ -5881,12 +5903,32 @@ def redraw_screen(text: str) -> None:
 def watch_status(app: App, group: str | None, wide: bool) -> None:
     """Renew status, with servers, load and clients, until Ctrl-C."""
     while True:
-        groups, overview = fetch_shown(app, group)
+        groups, overview = fetch_shown(app.ec2, group)
         asked = ask_servers(app, overview.nodes) if overview.nodes else {}
         blocks = [format_group(app, name, overview, wide, asked) for name in groups]
         when = datetime.now().strftime("%H:%M:%S")
         redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
         time.sleep(WATCH_SECONDS)
+
+
+def show_regions(app: App, group: str | None, as_json: bool, wide: bool) -> None:
+    """Show what runs in every region, past those that refuse."""
+    problems: list[str] = []
+    found = app.in_all_regions(lambda ec2: fetch_shown(ec2, group), problems)
+    if as_json:
+        shown = {
+            region: {name: group_json(app, name, overview, {}) for name in groups}
+            for region, (groups, overview) in found.items()
+            if groups
+        }
+        result(json.dumps({"regions": shown}, indent=2))
+    for groups, overview in found.values() if not as_json else ():
+        for name in groups:
+            put(format_group(app, name, overview, wide))
+    if not as_json and not any(groups for groups, _ in found.values()):
+        note("Nothing is running in any region that answers" + (f" in group {group!r}" if group else ""))
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
 @cli.command("status")
@@ -5895,13 +5937,20 @@ def watch_status(app: App, group: str | None, wide: bool) -> None:
 @click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
+@click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
 @click.pass_obj
-def status(app: App, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool) -> None:
+def status(
+    app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
+) -> None:
     """Show what is running, since when, and what it costs."""
+    if where["all_regions"]:
+        if servers or watch:
+            raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
+        return show_regions(app, group, as_json, wide)
     if watch:
         watch_status(app, group, wide)
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
-    groups, overview = fetch_shown(app, group)
+    groups, overview = fetch_shown(app.ec2, group)
     nodes = overview.nodes
     if as_json:
         asked = ask_servers(app, nodes) if servers and nodes else {}
