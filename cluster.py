@@ -2557,6 +2557,9 @@ class App:
 
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
+        path = self.settings.key_file
+        if nodes and self.known_identity is None and path.exists() and b"placeholder" not in path.read_bytes():
+            _ = self.identity  # asks for its passphrase, or says what is wrong with it, before others are suspected
         self.check_owner(group, nodes)
         ready = self.ours([node for node in nodes if node.state == "running"])
         waiting = [node for node in nodes if node.state == "pending"]
@@ -4802,9 +4805,10 @@ def install_step(
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
-                tell("sending")
+                tell("waiting")
+                tenth = max(1, spread.wanted[0].size // 10)
                 try:
-                    spread.bring(lambda moved: None, remote)
+                    spread.bring(lambda moved: tell(f"sending {moved // tenth * 10} %") if moved else None, remote)
                 except NodeError as error:
                     raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
