@@ -2893,6 +2893,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
                                       give it to Mitsuba, port 7554
       ./cluster.py status
       ./cluster.py terminateAll       don't forget: running nodes cost money
+    The first three in one: ./cluster.py up c1.xlarge 8
 
     GROUP names one of several independent clusters; it is "default" if you leave it out.
     """

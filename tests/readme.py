@@ -14,6 +14,7 @@ import click
 
 import cluster
 from tests.localcloud.places import PROJECT
+from tests.localcloud.session import SHORT_WAY
 
 README = PROJECT / "README.md"
 
@@ -38,7 +39,8 @@ def replace_block(text: str, name: str, block: str) -> str:
 
 
 def transcript_block(text: str) -> str:
-    """Return a session's output as a code block that fits the page."""
+    """Return a session's output, without its short way, as a code block that fits the page."""
+    text = text.split(SHORT_WAY)[0]
     kept = [line.rstrip() for line in text.splitlines() if not line.startswith(("building", "The whole", "making"))]
     return (
         "What that looks like, on three small nodes of the local stand-in:\n\n```\n" + "\n".join(kept).strip() + "\n```"

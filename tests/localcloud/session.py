@@ -12,6 +12,8 @@ import click
 from tests.localcloud.__main__ import environment, inside, ready
 from tests.localcloud.places import HERE, PROJECT, Places
 
+SHORT_WAY = "And the short way:"
+
 
 def play(where: Places, nodes: int) -> int:
     """Play the session on the cloud in WHERE; return 0, or the exit code of the first command that failed."""
@@ -30,9 +32,13 @@ def play(where: Places, nodes: int) -> int:
         ["./cluster.py", "syncData", str(data)],
         ["./cluster.py", "terminateAll"],
         ["./cluster.py", "status"],
+        ["./cluster.py", "up", "c1.xlarge", str(nodes)],
+        ["./cluster.py", "render", str(scene), "--then-terminate"],
     ):
         if words[0] == "mitsuba":
             words[2] = head
+        if words[1] == "up":
+            click.secho(f"{SHORT_WAY}\n", bold=True)
         click.secho(f"$ {shlex.join(words)}", bold=True)
         program = {"./cluster.py": [sys.executable, "cluster.py"], "mitsuba": [sys.executable, client]}[words[0]]
         code, output = run(where, [*program, *words[1:]])
@@ -49,7 +55,7 @@ def run(where: Places, words: list[str]) -> tuple[int, str]:
     """Run a command inside the cloud, showing its output; return its exit code and output."""
     child = subprocess.Popen(
         inside(where, words),
-        env=environment(where),
+        env=environment(where) | {"PATH": f"{HERE / 'mitsuba'}:{os.environ['PATH']}"},
         cwd=PROJECT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
