@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -106,6 +107,24 @@ def run_boot(rounds: int) -> Results:
     return {"boot": max(boots[name]["boot"] for name in logins), "login": max(logins.values())}
 
 
+def run_up(rounds: int) -> Results:
+    """From nothing to a head node with eight real nodes: the three commands one after the other, and up."""
+    ways: dict[str, list[tuple[str, ...]]] = {
+        "one after the other": [("createNodes", "c1.xlarge", "8"), ("install",), ("start",)],
+        "up": [("up", "c1.xlarge", "8")],
+    }
+    found = {}
+    with local_cloud("nspawn") as cloud:
+        for name, steps in ways.items():
+            began = time.monotonic()
+            for words in steps:
+                done = cloud.cluster(*words)
+                assert done.code == 0, done.err
+            found[name] = time.monotonic() - began
+            cloud.cluster("terminateAll")
+    return found
+
+
 def run_data(rounds: int, megabytes: int = 1024) -> Results:
     """A big file to S3, and to four nodes; in memory, so that no disk is measured."""
     with (
@@ -140,6 +159,7 @@ SECTIONS: dict[str, Callable[[int], Results]] = {
     "fanout": run_fanout,
     "start": run_start,
     "boot": run_boot,
+    "up": run_up,
     "data": run_data,
     "thousand": run_thousand,
 }
@@ -176,8 +196,8 @@ def main(rounds: int, only: tuple[str, ...], go_on: bool) -> None:
     results: Results = json.loads(kept.read_text()) if only and kept.exists() else {}
     results["machine"] = machine()
     for name in only or SECTIONS:
-        if name == "boot" and best_kind() != "nspawn":
-            click.echo("boot: left out, since it needs root and nspawn", err=True)
+        if name in ("boot", "up") and best_kind() != "nspawn":
+            click.echo(f"{name}: left out, since it needs root and nspawn", err=True)
             continue
         click.echo(f"{name} …", err=True)
         results[name] = SECTIONS[name](rounds)

@@ -116,6 +116,13 @@ def boot_section(results: Results) -> Iterator[str]:
     )
 
 
+def up_section(results: Results) -> Iterator[str]:
+    """The short way against the three commands."""
+    classic, up = results["one after the other"], results["up"]
+    yield "## up, 8 real nodes\n"
+    yield f"- createNodes, install and start: {classic:.1f} s; up: {up:.1f} s: {verdict(up / classic, 0.9)}\n"
+
+
 def data_table(label: str, results: Results) -> str:
     """Return seconds and processor time, ours and the S3 server's, which shares the processor."""
     rows = [[name, *(f"{one[key]:.2f}" for key in ("wall", "cpu", "server"))] for name, one in results.items()]
@@ -169,6 +176,7 @@ def markdown(results: Results) -> str:
         "fanout": fanout_section,
         "start": start_section,
         "boot": boot_section,
+        "up": up_section,
         "data": data_section,
         "thousand": thousand_section,
     }
