@@ -5269,12 +5269,12 @@ class Board(Progress):
 
     def __init__(self, nodes: Sequence[Node], say: Callable[[Outcome[Any]], str]) -> None:
         super().__init__("Up", len(nodes), say)
-        self.at = {node.id: (self.began, node.name, "waits for its address") for node in nodes}
+        self.at = {node.id: (self.began, node.name, "waiting for its address") for node in nodes}
 
-    def begin(self, node: Node, step: str, ended: str = "") -> None:
-        """Note that NODE begins a STEP, and what the one before has come to."""
+    def step(self, node: Node, text: str, ended: str = "") -> None:
+        """Note what NODE does now, and what its step before has come to."""
         with OUTPUT:
-            self.at[node.id] = (time.monotonic(), node.name, step)
+            self.at[node.id] = (time.monotonic(), node.name, text)
             if ended and not is_terminal():
                 note(f"{node.name}: {ended}")
         self.redraw()
@@ -5312,7 +5312,7 @@ def count_nodes(ec2: Client, group: str, launched: Sequence[Node] = ()) -> list[
     before: set[str] | None = None
     while True:
         listed = {node.id: node for node in fetch_nodes(ec2, group)}
-        nodes = [node for node in listed.values() if node.state in ("pending", "running")]
+        nodes = [node for node in listed.values() if node.is_inside and node.state in ("pending", "running")]
         unseen = [node for node in launched if node.id not in listed]
         found = {node.id for node in nodes}
         if (found == before and not unseen) or time.monotonic() > deadline:
@@ -5338,11 +5338,11 @@ def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], to
 def up_step(install_one: Callable[[Remote], str], start: StartPlan, board: Board, remote: Remote) -> Served:
     """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
     node = remote.node
-    board.begin(node, "boots")
+    board.step(node, "booting")
     boot_step(remote)
-    board.begin(node, "installs Mitsuba", "has booted")
+    board.step(node, "installing", "has booted")
     version = install_one(remote)
-    board.begin(node, "starts its server", f"Mitsuba {version}")
+    board.step(node, "starting its server", f"Mitsuba {version}")
     return Served(look_step(remote), 0, "") if node.id == start.head.id else worker_step(start, remote)
 
 
@@ -5350,10 +5350,10 @@ def bring_up(app: App, group: str, nodes: Sequence[Node], package: Package) -> t
     """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link."""
     head = plan_head(nodes)
     spread = make_spread(package, 1)  # whoever comes first need not wait for the others
-    install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group))
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
     start = plan_start(app, nodes, looked)
     board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
     outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, start, board), board)
     if spread:
         spread.sessions.close()
@@ -5380,6 +5380,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
     where, group, count = app.where(request.group), request.group, request.number
     say = result if dry_run else note
     nodes = count_nodes(app.ec2, group)
+    app.check_owner(group, nodes, request.others)
     if others := [node for node in nodes if node.type != request.type]:
         types = ", ".join(sorted({node.type for node in others}))
         say(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
@@ -5413,8 +5414,10 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
     if dry_run:
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
-    if cidr := try_client_cidr(app.settings):
-        app.allow_access(fetch_security_groups(app.ec2, group), cidr)
+    groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
+    if cidr:
+        app.allow_access(groups, cidr)
+    warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
