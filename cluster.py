@@ -24,7 +24,7 @@ sees and ends the cluster, whatever happened to this one.
 Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
 a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
 
-Rooms: Constants, Errors and output, Settings, AWS, SSH, Command line, and then a chapter for each
+Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, and then a chapter for each
 part of the day: createNodes, install, start, status, syncData, terminateAll, Spot, Small commands.
 """
 
@@ -131,6 +131,9 @@ class ClusterError(click.ClickException):
 
 class NodeError(Exception):
     """One node's step failed; the other nodes go on."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(mask(message))
 
 
 class SilentNode(NodeError):
@@ -287,6 +290,11 @@ def paint(text: str, err: bool = False, **look: Any) -> str:
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
 
 
+def is_terminal() -> bool:
+    """Tell whether what stands on stderr can be drawn anew."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class Progress:
     """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
 
@@ -294,6 +302,7 @@ class Progress:
     """
 
     shown = 0  # characters of a bar that stand on the terminal's last line
+    above = 0  # lines above that one
 
     def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
         self.label, self.total, self.say, self.size = label, total, say, size
@@ -312,8 +321,9 @@ class Progress:
     def clear() -> None:
         """Remove the bar, so that a line can be printed; the caller holds OUTPUT."""
         if Progress.shown:
-            click.echo(f"\r{' ' * Progress.shown}\r", nl=False, err=True)
-            Progress.shown = 0
+            up = f"\033[{Progress.above}A\033[J" if Progress.above else ""
+            click.echo(f"\r{' ' * Progress.shown}\r{up}", nl=False, err=True)
+            Progress.shown = Progress.above = 0
 
     def describe(self) -> str:
         """Return what stands beside the bar: nodes, bytes, rate, time left, the nodes' steps, the time gone."""
@@ -331,7 +341,7 @@ class Progress:
     def redraw(self) -> None:
         """Draw the bar anew."""
         with OUTPUT:
-            if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            if is_terminal():
                 moved = sum(self.moved.values())
                 bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
                 text = f"{self.label} {bar} {self.describe()}"[: shutil.get_terminal_size().columns - 1]
@@ -809,6 +819,7 @@ class Node(NamedTuple):
     idle_minutes: float | None = None
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
+    token: str = ""  # its launch's ClientToken
     key_name: str = ""  # of the key pair that it was launched with
     security_groups: tuple[str, ...] = ()  # their names
 
@@ -836,6 +847,18 @@ class Node(NamedTuple):
     def age(self) -> tuple[datetime, list[int], str]:
         """What sorts nodes from the oldest to the youngest; those of one launch by their addresses."""
         return self.launched, [int(part) for part in self.private_ip.split(".") if part], self.id
+
+
+class InstanceType(NamedTuple):
+    """What an instance type can do."""
+
+    type: str
+    architectures: tuple[str, ...]
+    boot_modes: tuple[str, ...]
+    virtualization: tuple[str, ...]
+    cores: int
+    encrypts: bool
+    burstable: bool
 
 
 class SpotRequest(NamedTuple):
@@ -893,6 +916,7 @@ class Overview(NamedTuple):
     nodes: list[Node]
     requests: list[SpotRequest]
     security_groups: list[SecurityGroup]
+    region: str
 
 
 def to_utc(value: Any) -> datetime:
@@ -934,6 +958,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         idle_minutes=to_number(tags.get(TAG_IDLE)),
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
+        token=raw.get("ClientToken") or "",
         key_name=raw.get("KeyName", ""),
         security_groups=tuple(one.get("GroupName", "") for one in raw.get("SecurityGroups", [])),
     )
@@ -1003,13 +1028,12 @@ def fetch_security_groups(ec2: Client, group: str | None = None) -> list[Securit
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
     """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
-    return Overview(
-        *side_by_side(
-            lambda: fetch_nodes(ec2, group),
-            lambda: fetch_spot_requests(ec2, group),
-            lambda: fetch_security_groups(ec2, group),
-        )
+    nodes, requests, security_groups = side_by_side(
+        lambda: fetch_nodes(ec2, group),
+        lambda: fetch_spot_requests(ec2, group),
+        lambda: fetch_security_groups(ec2, group),
     )
+    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
 
 
 def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
@@ -1041,6 +1065,42 @@ def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None
     ids = [node.id for node in nodes]
     for start in range(0, len(ids), TAG_BATCH):
         ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
+
+
+def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
+    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
+    types = []
+    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
+        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
+    if not types:
+        region = ec2.meta.region_name
+        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
+    raw = types[0]
+    return InstanceType(
+        type=machine,
+        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
+        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
+        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
+        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
+        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
+        burstable=raw.get("BurstablePerformanceSupported", False),
+    )
+
+
+def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
+    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
+    history = fetch_pages(
+        ec2,
+        "describe_spot_price_history",
+        "SpotPriceHistory",
+        InstanceTypes=[machine],
+        ProductDescriptions=["Linux/UNIX"],
+        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
+    )
+    zones: dict[str, list[tuple[datetime, float]]] = {}
+    for one in history:
+        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
+    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
 def fetch_regions(settings: Settings) -> list[str]:
@@ -1356,6 +1416,48 @@ def write_secret(path: Path, text: str) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def make_ed25519() -> tuple[str, str]:
+    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    form = serialization.PublicFormat.OpenSSH
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    return private.decode(), public.decode()
+
+
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+
+
+def ensure_key_file(path: Path) -> None:
+    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    if has_key(path):
+        return
+    text = path.read_text("latin-1") if path.exists() else ""
+    if text and "placeholder" not in text:
+        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
+    private, _ = make_ed25519()
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
+        ) from error
+    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def user_command(name: str, script: str, *arguments: str) -> str:
@@ -2457,6 +2559,9 @@ class App:
 
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
+        path = self.settings.key_file
+        if nodes and self.known_identity is None and path.exists() and b"placeholder" not in path.read_bytes():
+            _ = self.identity  # asks for its passphrase, or says what is wrong with it, before others are suspected
         self.check_owner(group, nodes)
         ready = self.ours([node for node in nodes if node.state == "running"])
         waiting = [node for node in nodes if node.state == "pending"]
@@ -2531,7 +2636,8 @@ class App:
         keys = ", ".join(sorted({node.key_name or "none" for node in living}))
         raise ClusterError(
             f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
-            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). Name a group of your own, e.g. "
+            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). If it is yours, copy that key's file to "
+            f"{self.settings.key_file}. Else name a group of your own, e.g. "
             f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
             "do it all the same with --others"
         )
@@ -3124,7 +3230,7 @@ class Look(NamedTuple):
 
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
-    opened: int  # connections that the node has accepted so far, on any port, but for the guard's own
+    opened: int  # connections to the head's server so far, however short, but for the guard's own
     servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
     logins: dict[str, int]  # the same of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
@@ -3172,7 +3278,7 @@ def run_quietly(*words: str) -> str:
     import subprocess
 
     try:
-        return subprocess.run(words, stdout=subprocess.PIPE, timeout=30, check=False).stdout.decode("utf-8", "replace")
+        return subprocess.run(words, capture_output=True, timeout=30, check=False).stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -3182,7 +3288,7 @@ def take_look(own_connections: int) -> Look:
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    names, values = (line.split() for line in read_file("/proc/net/snmp").splitlines() if line.startswith("Tcp:"))
+    counted = re.search(r"counter packets (\d+)", run_quietly("nft", "list", "table", "inet", "mitsuba_guard"))
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
@@ -3192,7 +3298,7 @@ def take_look(own_connections: int) -> Look:
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        int(values[names.index("PassiveOpens")]) - own_connections,
+        (int(counted[1]) if counted else 0) - own_connections,
         servers,
         logins,
         touched,
@@ -3320,6 +3426,19 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Link
     return links, answers[own].connections
 
 
+# Between two looks a short render comes and goes unseen: so each first packet of a connection is counted.
+COUNT_CONNECTIONS = f"""
+add table inet mitsuba_guard
+delete table inet mitsuba_guard
+table inet mitsuba_guard {{
+  chain input {{
+    type filter hook input priority 0;
+    tcp dport {SERVER_PORT} tcp flags & (fin | syn | rst | ack) == syn counter
+  }}
+}}
+"""
+
+
 def guard_node(arguments: list[str]) -> None:
     """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
     if arguments == ["filter"]:
@@ -3331,6 +3450,8 @@ def guard_node(arguments: list[str]) -> None:
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
+    if role == "head":
+        run_quietly("nft", COUNT_CONNECTIONS)
     while True:
         if role == "head":
             links, more = keep_serving(plan, links, memory.quiet)
@@ -3393,7 +3514,8 @@ def guard_program() -> str:
     names = (
         "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
         "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
-        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
+        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH "
+        "COUNT_CONNECTIONS"
     )
     parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
     parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
@@ -3453,18 +3575,6 @@ CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
     "Unsupported SpotMaxPriceTooLow"
 ).split()
-
-
-class InstanceType(NamedTuple):
-    """What an instance type can do."""
-
-    type: str
-    architectures: tuple[str, ...]
-    boot_modes: tuple[str, ...]
-    virtualization: tuple[str, ...]
-    cores: int
-    encrypts: bool
-    burstable: bool
 
 
 class Image(NamedTuple):
@@ -3530,6 +3640,7 @@ class Launch(NamedTuple):
     tags: dict[str, str]
     disk_gb: int
     private: bool  # no public addresses
+    token: str = ""  # with which each request's ClientToken begins
 
 
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
@@ -3584,26 +3695,6 @@ nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
 def plan_batches(count: int, size: int) -> list[int]:
     """Split COUNT into parts of at most SIZE: plan_batches(250, 100) is [100, 100, 50]."""
     return [min(size, count - start) for start in range(0, count, size)]
-
-
-def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
-    """Return what an instance type can do; ClusterError where EC2 has no such type here."""
-    types = []
-    with tolerate("InvalidInstanceType", "InvalidParameterValue"):
-        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
-    if not types:
-        region = ec2.meta.region_name
-        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
-    raw = types[0]
-    return InstanceType(
-        type=machine,
-        architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
-        boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
-        virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
-        cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
-        encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
-        burstable=raw.get("BurstablePerformanceSupported", False),
-    )
 
 
 def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
@@ -3708,22 +3799,6 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
         rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
         return max(filter(None, map(float, rates)), default=None)
     return None
-
-
-def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
-    """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
-    history = fetch_pages(
-        ec2,
-        "describe_spot_price_history",
-        "SpotPriceHistory",
-        InstanceTypes=[machine],
-        ProductDescriptions=["Linux/UNIX"],
-        StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
-    )
-    zones: dict[str, list[tuple[datetime, float]]] = {}
-    for one in history:
-        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
-    return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
 def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
@@ -3838,48 +3913,6 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
 
 
-def make_ed25519() -> tuple[str, str]:
-    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    form = serialization.PublicFormat.OpenSSH
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
-    return private.decode(), public.decode()
-
-
-def has_key(path: Path) -> bool:
-    """Tell whether a file is there and holds a key: not the placeholder."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
-
-
-def ensure_key_file(path: Path) -> None:
-    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    if has_key(path):
-        return
-    text = path.read_text("latin-1") if path.exists() else ""
-    if text and "placeholder" not in text:
-        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
-    if why := hide_from_git(path):
-        raise ClusterError(
-            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
-            "path outside of the repository"
-        )
-    private, _ = make_ed25519()
-    try:
-        write_secret(path, private)
-    except OSError as error:
-        raise ClusterError(
-            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
-            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
-        ) from error
-    click.echo(f"Made a new SSH key: {path}", err=True)
-
-
 def ensure_key(app: App) -> None:
     """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
     ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
@@ -3940,7 +3973,8 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        "bootcmd": [["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
+        # "set -e": else cloud-init, which makes one script of them, would see the last one's exit code only.
+        "bootcmd": ["set -e", ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -3961,8 +3995,9 @@ def prepare(app: App, plan: Plan) -> Launch:
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
     tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
     user_data = make_user_data(private, public, plan.hours, plan.idle)
+    token = os.urandom(16).hex()
     disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
-    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed)
+    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed, token)
 
 
 def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
@@ -4037,7 +4072,8 @@ def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
         zone = subnet.zone
         try:
             for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, os.urandom(16).hex()))
+                token = launch.token + os.urandom(8).hex()
+                got = launch_batch(ec2, launch_parameters(launch, subnet, size, token))
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
@@ -4084,7 +4120,7 @@ def boot_step(remote: Remote) -> None:
     check_guard(remote)
 
 
-def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: float) -> Outcome[None] | None:
+def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: float) -> Outcome[T] | None:
     """Return how the wait for NODE has ended, ELAPSED seconds after the launch; None while it goes on."""
     if node.state in ("shutting-down", "terminated"):
         hint = KMS_HINT if node.reason.startswith("Client.InternalError") else ""
@@ -4099,21 +4135,22 @@ def decide(app: App, node: Node, future: Future[Outcome[None]] | None, elapsed: 
     return outcome
 
 
-def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome[None]]:
-    """Wait until each node answers and has booted; each goes on by itself once it has the address that will be used.
+def await_nodes(
+    app: App, group: str, nodes: Sequence[Node], step: Callable[[Remote], T], progress: Progress
+) -> list[Outcome[T]]:
+    """Run STEP on each node, by itself, once the node has the address that will be used, and answers.
 
     EC2 tells the private address at once, the public one seconds later, and shows new nodes late in its lists.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    progress = Progress("Answering", len(nodes))
     waiting = {node.id: node for node in nodes}
-    begun: dict[str, Future[Outcome[None]]] = {}
-    done: dict[str, Outcome[None]] = {}
+    begun: dict[str, Future[Outcome[T]]] = {}
+    done: dict[str, Outcome[T]] = {}
     start = good = time.monotonic()
     while waiting:
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, launch.plan.request.group) if node.id in waiting}
+            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
@@ -4121,9 +4158,11 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
                 raise
         waiting |= seen
         for node in seen.values():
-            address = node.private_ip if launch.private else node.public_ip
+            boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
+            address = node.public_ip if boots and not app.settings.PRIVATE_NODES else node.address
             if address and node.id not in begun and node.state in ("pending", "running"):
-                begun[node.id] = app.pool.submit(node, boot_step, limit=BOOT_LIMIT, first_boot=True)
+                limit = BOOT_LIMIT if boots else LOGIN_LIMIT
+                begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
         end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
@@ -4139,23 +4178,16 @@ def await_nodes(app: App, launch: Launch, nodes: Sequence[Node]) -> list[Outcome
     return [done[node.id] for node in nodes]
 
 
-def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
-    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
+def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
+    """Launch a PLAN; return the nodes, why they are fewer than asked, or "", and how their ClientTokens begin.
+
+    Ctrl-C says in WAYS what can be done with nodes that may be there.
+    """
     from botocore.exceptions import ClientError
 
-    plan = make_plan(app, request, dry_run)
-    for line in describe(app, plan):
-        (result if dry_run else note)(line)
-    if dry_run:
-        return
+    request = plan.request
     launch = prepare(app, plan)
-    where = app.where(request.group)
-    ways = (
-        f"{command('install', request.group)} goes on with them ({command('createNodes')} would make more), "
-        f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
-    )
-    app.left = f"Nodes of {where} may be running and cost money: {ways}."
-    started = time.monotonic()
+    app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
     try:
         nodes, why = launch_nodes(app.ec2, launch)
     except ClientError as error:
@@ -4165,7 +4197,24 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
     note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
-    outcomes = await_nodes(app, launch, nodes)
+    return nodes, why, launch.token
+
+
+def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
+    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
+    plan = make_plan(app, request, dry_run)
+    for line in describe(app, plan):
+        (result if dry_run else note)(line)
+    if dry_run:
+        return
+    where = app.where(request.group)
+    ways = (
+        f"{command('install', request.group)} goes on with them ({command('createNodes')} would make more), "
+        f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
+    )
+    started = time.monotonic()
+    nodes, why, _ = launch_plan(app, plan, ways)
+    outcomes = await_nodes(app, request.group, nodes, boot_step, Progress("Answering", len(nodes)))
     put(format_nodes(in_order(outcome.node for outcome in outcomes)))
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
@@ -4175,16 +4224,25 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
+def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add what createNodes and up can be asked for."""
+    for add in (
+        click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
+        click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        others_option,
+        idle_option,
+        hours_option,
+        click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back."),
+        group_argument,
+        count_argument,
+        type_argument,
+    ):
+        command = add(command)
+    return command
+
+
 @cli.command("createNodes")
-@type_argument
-@count_argument
-@group_argument
-@click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
-@hours_option
-@idle_option
-@others_option
-@click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
+@launch_options
 @click.pass_obj
 def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
@@ -4743,7 +4801,25 @@ def make_spread(package: Package, nodes: int) -> Spread | None:
     return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def install_step(settings: Settings, package: Package, spread: Spread | None, logs: Path, remote: Remote) -> str:
+def split_steps(log: Callable[[bytes], object], tell: Callable[[str], None]) -> Callable[[bytes], None]:
+    """Return what takes a script's output: LOG gets all of it, and TELL the name in each line "step: NAME"."""
+    rest = b""
+
+    def take(block: bytes) -> None:
+        nonlocal rest
+        log(block)
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            if line.startswith(b"step: "):
+                tell(printable(line[6:30].decode("utf-8", "replace")))
+        rest = rest[-MIB:]
+
+    return take
+
+
+def install_step(
+    settings: Settings, package: Package, spread: Spread | None, logs: Path, progress: Progress, remote: Remote
+) -> str:
     """Install Mitsuba on one node; return its version."""
     import hashlib
 
@@ -4751,21 +4827,25 @@ def install_step(settings: Settings, package: Package, spread: Spread | None, lo
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    tell = functools.partial(progress.step, remote.node)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
             os.fchmod(log.fileno(), 0o600)  # one of an older version
+            tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
             check_guard(remote)
             if spread:
+                tell("waiting")
+                tenth = max(1, spread.wanted[0].size // 10)
                 try:
-                    spread.bring(lambda moved: None, remote)
+                    spread.bring(lambda moved: tell(f"sending {moved // tenth * 10} %") if moved else None, remote)
                 except NodeError as error:
                     raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=log.write)
+            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=split_steps(log.write, tell))
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -4785,7 +4865,7 @@ def install(app: App, group: str) -> None:
     logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
     spread = make_spread(package, len(nodes))
-    step = functools.partial(install_step, app.settings, package, spread, logs)
+    step = functools.partial(install_step, app.settings, package, spread, logs, progress)
     outcomes = app.pool.each(nodes, step, progress)
     if spread:
         spread.sessions.close()
@@ -4990,14 +5070,29 @@ def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
 
 
-def describe_client(facts: Facts) -> str:
-    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last; "" where there is none."""
+def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
+    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last.
+
+    "" where there is none, or it has been SILENT_FOR longer.
+    """
     silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
-    if not silences:
+    if not silences or min(silences.values()) > silent_for:
         return ""
     address = min(silences, key=lambda one: silences[one])
     more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
     return f"client {address}{more}, silent for {format_duration(silences[address])}"
+
+
+def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
+    """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
+    identity = app.known_identity
+    heads = [node for node in nodes if node.role == "head" and node.state == "running"]
+    for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
+        future = app.pool.submit(head, fetch_facts, limit=limit)
+        app.pool.wait([future], limit)
+        if future.done() and future.result().ok:
+            return future.result().value
+    return Facts(0)
 
 
 def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
@@ -5088,19 +5183,19 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
     return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
 
 
-def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
-    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
-    head = plan_head(nodes)
-    others = [node for node in nodes if node.id != head.id]
-    (looked,) = app.pool.each([head], look_step)
-    start = StartPlan(head, app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
-    if looked.ok and not force:
-        start = start._replace(client=describe_client(looked.value), linked=frozenset(looked.value.linked))
-        start = start if start.client else start._replace(linked=frozenset())
-    workers = app.pool.each(
-        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
-    )
-    linked = [outcome for outcome in workers if outcome.ok]
+def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None = None) -> StartPlan:
+    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at."""
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
+    if looked and looked.ok and (client := describe_client(looked.value)):
+        start = start._replace(client=client, linked=frozenset(looked.value.linked))
+    return start
+
+
+def link_group(
+    app: App, group: str, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+) -> None:
+    """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
+    head, linked = looked.node, [outcome for outcome in workers if outcome.ok]
     ready: Outcome[Any] = looked
     if looked.ok:
         step = functools.partial(head_step, start, looked.value, linked)
@@ -5113,12 +5208,25 @@ def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> Non
         raise ClusterError(explain_failed_head(group, ready, failed))
     say_how_to_connect(app, group, head, ready.value)
     if failed:
-        raise ClusterError(f"{len(nodes) - len(failed)} of {len(nodes)} nodes serve; failed: {', '.join(failed)}")
+        count = len(workers) + 1
+        raise ClusterError(f"{count - len(failed)} of {count} nodes serve; failed: {', '.join(failed)}")
     if ready.value.waiting:
         raise ClusterError(
             f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
             "else they join when it leaves"
         )
+
+
+def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
+    """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
+    head = plan_head(nodes)
+    others = [node for node in nodes if node.id != head.id]
+    (looked,) = app.pool.each([head], look_step)
+    start = plan_start(app, nodes, None if force else looked)
+    workers = app.pool.each(
+        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
+    )
+    link_group(app, group, start, looked, workers)
 
 
 @cli.command("start")
@@ -5181,6 +5289,182 @@ def tunnel(app: App, group: str, port: int) -> None:
         note(f"Forwarding to {head.name} until Ctrl-C")
         code = ssh.wait()
     raise ClusterError(f"{head.name}: ssh ended ({format_exit(code)}); run {command('tunnel', group)} again")
+
+
+# --- up ----------------------------------------------------------------------
+# createNodes, install and start in one, with no barrier between nodes. Touches what they touch; ends only nodes of
+# its own launch.
+
+COUNT_LIMIT = 60  # seconds for two polls to agree, and to show the nodes of a launch
+BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
+
+
+class Board(Progress):
+    """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
+
+    def __init__(self, nodes: Sequence[Node], say: Callable[[Outcome[Any]], str]) -> None:
+        super().__init__("Up", len(nodes), say)
+        self.at = {node.id: (self.began, node.name, "waits for its address") for node in nodes}
+
+    def begin(self, node: Node, step: str, ended: str = "") -> None:
+        """Note that NODE begins a STEP, and what the one before has come to."""
+        with OUTPUT:
+            self.at[node.id] = (time.monotonic(), node.name, step)
+            if ended and not is_terminal():
+                note(f"{node.name}: {ended}")
+        self.redraw()
+
+    def finished(self, outcome: Outcome[Any]) -> None:
+        """Count a node, and print its line in place of the board's."""
+        with OUTPUT:
+            self.at.pop(outcome.node.id, None)
+            super().finished(outcome)
+
+    def lines(self) -> list[str]:
+        """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
+        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
+        waiting = sorted(self.at.values())
+        lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
+        steps = [step for _, _, step in waiting[room:]]
+        more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
+        return [*lines, f"Up: {self.done}/{self.total} nodes{more}, {format_duration(now - self.began)}"]
+
+    def redraw(self) -> None:
+        """Draw the board anew."""
+        if not is_terminal():
+            super().redraw()  # a line a minute
+            return
+        with OUTPUT:
+            Progress.clear()
+            lines = [line[: shutil.get_terminal_size().columns - 1] for line in self.lines()]
+            click.echo("\n".join(lines), nl=False, err=True)
+            Progress.shown, Progress.above = len(lines[-1]), len(lines) - 1
+
+
+def count_nodes(ec2: Client, group: str, launched: Sequence[Node] = ()) -> list[Node]:
+    """Return GROUP's nodes that run or will, oldest first, once two polls agree and know the LAUNCHED: lists lag."""
+    deadline = time.monotonic() + COUNT_LIMIT
+    before: set[str] | None = None
+    while True:
+        listed = {node.id: node for node in fetch_nodes(ec2, group)}
+        nodes = [node for node in listed.values() if node.state in ("pending", "running")]
+        unseen = [node for node in launched if node.id not in listed]
+        found = {node.id for node in nodes}
+        if (found == before and not unseen) or time.monotonic() > deadline:
+            return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
+        before = found
+        time.sleep(POLL)
+
+
+def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], token: str) -> list[Node]:
+    """Return the COUNT oldest nodes of GROUP; end those of this launch, known by their TOKEN, that are more.
+
+    Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
+    """
+    nodes = count_nodes(ec2, group, launched)
+    excess = [node for node in nodes[count:] if node.token.startswith(token)]
+    if excess:
+        terminate_nodes(ec2, excess)
+        note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
+    return nodes[:count]
+
+
+def up_step(install_one: Callable[[Remote], str], start: StartPlan, board: Board, remote: Remote) -> Served:
+    """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
+    node = remote.node
+    board.begin(node, "boots")
+    boot_step(remote)
+    board.begin(node, "installs Mitsuba", "has booted")
+    version = install_one(remote)
+    board.begin(node, "starts its server", f"Mitsuba {version}")
+    return Served(look_step(remote), 0, "") if node.id == start.head.id else worker_step(start, remote)
+
+
+def bring_up(app: App, group: str, nodes: Sequence[Node], package: Package) -> tuple[StartPlan, list[Outcome[Served]]]:
+    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link."""
+    head = plan_head(nodes)
+    spread = make_spread(package, 1)  # whoever comes first need not wait for the others
+    install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group))
+    looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
+    start = plan_start(app, nodes, looked)
+    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, start, board), board)
+    if spread:
+        spread.sessions.close()
+    return start, outcomes
+
+
+def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
+    """Link the nodes that serve; ClusterError for what has failed. Any of them can be a new group's head."""
+    head = next(outcome for outcome in outcomes if outcome.node.id == start.head.id)
+    workers = [outcome for outcome in outcomes if outcome is not head]
+    good = [outcome.node for outcome in workers if outcome.ok]
+    if head.ok or start.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
+        looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
+        return link_group(app, group, start, looked, workers)
+    start_group(app, group, good, force=False)
+    failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
+    raise ClusterError(f"{len(good)} of {len(outcomes)} nodes serve; failed: {failed}")
+
+
+def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
+    """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
+    from botocore.exceptions import ClientError
+
+    where, group, count = app.where(request.group), request.group, request.number
+    say = result if dry_run else note
+    nodes = count_nodes(app.ec2, group)
+    if others := [node for node in nodes if node.type != request.type]:
+        types = ", ".join(sorted({node.type for node in others}))
+        say(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
+    if len(nodes) >= count:
+        more = f", more than {count}: none is ended" if len(nodes) > count else ""
+        say(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
+        return nodes, "", ""
+    plan = make_plan(app, request._replace(number=count - len(nodes)), dry_run)
+    for line in describe(app, plan):
+        say(line)
+    if dry_run:
+        return [], "", ""
+    ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
+    try:
+        launched, why, token = launch_plan(app, plan, ways)
+    except (ClusterError, ClientError) as error:
+        if not nodes:
+            raise
+        return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
+    return keep_count(app.ec2, group, count, launched, token), why, token
+
+
+@cli.command("up")
+@launch_options
+@click.pass_obj
+def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+    """Make GROUP a cluster of COUNT nodes that serves; run it again to complete or mend it."""
+    again = command("up", machine, str(count), group)
+    package = plan_package(app.settings)
+    nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
+    if dry_run:
+        return
+    app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
+    if cidr := try_client_cidr(app.settings):
+        app.allow_access(fetch_security_groups(app.ec2, group), cidr)
+    while True:
+        if not (mine := app.ours(nodes)):
+            raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
+        start, outcomes = bring_up(app, group, mine, package)
+        nodes = keep_count(app.ec2, group, count, [], token) if token else nodes
+        kept = {node.id for node in nodes}
+        if (start.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}) or not token:
+            break
+    try:
+        link_up(app, group, start, [one for one in outcomes if one.node.id in kept or not one.ok])
+    except ClusterError as error:
+        raise ClusterError(f"{error.message}; {again} tries again") from error
+    if why or len(nodes) < count:
+        reason = f" ({why})" if why else ""
+        raise ClusterError(f"the group has {len(nodes)} of {count} nodes{reason}; {again} makes the others")
 
 
 # --- render ------------------------------------------------------------------
@@ -5503,7 +5787,9 @@ def format_cost(nodes: Sequence[Node]) -> str:
 def node_json(node: Node) -> dict[str, Any]:
     """Return a node as `status --json` shows it."""
     cost = spent(node, datetime.now(timezone.utc))
-    return node._asdict() | {
+    shown = node._asdict()
+    del shown["token"]
+    return shown | {
         "name": node.name,
         "short": node.short,
         "address": node.address,
@@ -5580,7 +5866,7 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
     nodes = [node for node in overview.nodes if node.group == group]
     alive = [node for node in nodes if node.state in ALIVE]
-    heading = f"Group {group} ({app.settings.AWS_REGION}): {format_count(len(alive), 'node')}"
+    heading = f"Group {group} ({overview.region}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
     lines = [", ".join(filter(None, [heading, format_cost(alive), idle]))]
@@ -5628,10 +5914,10 @@ def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]
     }
 
 
-def fetch_shown(app: App, group: str | None) -> tuple[list[str], Overview]:
+def fetch_shown(ec2: Client, group: str | None) -> tuple[list[str], Overview]:
     """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
     overview, _ = side_by_side(
-        lambda: fetch_overview(app.ec2, group),
+        lambda: fetch_overview(ec2, group),
         lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
     )
     alive = [node for node in overview.nodes if node.state in ALIVE]
@@ -5652,12 +5938,32 @@ def redraw_screen(text: str) -> None:
 def watch_status(app: App, group: str | None, wide: bool) -> None:
     """Renew status, with servers, load and clients, until Ctrl-C."""
     while True:
-        groups, overview = fetch_shown(app, group)
+        groups, overview = fetch_shown(app.ec2, group)
         asked = ask_servers(app, overview.nodes) if overview.nodes else {}
         blocks = [format_group(app, name, overview, wide, asked) for name in groups]
         when = datetime.now().strftime("%H:%M:%S")
         redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
         time.sleep(WATCH_SECONDS)
+
+
+def show_regions(app: App, group: str | None, as_json: bool, wide: bool) -> None:
+    """Show what runs in every region, past those that refuse."""
+    problems: list[str] = []
+    found = app.in_all_regions(lambda ec2: fetch_shown(ec2, group), problems)
+    if as_json:
+        shown = {
+            region: {name: group_json(app, name, overview, {}) for name in groups}
+            for region, (groups, overview) in found.items()
+            if groups
+        }
+        result(json.dumps({"regions": shown}, indent=2))
+    for groups, overview in found.values() if not as_json else ():
+        for name in groups:
+            put(format_group(app, name, overview, wide))
+    if not as_json and not any(groups for groups, _ in found.values()):
+        note("Nothing is running in any region that answers" + (f" in group {group!r}" if group else ""))
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
 @cli.command("status")
@@ -5666,13 +5972,20 @@ def watch_status(app: App, group: str | None, wide: bool) -> None:
 @click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
+@click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
 @click.pass_obj
-def status(app: App, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool) -> None:
+def status(
+    app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
+) -> None:
     """Show what is running, since when, and what it costs."""
+    if where["all_regions"]:
+        if servers or watch:
+            raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
+        return show_regions(app, group, as_json, wide)
     if watch:
         watch_status(app, group, wide)
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
-    groups, overview = fetch_shown(app, group)
+    groups, overview = fetch_shown(app.ec2, group)
     nodes = overview.nodes
     if as_json:
         asked = ask_servers(app, nodes) if servers and nodes else {}
@@ -5749,16 +6062,6 @@ PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
 READERS = 4  # files that are hashed at once
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
-
-
-class RemoteObject(NamedTuple):
-    """An S3 object that the nodes shall have."""
-
-    key: str
-    path: str  # below DATA_DIR
-    size: int
-    etag: str
-    digest: str = ""  # SHA-256 or MD5 in hex, where one is known
 
 
 def plan_relative_path(key: str, prefix: str) -> str | None:
@@ -5985,30 +6288,30 @@ def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[...,
     return sent
 
 
-def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[list[RemoteObject], list[str]]:
-    """Return the objects under PREFIX/NAME… that the nodes shall have, and the keys that can't be files."""
+def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[dict[str, Wanted], list[str]]:
+    """Return what the nodes shall have, by its key: all under PREFIX/NAME…; and the keys that can't be files."""
     found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
     with threads(32) as pool:
         digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
-    objects = [RemoteObject(key, str(paths[key]), *found[key], digest) for key, digest in zip(good, digests)]
+    objects = {}
+    for key, digest in zip(good, digests):
+        size, etag = found[key]
+        objects[key] = Wanted(str(paths[key]), size, digest or etag, digest, "", {"If-Match": f'"{etag}"'})
     return objects, [key for key in found if paths[key] is None]
 
 
-def sign(s3: Client, bucket: str, objects: Sequence[RemoteObject]) -> list[Wanted]:
-    """Return the objects as what nodes fetch, by signed addresses that live as short as may be."""
+def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
+    """Return the OBJECTS with signed addresses that live as short as may be."""
     shortest, longest = SIGNED_SECONDS
-    seconds = int(min(longest, shortest + sum(one.size for one in objects) / SLOWEST))
+    seconds = int(min(longest, shortest + sum(one.size for one in objects.values()) / SLOWEST))
 
-    def address(one: RemoteObject) -> str:
-        where = {"Bucket": bucket, "Key": one.key}
+    def address(key: str) -> str:
+        where = {"Bucket": bucket, "Key": key}
         return str(s3.generate_presigned_url("get_object", Params=where, ExpiresIn=seconds))
 
-    return [
-        Wanted(one.path, one.size, one.digest or one.etag, one.digest, address(one), {"If-Match": f'"{one.etag}"'})
-        for one in objects
-    ]
+    return [one._replace(url=address(key)) for key, one in objects.items()]
 
 
 def describe_fetched(done: Fetched, moved: int) -> str:
@@ -6088,13 +6391,13 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
         raise ClusterError(
             f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
         )
-    size = sum(one.size for one in objects)
+    size = sum(one.size for one in objects.values())
     note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
     sign_all = functools.partial(sign, s3, bucket, objects)
     step = functools.partial(sync_step, app.settings.DATA_DIR, sign_all(), sign_all, progress)
     outcomes = app.pool.each(nodes, step, progress)
-    for one in objects:
+    for one in objects.values():
         if not one.digest:
             note(f"{one.path}: complete by its size, but not verified by hash (it has none in S3)")
     app.report(outcomes, "Synchronized")
@@ -6129,6 +6432,9 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
 # Ending groups and single nodes, and verifying it. Touches EC2 only.
 
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
+ASK_LIMIT = 5  # seconds, for the head to say whether a client would lose its render
+LAST_ASK_LIMIT = 2  # the same before a whole group ends, which waits for nobody
+CLIENT_ACTIVE = 600  # seconds since a client last moved bytes
 TERMINATE_LIMIT = 600  # until one more node has ended; 150 s are ordinary
 HOLD_LIMIT = 300  # for the security group: ended nodes hold it a minute more, young ones before any list shows them
 UNSEEN_LIMIT = 5  # for lists to show something of a group: what is new they show late
@@ -6251,7 +6557,7 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     for node in done.left:
         why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
         note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
-    parts = [f"{format_count(len(done.nodes), 'node')} terminated"]
+    parts = [f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"]
     if done.cancelled:
         parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
     if done.protected:
@@ -6326,7 +6632,10 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
         for one in groups:
             try:
                 app.check_owner(one, [node for node in present.nodes if node.group == one], others, present.ec2)
+                client = describe_client(ask_head(app, [n for n in present.nodes if n.group == one], LAST_ASK_LIMIT))
                 found = terminate_in(app, present.ec2, one, others) or found
+                if client:
+                    note(f"{client}, was connected to the head of group {one!r}")
             except (ClusterError, BotoCoreError, ClientError) as error:
                 problem = error.message if isinstance(error, ClusterError) else explain(error)
                 problems.append(f"{region}: {problem}" if all_regions else problem)
@@ -6343,13 +6652,18 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
 @cli.command("terminate")
 @node_argument
 @others_option
+@click.option("--force", is_flag=True, help="Even if a client's render is lost by it.")
 @click.pass_obj
-def terminate(app: App, name: str, others: bool) -> None:
+def terminate(app: App, name: str, others: bool, force: bool) -> None:
     """Shut one node down, by its name, address or instance id."""
     node = find_node(app, name)
     if not node.is_inside:
         raise ClusterError(f"{node.id} is not in security group mitsuba-{node.group}: this tool did not launch it")
     app.check_owner(node.group, [node], others)
+    facts = Facts(0) if force else ask_head(app, fetch_nodes(app.ec2, node.group), ASK_LIMIT)
+    client = describe_client(facts, CLIENT_ACTIVE)
+    if client and (node.role == "head" or node.private_ip in facts.linked):
+        raise ClusterError(f"{client}, would lose its render; {command('terminate', name, '--force')} ends the node")
     app.left = f"{node.name} may still run; {command('status')} shows it."
     if protected := terminate_nodes(app.ec2, [node]):
         raise protected_error(app.ec2, protected)

@@ -16,8 +16,8 @@ from tests.localcloud.places import PROJECT
 from tests.support import LocalCloud, interrupt, wait_until
 
 COMMANDS = (
-    "createNodes install start status syncData terminateAll addSpotNodes tunnel render systemLoad terminate spotPrices "
-    "cancelSpot cancelAllSpot login runCommand logs regions completion extend policy"
+    "createNodes install start status syncData terminateAll addSpotNodes tunnel up render systemLoad terminate "
+    "spotPrices cancelSpot cancelAllSpot login runCommand logs regions completion extend policy"
 ).split()
 
 

@@ -14,6 +14,13 @@ pytestmark = pytest.mark.sweep
 LANES = 6  # the calls of a sweep are dealt out to so many tests, which run side by side
 
 
+@pytest.fixture(autouse=True)
+def brief(cloud: LocalCloud) -> Iterator[None]:
+    """Shorten AWS's delays: a sweep runs hundreds of commands."""
+    with cloud.options(pace="brief"):
+        yield
+
+
 def killed_at(cloud: LocalCloud, call: int, kind: str, number: int, *words: str) -> Result:
     """Run the tool, with a signal at its k-th call, before or after it is carried out."""
     return killed(cloud, {"kind": kind, "service": "*", "nth": call, "signal": number}, *words)
@@ -30,8 +37,8 @@ def see_and_end(cloud: LocalCloud, group: str, look: bool) -> None:
     if look:
         wait_until(lambda: [node["id"] for node in cloud.nodes(group) if node["state"] != "terminated"] == living)
         assert bool(cloud.status(group)) == bool(living or security_groups)
-    ended = cloud.cluster("terminateAll", group)
-    assert ended.code == (0 if living or security_groups else 1), ended.err
+    ended = cloud.cluster("terminateAll", group, limits={"UNSEEN_LIMIT": 1})
+    assert ended.code == 0 or not (living or security_groups), ended.err
     assert cloud.truth(group) == ([], 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -152,10 +153,15 @@ def test_all_groups_in_all_regions_past_those_that_refuse(cloud: LocalCloud, gro
     create(cloud, second, 1, key | {"AWS_REGION": "us-west-2"})
     codes = {"eu-west-1": "UnauthorizedOperation", "ap-south-1": "AuthFailure", "sa-east-1": "UnauthorizedOperation"}
     with cloud.options(refusing_regions=codes):
+        shown = cloud.cluster("status", "--all-regions", "--json", settings=key)
         ended = end_quickly(cloud, "terminateAll", "--all-groups", "--all-regions", settings=key)
-    assert ended.code == 1
-    assert all(f"{region}: " in ended.last_line for region in codes)
-    assert "eu-central-1" not in ended.out + ended.err
+    for done in (shown, ended):
+        assert done.code == 1
+        assert all(f"{region}: " in done.last_line for region in codes)
+        assert "eu-central-1" not in done.out + done.err
+    regions = json.loads(shown.out)["regions"]
+    assert next(iter(regions)) == "us-east-1"
+    assert (first in regions["us-east-1"], second in regions["us-west-2"]) == (True, True)
     assert "explicit deny in a service control policy" in ended.last_line
     assert ended.out.count(": terminated") == 2
     assert f"nothing of group '{second}' is left in us-west-2" in ended.err

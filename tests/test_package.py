@@ -194,3 +194,12 @@ def test_too_new_a_build_ends_create_nodes_before_it_costs_anything(
     assert f"To be installed: the build in {dist} (6 files, and 2 libraries" in done.err
     done = cloud.cluster("install", group, settings=settings, env=env)
     assert done.code == 0, done.err
+
+
+def test_a_script_reports_its_steps_however_its_output_is_cut() -> None:
+    log, steps = bytearray(), list[str]()
+    take = cluster.split_steps(log.extend, steps.append)
+    for block in (b"apt says\nst", b"ep: unpack", b"ing\nstep: \x1b[2Jchecking\nno step: here\nstep: unfinished"):
+        take(block)
+    assert steps == ["unpacking", "\ufffd[2Jchecking"]
+    assert log.count(b"step: ") == 4

@@ -261,7 +261,7 @@ def test_an_rsa_key_in_the_agent_signs(cloud: LocalCloud, tmp_path: Path) -> Non
             assert done.out.endswith("\nhi\n"), done.err
             other = cloud.cluster("runCommand", "echo hi", group)
             assert other.code == 1
-            assert "not launched with this key, or its tags were changed" in other.err
+            assert "launched with another key" in other.err
         finally:
             running.terminate()
             cloud.end(group)
@@ -486,6 +486,7 @@ def test_addresses_lose_their_credentials() -> None:
         == "deb http://…@127.0.0.1:1/a ./, 'https://x/?…'"
     )
     assert cluster.mask("a@b: what? no") == "a@b: what? no"
+    assert str(cluster.SilentNode(SIGNED)) == cluster.ClusterError(SIGNED).message == cluster.mask(SIGNED)
 
 
 @pytest.mark.parametrize(
@@ -543,6 +544,19 @@ def test_the_boot_script_fails_if_a_part_does(tmp_path: Path, broken: str, secon
     done = subprocess.run(["bash", "-c", cluster.BOOT, "boot", seconds], env=env, check=False)
     assert (done.returncode != 0) == bool(broken)
     assert ("date" in (tmp_path / "ran").read_text().split()) == (seconds != "0")  # even without the guard
+
+
+def test_cloud_init_sees_a_boot_script_that_fails(tmp_path: Path) -> None:
+    """It makes one shell script of all commands: a list becomes quoted words, a string stands as it is."""
+    config = json.loads(cluster.make_user_data("private", "public", 0, 60).removeprefix("#cloud-config\n"))
+    lines = [line if isinstance(line, str) else shlex.join(line) for line in config["bootcmd"]]
+    (tmp_path / "bash").write_text(f"#!/bin/sh\necho $3 >> {tmp_path}/ran\n[ $3 != boot ]\n")
+    (tmp_path / "bash").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert subprocess.run(["sh", "-c", "\n".join(lines)], env=env, check=False).returncode == 1
+    without = "\n".join(lines[1:])
+    assert subprocess.run(["sh", "-c", without], env=env, check=False).returncode == 0  # so "set -e" it is
+    assert (tmp_path / "ran").read_text().split() == ["boot", "boot", "guard"]
 
 
 def test_a_node_without_its_guard_is_refused(cloud: LocalCloud, group: str) -> None:

@@ -22,6 +22,10 @@ import cluster
 from tests.support import LocalCloud, wait_until
 
 SIZE = 4_000_000
+PATIENT: dict[str, float] = {
+    "SPREAD_PATIENCE": 100,
+    "PEER_TIMEOUT": 100,
+}  # seconds: this machine may be slow, and nothing fails here
 
 
 @pytest.fixture
@@ -63,17 +67,17 @@ def test_a_package_goes_once_over_the_uplink(cloud: LocalCloud, group: str, pack
     settings = {"MITSUBA_PACKAGE": str(package)}
     assert cloud.cluster("createNodes", "c1.xlarge", "8", group).code == 0
     before = received(cloud)
-    done = cloud.cluster("install", group, settings=settings)
+    done = cloud.cluster("install", group, settings=settings, limits=PATIENT)
     assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (0, 8), done.err
     sent = received(cloud) - before
     assert SIZE <= sent <= 1.05 * SIZE + 8 * 60_000, "programs and SSH itself are some 40 kB a node"
     nodes = cloud.nodes(group)
     assert len(have(cloud, nodes, package)) == 8
-    wait_until(lambda: not serving(cloud), 20, "the end of the nodes' programs")
+    wait_until(lambda: not serving(cloud), 60, "the end of the nodes' programs")
 
     assert cloud.cluster("createNodes", "c1.xlarge", "2", group).code == 0
     before = received(cloud)
-    done = cloud.cluster("install", group, settings=settings)
+    done = cloud.cluster("install", group, settings=settings, limits=PATIENT)
     assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (0, 10), done.err
     assert received(cloud) - before < SIZE / 2, "nodes that were added later get it from the others"
     assert len(have(cloud, cloud.nodes(group), package)) == 10
@@ -89,7 +93,8 @@ def test_the_others_finish_where_nodes_fail(cloud: LocalCloud, group: str, packa
     assert done.code == 1
     assert sorted(done.out.splitlines()) == sorted(f"{node['name']}: Mitsuba 0.6.0" for node in [no_source, *good])
     assert f"{no_disk['name']}: the package can't be brought to its home folder: .mitsuba-package/" in done.err
-    assert f"failed: {dies['name']}, {no_disk['name']}" in done.last_line
+    failed = done.last_line.partition("failed: ")[2].split(", ")
+    assert sorted(failed) == sorted([dies["name"], no_disk["name"]])
     assert len(have(cloud, [no_source, *good], package)) == 4
 
 
@@ -102,7 +107,7 @@ def test_killed_here_and_run_again(cloud: LocalCloud, group: str, package: Path)
     wait_until(lambda: [path for node in nodes for path in folder(cloud, node).glob(".mitsuba-cluster/*")])
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    wait_until(lambda: not serving(cloud), 20, "the end of the nodes' programs")
+    wait_until(lambda: not serving(cloud), 60, "the end of the nodes' programs")
     done = cloud.cluster("install", group, env={"MITSUBA_CLUSTER_CONFIG": config})
     assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (0, 3), done.err
     assert len(have(cloud, nodes, package)) == 3

@@ -109,6 +109,27 @@ def test_a_linked_worker_is_not_restarted_under_a_client(servers: LocalCloud, he
     assert f"{worker['name']}: its mtssrv needs a restart, which would end client 203.0.113.9" in refused.err
 
 
+def test_terminate_spares_a_linked_node_only_while_a_client_is_at_work(cloud: LocalCloud, group: str) -> None:
+    for words in (("createNodes", "c1.xlarge", "3"), ("install",), ("start",)):
+        done = cloud.cluster(*words, group)
+        assert done.code == 0, done.err
+    head, worker, other = sorted(cloud.nodes(group), key=lambda node: str(node["role"]))
+    cloud.fault("client-comes", head)
+    refused = cloud.cluster("terminate", worker["id"])
+    assert refused.code == 1
+    assert refused.last_line == (
+        "Error: client 203.0.113.9 (and 1 more), silent for 1m, would lose its render; "
+        f"./cluster.py terminate {worker['id']} --force ends the node"
+    )
+    assert cloud.cluster("terminate", worker["id"], "--force").code == 0
+    cloud.fault("sshd-silent", head)
+    assert cloud.cluster("terminate", other["id"]).code == 0
+    cloud.fault("heal", head)
+    ended = cloud.cluster("terminateAll", group)
+    assert ended.code == 0
+    assert f"client 203.0.113.9 (and 1 more), silent for 1m, was connected to the head of group {group!r}" in ended.err
+
+
 def test_tunnel_lets_any_number_of_connections_through(servers: LocalCloud) -> None:
     port = free_port()
     child = servers.start(sys.executable, "cluster.py", "tunnel", GROUP, "--port", str(port))

@@ -411,20 +411,20 @@ def answer(cloud: LocalCloud, text: str, *words: str) -> Result:
     """Run the tool at a terminal whose user types TEXT when he is asked."""
     here, there = pty.openpty()
     env = cloud.environment(MITSUBA_CLUSTER_CONFIG=str(cloud.config({"S3_PATH": "s3://scenes/data"})))
-    env |= impatience({"ASK_ABOVE_FILES": 2})
+    env |= impatience({"ASK_ABOVE_FILES": 2}) | {"NO_COLOR": "1"}
     with cloud.start(sys.executable, "cluster.py", *words, env=env, stdin=there, stderr=there) as child:
         os.close(there)
-        shown = ""
+        shown = b""
         with suppress(OSError):  # the end of a pseudo-terminal is an error
             while block := os.read(here, 1 << 16):
-                shown += block.decode()
-                if text and "[y/N]: " in shown:
+                shown += block
+                if text and b"[y/N]: " in shown:
                     os.write(here, text.encode())
                     text = ""
         assert child.stdout
         out = child.stdout.read()
     os.close(here)
-    return Result(child.returncode, out, shown.replace("\r", ""))
+    return Result(child.returncode, out, shown.decode().replace("\r", ""))
 
 
 def test_a_large_folder_is_asked_about(two_nodes: LocalCloud, tmp_path: Path) -> None:

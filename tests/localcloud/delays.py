@@ -24,6 +24,13 @@ PACES: dict[str, dict[str, Seconds]] = {
         "ending_lag": (0.5, 1.5),  # from shutting-down to terminated
         "holding_lag": (1, 2),  # after that, while the network interface still holds the security group
     },
+    "brief": {  # for sweeps of hundreds of runs
+        "list_lag": (0.2, 0.6),
+        "address_lag": (0.2, 0.6),
+        "created_lag": (0.2, 0.4),
+        "ending_lag": (0.1, 0.3),
+        "holding_lag": (0.2, 0.4),
+    },
     "real": {
         "list_lag": (1, 5),
         "address_lag": (2, 10),

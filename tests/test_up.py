@@ -1,0 +1,170 @@
+"""up: COUNT nodes that serve, whatever was there before and whatever went wrong; never one more."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import signal
+import sys
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+
+import cluster
+from tests.support import LIMIT, LocalCloud, Result, killed, wait_until
+
+TYPE = "c1.xlarge"
+
+
+def up(cloud: LocalCloud, count: int, group: str, *words: str, **options: Any) -> Result:
+    """Run up."""
+    return cloud.cluster("up", TYPE, str(count), group, *words, **options)
+
+
+def assert_serving(cloud: LocalCloud, group: str, count: int) -> list[dict[str, Any]]:
+    """See EC2 itself have COUNT nodes, and all of them linked to one head; return them."""
+    assert len(cloud.truth(group)[0]) == count
+    shown = [node for node in cloud.nodes(group) if node["state"] == "running"]
+    assert sorted(node["role"] or "" for node in shown) == ["head", *["worker"] * (count - 1)]
+    head = next(node for node in shown if node["role"] == "head")
+    assert_last_line(cloud.cluster("start", group), head)
+    return shown
+
+
+def assert_last_line(done: Result, head: dict[str, Any]) -> None:
+    """See a command succeed and name the head."""
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == f"Head node: {head['name']}"
+
+
+def test_from_nothing_and_again(cloud: LocalCloud, group: str) -> None:
+    made = up(cloud, 3, group)
+    nodes = assert_serving(cloud, group, 3)
+    head = next(node for node in nodes if node["role"] == "head")
+    assert_last_line(made, head)
+    for node in nodes:
+        assert f"{node['name']}: has booted\n" in made.err
+        assert f"{node['name']}: Mitsuba 0.6.0\n" in made.err
+    assert made.out.count(": worker, 4 cores, started\n") == 2
+
+    counts = cloud.calls(lambda: assert_last_line(up(cloud, 3, group), head))
+    assert "RunInstances" not in counts
+
+    fewer = up(cloud, 2, group)
+    assert "has 3 nodes, more than 2: none is ended; none is created" in fewer.err
+    assert_last_line(fewer, head)
+
+    worker = next(node for node in nodes if node["role"] == "worker")
+    cloud.client("ec2").terminate_instances(InstanceIds=[worker["id"]])
+    mixed = cloud.cluster("up", "c5.xlarge", "3", group)
+    assert_last_line(mixed, head)
+    assert "2 nodes of another type (c1.xlarge)" in mixed.err
+    assert_serving(cloud, group, 3)
+
+
+def test_dry_run(cloud: LocalCloud, group: str) -> None:
+    counts = cloud.calls(lambda: up(cloud, 2, group, "--dry-run"))
+    assert not [name for name in counts if not name.startswith(("Describe", "Get"))]
+    done = up(cloud, 2, group, "--dry-run")
+    assert (done.code, done.out.startswith("2 × c1.xlarge: $1.04 an hour")) == (0, True), done.err
+
+
+def test_a_node_that_never_answers_and_one_whose_installation_fails(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(launch_faults=["", "sshd-silent", "install-fails", ""]):
+        made = up(cloud, 4, group, limits={"BOOT_LIMIT": 15, "EXCHANGE_LIMIT": 5})
+    assert made.code == 1
+    assert made.out.splitlines()[-1].startswith("Head node: ")
+    assert "the installation failed" in made.err
+    assert re.search(r"port \d+ of .* does not answer", made.err), made.err
+    assert "Error: 2 of 4 nodes serve; failed: " in made.last_line
+    assert made.last_line.endswith(f"; ./cluster.py up c1.xlarge 4 {group} tries again")
+    for node in cloud.nodes(group):
+        cloud.fault("heal", node)
+    again = up(cloud, 4, group)
+    assert again.code == 0, again.err
+    assert_serving(cloud, group, 4)
+
+
+def test_two_at_once(cloud: LocalCloud, group: str) -> None:
+    command = (sys.executable, "cluster.py", "up", TYPE, "2", group)
+    first, second = cloud.start(*command), cloud.start(*command)
+    for child in (first, second):
+        child.communicate(timeout=LIMIT)
+    wait_until(lambda: len(cloud.truth(group)[0]) == 2, what="the end of what is double")
+    assert up(cloud, 2, group).code == 0
+    assert_serving(cloud, group, 2)
+
+
+@pytest.mark.parametrize("pattern", ["nodes launched", "has booted", "Mitsuba 0.6.0"])
+def test_interrupted_and_run_again(cloud: LocalCloud, group: str, pattern: str) -> None:
+    child = cloud.start(sys.executable, "cluster.py", "up", TYPE, "2", group)
+    assert child.stderr
+    while pattern not in (line := child.stderr.readline()):
+        assert line
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=LIMIT)
+    assert (child.returncode, f"./cluster.py up c1.xlarge 2 {group} goes on" in err) == (130, True), err
+    assert up(cloud, 2, group).code == 0
+    assert_serving(cloud, group, 2)
+
+
+def test_the_board_fits_a_small_terminal(cloud: LocalCloud, group: str) -> None:
+    terminal, theirs = pty.openpty()
+    os.set_blocking(terminal, True)
+    env = cloud.environment(COLUMNS="80", LINES="24", TERM="xterm")
+    command = (sys.executable, "cluster.py", "up", TYPE, "8", group)
+    with cloud.start(*command, env=env, stdout=theirs, stderr=theirs) as child:
+        os.close(theirs)
+        seen = b""
+        while block := read(terminal):
+            seen += block
+        assert child.wait(LIMIT) == 0, seen
+    os.close(terminal)
+    assert b": installs Mitsuba, " in seen
+    assert b"Up: 0/8 nodes, 0s" in seen
+    assert b"\x1b[8A\x1b[J" in seen  # nine lines, removed before others are drawn
+
+
+@pytest.mark.parametrize("count", [1, 8, 40])
+def test_the_boards_lines(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 24)))
+    now = datetime.now(timezone.utc)
+    nodes = [cluster.Node(f"i-{i:02}", "g", TYPE, "pending", now, public_name=f"node-{i:02}") for i in range(count)]
+    board = cluster.Board(nodes, str)
+    board.begin(nodes[0], "boots")
+    *lines, whole = board.lines()
+    assert len(lines) == min(count, 12)
+    assert (lines[-1] if count < 40 else "node-00: boots, 0s").startswith(
+        "node-00: boots, "
+    )  # waits for the least time
+    assert whole == f"Up: 0/{count} nodes{', 27 more waits for its address, 1 more boots' if count > 12 else ''}, 0s"
+
+
+def read(terminal: int) -> bytes:
+    """Read from a terminal; its end is an error on Linux."""
+    try:
+        return os.read(terminal, 1 << 16)
+    except OSError:
+        return b""
+
+
+CALLS = [("RunInstances", "kill-before"), ("RunInstances", "kill-after"), ("CreateTags", "kill-after")]
+
+
+@pytest.mark.sweep
+def test_killed_at_aws_calls(cloud: LocalCloud, request: pytest.FixtureRequest) -> None:
+    rules = [{"service": "ec2", "action": action, "kind": kind, "nth": 1} for action, kind in CALLS]
+    if request.config.getoption("--all-faults"):
+        rules = [
+            {"service": "*", "kind": kind, "nth": k} for k in range(1, 60) for kind in ("kill-before", "kill-after")
+        ]
+    for number, rule in enumerate(rules):
+        group = f"up-killed-{number}"
+        done = killed(cloud, rule | {"signal": signal.SIGKILL}, "up", TYPE, "2", group)
+        assert done.code in (0, -signal.SIGKILL)
+        again = up(cloud, 2, group)
+        assert again.code == 0, again.err
+        assert_serving(cloud, group, 2)
+        cloud.end(group)
