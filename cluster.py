@@ -2925,6 +2925,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
                                       give it to Mitsuba, port 7554
       ./cluster.py status
       ./cluster.py terminateAll       don't forget: running nodes cost money
+    The first three in one: ./cluster.py up c1.xlarge 8
 
     GROUP names one of several independent clusters; it is "default" if you leave it out.
     """
@@ -3426,17 +3427,13 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Link
     return links, answers[own].connections
 
 
-# Between two looks a short render comes and goes unseen: so each first packet of a connection is counted.
-COUNT_CONNECTIONS = f"""
-add table inet mitsuba_guard
-delete table inet mitsuba_guard
-table inet mitsuba_guard {{
-  chain input {{
-    type filter hook input priority 0;
-    tcp dport {SERVER_PORT} tcp flags & (fin | syn | rst | ack) == syn counter
-  }}
-}}
-"""
+def count_connections(workers: Iterable[str]) -> None:
+    """Let the kernel count the connections to the head's server: a short render comes and goes between two looks."""
+    others = f"ip saddr != {{ {', '.join(workers)} }}" if workers else ""  # idle workers ask their head
+    rule = f"tcp dport {SERVER_PORT} {others} tcp flags & (fin | syn | rst | ack) == syn counter"
+    chain = f"chain input {{ type filter hook input priority 0; {rule}; }}"
+    table = "table inet mitsuba_guard"
+    run_quietly("nft", f"add {table}\ndelete {table}\n{table} {{\n{chain}\n}}\n")
 
 
 def guard_node(arguments: list[str]) -> None:
@@ -3451,7 +3448,7 @@ def guard_node(arguments: list[str]) -> None:
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
     if role == "head":
-        run_quietly("nft", COUNT_CONNECTIONS)
+        count_connections(workers)
     while True:
         if role == "head":
             links, more = keep_serving(plan, links, memory.quiet)
@@ -3514,13 +3511,13 @@ def guard_program() -> str:
     names = (
         "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
         "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
-        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH "
-        "COUNT_CONNECTIONS"
+        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
     )
     parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
     parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
     parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, take_look, Connection, Memory]
-    parts += [find_clients, find_use, remember, judge_idleness, restore_memory, report, restart_head, keep_serving]
+    parts += [find_clients, find_use, remember, judge_idleness, restore_memory, report, restart_head]
+    parts += [keep_serving, count_connections]
     return node_program(names, *parts, guard_node)
 
 

@@ -13,6 +13,7 @@ import click
 
 import cluster
 from tests.localcloud.places import PROJECT
+from tests.localcloud.session import SHORT_WAY
 
 README = PROJECT / "README.md"
 
@@ -43,6 +44,7 @@ def transcript_block(text: str) -> str:
         "$ ./cluster.py status",
         "$ ./cluster.py terminateAll",
     )
+    text = text.split(SHORT_WAY)[0]
     blocks = [block.strip() for block in re.split(r"\n(?=\$ )", text) if block.startswith(shown)]
     return (
         "What that looks like, at 80 columns, on three small nodes of the local stand-in:\n\n```\n"

@@ -308,7 +308,7 @@ def test_each_commands_help_has_an_example(name: str) -> None:
     context = click.Context(cluster.cli)
     command = cluster.cli.get_command(context, name)
     assert command
-    assert re.search(rf"^Example: ./cluster.py {name}\b", command.get_help(click.Context(command)).strip(), re.M) or (
+    assert re.search(rf"^ +Example: ./cluster.py {name}\b", command.get_help(click.Context(command)), re.M) or (
         command.hidden
     )
 

@@ -17,6 +17,8 @@ import click
 from tests.localcloud.__main__ import environment, inside, ready
 from tests.localcloud.places import HERE, PROJECT, Places
 
+SHORT_WAY = "And the short way:"
+
 
 def play(where: Places, nodes: int) -> int:
     """Play the session on the cloud in WHERE; return 0, or the exit code of the first command that failed."""
@@ -35,9 +37,13 @@ def play(where: Places, nodes: int) -> int:
         ["./cluster.py", "syncData", str(data)],
         ["./cluster.py", "terminateAll"],
         ["./cluster.py", "status"],
+        ["./cluster.py", "up", "c1.xlarge", str(nodes)],
+        ["./cluster.py", "render", str(scene), "--then-terminate"],
     ):
         if words[0] == "mitsuba":
             words[2] = head
+        if words[1] == "up":
+            click.secho(f"{SHORT_WAY}\n", bold=True)
         click.secho(f"$ {shlex.join(words)}", bold=True)
         program = {"./cluster.py": [sys.executable, "cluster.py"], "mitsuba": [sys.executable, client]}[words[0]]
         code, output = run(where, [*program, *words[1:]])
@@ -54,7 +60,7 @@ def run(where: Places, words: list[str]) -> tuple[int, str]:
     """Run a command inside the cloud on a plain terminal of 80 columns, showing its output; return code and output."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    plain = environment(where) | {"TERM": "dumb"}
+    plain = environment(where) | {"TERM": "dumb", "PATH": f"{HERE / 'mitsuba'}:{os.environ['PATH']}"}
     child = subprocess.Popen(inside(where, words), env=plain, cwd=PROJECT, stdout=slave, stderr=slave)
     os.close(slave)
     output = b""
