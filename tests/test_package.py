@@ -19,7 +19,7 @@ from tests.localcloud.places import HERE
 from tests.support import LocalCloud
 
 OWN_IMAGE = {"us-east-1": "ami-0123456789abcdef0"}  # whose glibc is not known here
-NEWER = tuple(map(int, platform.libc_ver()[1].split("."))) >= (2, 36)
+NEWER = tuple(map(int, (platform.libc_ver()[1] or "0").split("."))) >= (2, 36)
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs gcc")
 
 
@@ -186,7 +186,8 @@ def test_too_new_a_build_ends_create_nodes_before_it_costs_anything(
     old = {"MITSUBA_PACKAGE": str(dist), "UBUNTU_RELEASE": "22.04"}
     done = cloud.cluster(*words, settings=old, env=env)
     assert done.code == 1
-    assert f"the build in {dist} needs GLIBC_2.36 of a newer glibc than Ubuntu 22.04 has" in done.last_line
+    assert f"the build in {dist} needs GLIBC_2.36" in done.last_line
+    assert "of a newer glibc than Ubuntu 22.04 has: set UBUNTU_RELEASE = " in done.last_line
     assert cloud.nodes(group) == []
     settings = {"MITSUBA_PACKAGE": str(dist), "AMI_IDS": {"us-east-1": ubuntu(cloud)}}
     done = cloud.cluster(*words, settings=settings, env=env)

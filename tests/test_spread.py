@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import cluster
-from tests.support import LocalCloud, wait_until
+from tests.support import LocalCloud, free_port, wait_until
 
 SIZE = 4_000_000
 PATIENT: dict[str, float] = {
@@ -170,6 +170,7 @@ def test_two_peers_that_fail_lead_here() -> None:
 def test_nothing_is_sent_before_the_nodes_have_said_what_they_have() -> None:
     spread = make_spread(2)
     spread.hear()
+    spread.until = float("inf")
     assert spread.choose([]) is None
     spread.hear()
     source = spread.choose([])
@@ -184,8 +185,7 @@ def source(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
     wanted = cluster.Wanted("data", 2_048_000, "m", "", "", {})
     fetcher = cluster.Fetcher(str(tmp_path))
     fetcher.save("record.json", {"data": fetcher.entry(wanted)})
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-I", "-c", cluster.serve_program(), str(tmp_path), "127.0.0.1", str(port)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin
