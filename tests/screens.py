@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support import LIMIT, LocalCloud
+from tests.support import LIMIT, LocalCloud, impatience
 
 CODES = re.compile(r"\x1b\[(?P<arguments>[\d;?]*)(?P<name>[A-Za-z])|(?P<control>[\r\n\b])|(?P<text>[^\x1b\r\n\b]+)")
 
@@ -64,7 +64,7 @@ class Terminal:
         around = {
             name: value for name, value in (env or cloud.environment()).items() if name not in ("NO_COLOR", "COLUMNS")
         }
-        around |= {"TERM": "xterm"} | changes
+        around |= {"TERM": "xterm"} | impatience({"ANSWER_LIMIT": 30}) | changes
         ends: Any = {"stdin": slave, "stdout": slave, "stderr": slave}
         self.child = cloud.start(*words, env=around, **ends)
         os.close(slave)
