@@ -171,7 +171,7 @@ def test_a_node_that_falls_silent_in_a_step(eight: LocalCloud, bad: dict[str, An
     wait_until(asleep.exists)
     eight.fault("mute", bad)
     start = time.monotonic()
-    out, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=60)
     assert time.monotonic() - start < 4 + SLACK
     assert f"Error: 1 of {SIZE} nodes failed: {bad['name']}\n" in err
     assert f"{bad['name']}: does not answer any more" in err
