@@ -2631,6 +2631,11 @@ class App:
         living = [node for node in nodes if node.is_inside and node.state in ALIVE]
         if others or not living or self.launched(living, ec2):
             return
+        path = self.settings.key_file
+        if not self.known_identity and path.exists() and "placeholder" not in path.read_text("latin-1"):
+            self.known_identity = self.identity  # asks for its passphrase, or says what is wrong with the file
+            if self.launched(living, ec2):
+                return
         rules = [rule for one in fetch_security_groups(ec2, group) for rule in one.rules]
         marks = sorted({word for rule in rules for word in rule.owner.split()[-1:]})
         keys = ", ".join(sorted({node.key_name or "none" for node in living}))
