@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import shlex
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 
 import click
 
 from tests.localcloud.__main__ import environment, inside, ready
 from tests.localcloud.places import HERE, PROJECT, Places
+
+SHORT_WAY = "And the short way:"
 
 
 def play(where: Places, nodes: int) -> int:
@@ -30,9 +37,13 @@ def play(where: Places, nodes: int) -> int:
         ["./cluster.py", "syncData", str(data)],
         ["./cluster.py", "terminateAll"],
         ["./cluster.py", "status"],
+        ["./cluster.py", "up", "c1.xlarge", str(nodes)],
+        ["./cluster.py", "render", str(scene), "--then-terminate"],
     ):
         if words[0] == "mitsuba":
             words[2] = head
+        if words[1] == "up":
+            click.secho(f"{SHORT_WAY}\n", bold=True)
         click.secho(f"$ {shlex.join(words)}", bold=True)
         program = {"./cluster.py": [sys.executable, "cluster.py"], "mitsuba": [sys.executable, client]}[words[0]]
         code, output = run(where, [*program, *words[1:]])
@@ -46,18 +57,15 @@ def play(where: Places, nodes: int) -> int:
 
 
 def run(where: Places, words: list[str]) -> tuple[int, str]:
-    """Run a command inside the cloud, showing its output; return its exit code and output."""
-    child = subprocess.Popen(
-        inside(where, words),
-        env=environment(where),
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert child.stdout
-    output = ""
-    for line in child.stdout:
-        output += line
-        click.echo(line, nl=False)
-    return child.wait(), output
+    """Run a command inside the cloud on a plain terminal of 80 columns, showing its output; return code and output."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    plain = environment(where) | {"TERM": "dumb", "PATH": f"{HERE / 'mitsuba'}:{os.environ['PATH']}"}
+    child = subprocess.Popen(inside(where, words), env=plain, cwd=PROJECT, stdout=slave, stderr=slave)
+    os.close(slave)
+    output = b""
+    with os.fdopen(master, "rb", 0) as terminal, suppress(OSError):  # EIO: all is read
+        while block := terminal.read(1 << 16):
+            output += block
+            click.echo(block.replace(b"\r\n", b"\n"), nl=False)
+    return child.wait(), output.decode()
