@@ -2524,6 +2524,8 @@ class App:
     @functools.cached_property
     def settings(self) -> Settings:
         """The settings."""
+        if not self.config.exists() and self.config == default_config() != HERE / "config.py":
+            offer_config(self.config)
         settings = load_settings(self.config)
         warn_of_secrets(self.config, settings)
         return settings
@@ -2629,6 +2631,11 @@ class App:
         living = [node for node in nodes if node.is_inside and node.state in ALIVE]
         if others or not living or self.launched(living, ec2):
             return
+        path = self.settings.key_file
+        if not self.known_identity and path.exists() and "placeholder" not in path.read_text("latin-1"):
+            self.known_identity = self.identity  # asks for its passphrase, or says what is wrong with the file
+            if self.launched(living, ec2):
+                return
         rules = [rule for one in fetch_security_groups(ec2, group) for rule in one.rules]
         marks = sorted({word for rule in rules for word in rule.owner.split()[-1:]})
         keys = ", ".join(sorted({node.key_name or "none" for node in living}))
@@ -2709,6 +2716,32 @@ def plain_usage() -> Iterator[None]:
 DAY = "createNodes install start status syncData terminateAll".split()
 
 
+EXAMPLES = {
+    "createNodes": "c1.xlarge 8",
+    "addSpotNodes": "c1.xlarge 8 0.20",
+    "install": "",
+    "start": "",
+    "status": "--watch",
+    "syncData": "myHugeVolumeDataFile.vol",
+    "terminateAll": "",
+    "tunnel": "",
+    "render": "scenes/*.xml --then-terminate -- -p 0",
+    "systemLoad": "--watch",
+    "terminate": "4-17",
+    "spotPrices": "c7a.2xlarge",
+    "cancelSpot": "sir-0123abcd",
+    "cancelAllSpot": "",
+    "login": "4-17",
+    "runCommand": "-- ls -la /mnt",
+    "logs": "head -f",
+    "regions": "",
+    "completion": "bash",
+    "extend": "2.5",
+    "policy": "> policy.json",
+    "up": "c1.xlarge 8",
+}
+
+
 class Tool(click.Group):
     """The boundary: known errors become one line and an exit code; the rest is a bug's traceback."""
 
@@ -2729,8 +2762,11 @@ class Tool(click.Group):
             return super().parse_args(ctx, [*words, *args[end:]])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Know createNodes by its old name, too."""
-        return super().get_command(ctx, "createNodes" if cmd_name == "addNodes" else cmd_name)
+        """Know createNodes by its old name, too; give each command's help an example."""
+        found = super().get_command(ctx, "createNodes" if cmd_name == "addNodes" else cmd_name)
+        if found and (example := EXAMPLES.get(found.name or "")) is not None:
+            found.epilog = f"Example: {Call.program} {found.name} {example}".rstrip()
+        return found
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command inside the boundary."""
@@ -2866,10 +2902,11 @@ def offer_config(path: Path) -> None:
     """Where an installed program has no settings yet, offer to write the commented template to PATH."""
     from importlib import metadata
 
+    if not sys.stdin.isatty():
+        ways = "run this at a terminal to have one written there, or name one: --config FILE"
+        raise ClusterError(f"there is no settings file {path}; {ways}")
     note(f"There is no settings file {path}")
     template = next(one for one in metadata.files("mitsuba-cluster") or [] if one.name == "config.py")
-    if not sys.stdin.isatty():
-        raise ClusterError("run this at a terminal to have one written there, or name one: --config FILE")
     click.confirm("Shall the template, with a comment for each setting, be written there?", abort=True, err=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(Path(template.locate()).read_text("utf-8"), "utf-8")
@@ -6844,7 +6881,7 @@ COMPLETIONS = {
 
 
 @cli.command("completion")
-@click.argument("shell", type=click.Choice(list(COMPLETIONS)), required=False)
+@click.argument("shell", type=click.Choice(list(COMPLETIONS)), metavar="[SHELL]", required=False)
 def completion(shell: str | None) -> None:
     """Print the line that makes your shell's Tab work."""
     shell = shell or os.path.basename(os.environ.get("SHELL", ""))

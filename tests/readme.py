@@ -1,6 +1,6 @@
 """Writes into README.md what the program itself says: `python -m tests.readme [TRANSCRIPT]`.
 
-The help text comes from --help; TRANSCRIPT is a file with the output of tests/session.
+The table of commands comes from their help; TRANSCRIPT is a file with the output of tests/session.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,16 +19,15 @@ README = PROJECT / "README.md"
 
 
 def help_text() -> str:
-    """Return --help of the program and of each command, as a code block."""
-    as_run: dict[str, Any] = {**cluster.cli.context_settings} | {"terminal_width": 100, "max_content_width": 100}
-    context = click.Context(cluster.cli, info_name="./cluster.py", **as_run)
-    texts = [cluster.cli.get_help(context)]
-    for name, command in cluster.cli.commands.items():
+    """Return the commands as a table: how each is called, and the first line of its help."""
+    rows = ["| command | what it does |", "|---|---|"]
+    for name in cluster.cli.list_commands(click.Context(cluster.cli)):
+        command = cluster.cli.commands[name]
+        context = click.Context(command, info_name=name)
+        words = [word for word in command.collect_usage_pieces(context) if word != "[OPTIONS]"]
         if not command.hidden:
-            inner = click.Context(command, info_name=name, parent=context, terminal_width=100)
-            lines = command.get_help(inner).splitlines()
-            texts.append("\n".join(line for line in lines if "--help" not in line and line != "Options:").rstrip())
-    return "```\n" + "\n\n\n".join(texts) + "\n```"
+            rows.append(f"| `{' '.join([name, *words])}` | {command.get_short_help_str(200)} |")
+    return "\n".join(rows)
 
 
 def replace_block(text: str, name: str, block: str) -> str:
@@ -39,11 +37,19 @@ def replace_block(text: str, name: str, block: str) -> str:
 
 
 def transcript_block(text: str) -> str:
-    """Return a session's output, without its short way, as a code block that fits the page."""
+    """Return a session's output as a code block; without what says little on paper."""
+    shown = (
+        "$ ./cluster.py createNodes",
+        "$ ./cluster.py start",
+        "$ ./cluster.py status",
+        "$ ./cluster.py terminateAll",
+    )
     text = text.split(SHORT_WAY)[0]
-    kept = [line.rstrip() for line in text.splitlines() if not line.startswith(("building", "The whole", "making"))]
+    blocks = [block.strip() for block in re.split(r"\n(?=\$ )", text) if block.startswith(shown)]
     return (
-        "What that looks like, on three small nodes of the local stand-in:\n\n```\n" + "\n".join(kept).strip() + "\n```"
+        "What that looks like, at 80 columns, on three small nodes of the local stand-in:\n\n```\n"
+        + "\n".join(blocks).strip()
+        + "\n```"
     )
 
 

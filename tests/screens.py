@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from tests.support import LIMIT, LocalCloud
+from tests.support import LIMIT, LocalCloud, impatience
 
 CODES = re.compile(r"\x1b\[(?P<arguments>[\d;?]*)(?P<name>[A-Za-z])|(?P<control>[\r\n\b])|(?P<text>[^\x1b\r\n\b]+)")
 
@@ -57,12 +57,14 @@ def render(raw: str) -> list[str]:
 class Terminal:
     """A program on a pseudo-terminal."""
 
-    def __init__(self, cloud: LocalCloud, *words: str, columns: int = 80, rows: int = 24, **env: str) -> None:
+    def __init__(self, cloud: LocalCloud, *words: str, env: dict[str, str] | None = None, **changes: str) -> None:
         self.raw = b""
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-        around = {name: value for name, value in cloud.environment().items() if name not in ("NO_COLOR", "COLUMNS")}
-        around |= {"TERM": "xterm"} | env
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        around = {
+            name: value for name, value in (env or cloud.environment()).items() if name not in ("NO_COLOR", "COLUMNS")
+        }
+        around |= {"TERM": "xterm"} | impatience({"ANSWER_LIMIT": 30}) | changes
         ends: Any = {"stdin": slave, "stdout": slave, "stderr": slave}
         self.child = cloud.start(*words, env=around, **ends)
         os.close(slave)

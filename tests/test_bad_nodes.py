@@ -159,7 +159,7 @@ def test_binary_output_and_much_of_it(eight: LocalCloud) -> None:
     words = f"{sys.executable} cluster.py runCommand 'head -c 25000000 /dev/urandom' {GROUP}"
     with eight.start("sh", "-c", f"{words} | wc -c", stderr=subprocess.STDOUT) as child:
         out, _ = child.communicate(timeout=200)
-    assert 200_000_000 < int(out) < 200_010_000
+    assert 200_000_000 < int(out) < 210_000_000  # a line in 256 bytes has its node's name in front
 
 
 def test_a_node_that_falls_silent_in_a_step(eight: LocalCloud, bad: dict[str, Any]) -> None:
@@ -171,9 +171,9 @@ def test_a_node_that_falls_silent_in_a_step(eight: LocalCloud, bad: dict[str, An
     wait_until(asleep.exists)
     eight.fault("mute", bad)
     start = time.monotonic()
-    out, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=60)
     assert time.monotonic() - start < 4 + SLACK
-    assert out.count("--- ") == SIZE - 1
+    assert f"Error: 1 of {SIZE} nodes failed: {bad['name']}\n" in err
     assert f"{bad['name']}: does not answer any more" in err
     assert child.returncode == 1
 

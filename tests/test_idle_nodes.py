@@ -22,6 +22,10 @@ QUICK: dict[str, float] = {
     "CLIENT_LOOK": 1,
     "JOIN_ANSWERS": 3,
     "JOIN_QUIET": 5,
+    # A machine that stalls for seconds must not pass for a server that is gone.
+    "GUARD_TIMEOUT": 10,
+    "HEAD_ASKED": 4,
+    "WATCH_SILENCE": 60,
     "LOGIN_BYTES": 10_000_000,  # in two seconds instead of sixty, on a busy machine: only that it is no use is tested
 }
 IDLE = 12  # seconds

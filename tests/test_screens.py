@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import cluster
@@ -300,3 +301,17 @@ def test_version_is_pyprojects() -> None:
     assert f'version = "{cluster.VERSION}"' in text or 'dynamic = ["version"]' in text
     done: Any = subprocess.run([*PROGRAM, "--version"], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout == f"mitsuba-cluster {cluster.VERSION}\n"
+
+
+@pytest.mark.parametrize("name", cluster.cli.commands)
+def test_each_commands_help_has_an_example(name: str) -> None:
+    context = click.Context(cluster.cli)
+    command = cluster.cli.get_command(context, name)
+    assert command
+    assert re.search(rf"^ +Example: ./cluster.py {name}\b", command.get_help(click.Context(command)), re.M) or (
+        command.hidden
+    )
+
+
+def test_readme_is_short() -> None:
+    assert len((PROJECT / "README.md").read_text().splitlines()) <= 260

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import shlex
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 
 import click
 
@@ -52,18 +57,15 @@ def play(where: Places, nodes: int) -> int:
 
 
 def run(where: Places, words: list[str]) -> tuple[int, str]:
-    """Run a command inside the cloud, showing its output; return its exit code and output."""
-    child = subprocess.Popen(
-        inside(where, words),
-        env=environment(where) | {"PATH": f"{HERE / 'mitsuba'}:{os.environ['PATH']}"},
-        cwd=PROJECT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert child.stdout
-    output = ""
-    for line in child.stdout:
-        output += line
-        click.echo(line, nl=False)
-    return child.wait(), output
+    """Run a command inside the cloud on a plain terminal of 80 columns, showing its output; return code and output."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    plain = environment(where) | {"TERM": "dumb", "PATH": f"{HERE / 'mitsuba'}:{os.environ['PATH']}"}
+    child = subprocess.Popen(inside(where, words), env=plain, cwd=PROJECT, stdout=slave, stderr=slave)
+    os.close(slave)
+    output = b""
+    with os.fdopen(master, "rb", 0) as terminal, suppress(OSError):  # EIO: all is read
+        while block := terminal.read(1 << 16):
+            output += block
+            click.echo(block.replace(b"\r\n", b"\n"), nl=False)
+    return child.wait(), output.decode()
