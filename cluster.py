@@ -644,7 +644,7 @@ def make_session(region: str, key: str, secret: str, token: str) -> Any:
 
 
 @contextlib.contextmanager
-def open_session(settings: Settings, key: str, secret: str, token: str = "") -> Iterator[Any]:
+def open_session(settings: Settings, key: str, secret: str, token: str) -> Iterator[Any]:
     """Lend the session for these credentials to one thread, to make a client."""
     with SESSION_LOCK, no_collection():
         yield make_session(settings.AWS_REGION, key, secret, token)
@@ -661,7 +661,7 @@ def open_client(settings: Settings, service: str, region: str = "", **options: A
         "retries": {"mode": "standard", "total_max_attempts": 5},
         "max_pool_connections": 64,
     }
-    with open_session(settings, settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY) as session:
+    with open_session(settings, settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY, "") as session:
         partitions = session.get_available_partitions()
         known = [name for partition in partitions for name in session.get_available_regions("ec2", partition)]
         if region not in known:
