@@ -105,7 +105,7 @@ def test_the_server_is_a_hardened_unit_in_the_data_directory(cluster: Cluster) -
         cluster.head, "systemctl show mtssrv -P User -P WorkingDirectory -P NoNewPrivileges -P ProtectSystem -P Restart"
     )
     assert sorted(shown.out.split()) == ["/mnt", "always", "mitsuba", "strict", "yes"]  # in systemd's own order
-    assert cluster.ssh(cluster.head, "stat -c '%U:%G %a' /mnt").out == "ubuntu:mitsuba 2775\n"
+    assert cluster.ssh(cluster.head, "stat -c '%U:%G %a' /mnt").out == "ubuntu:mitsuba 3775\n"
     assert "Listening on port 7554" in cluster.ssh(cluster.head, "sudo journalctl -u mtssrv -o cat").out
 
 
