@@ -5160,12 +5160,12 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     if offered == cores and set(facts.linked) == wanted.keys():
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
-    if start.client:
+    if start.client and offered is not None:
         configure_node(remote, start.guard, plan)
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
-        return Served(facts, offered or 0, "serves already", f"{what}: {start.client}")
+        return Served(facts, offered, "serves already", f"{what}: {start.client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
     return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
@@ -5186,9 +5186,12 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
 
 
 def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None = None) -> StartPlan:
-    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at."""
+    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at.
+
+    A worker's only client is its head, which may be gone.
+    """
     start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
-    if looked and looked.ok and (client := describe_client(looked.value)):
+    if looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
         start = start._replace(client=client, linked=frozenset(looked.value.linked))
     return start
 
