@@ -2960,6 +2960,12 @@ def in_order(nodes: Iterable[Node]) -> list[Node]:
     return sorted(nodes, key=lambda node: (node.role != "head", node.age))
 
 
+def own_or_all(app: App, nodes: Sequence[Node]) -> list[Node]:
+    """Return those of NODES that were launched with the user's key; all where none was: anybody may tag a head."""
+    key = app.known_identity
+    return [node for node in nodes if key and is_ours(node, key)] or list(nodes)
+
+
 def find_node(app: App, name: str) -> Node:
     """Return our node that NAME means: "head", a short name, an address, or how its name or id begins.
 
@@ -2967,7 +2973,7 @@ def find_node(app: App, name: str) -> Node:
     """
     nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
     if name == "head":
-        found = [node for node in nodes if node.role == "head" and node.state == "running"]
+        found = own_or_all(app, [node for node in nodes if node.role == "head" and node.state == "running"])
         found = [node for node in found if node.group == "default"] or found
     else:
         exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
@@ -2985,11 +2991,11 @@ def find_node(app: App, name: str) -> Node:
 
 
 def find_head(app: App, group: str) -> Node:
-    """Return GROUP's head node."""
-    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
-    if not heads:
-        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
-    return heads[0]
+    """Return GROUP's head node, launched with the user's key."""
+    for node in fetch_nodes(app.ec2, group):
+        if node.role == "head" and node.state == "running" and is_ours(node, app.identity):
+            return node
+    raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
 
 
 def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Sequence[str]] = ()) -> str:
@@ -5077,12 +5083,11 @@ def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
 
     "" where there is none, or it has been SILENT_FOR longer.
     """
-    silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
-    if not silences or min(silences.values()) > silent_for:
+    silent, peer = min(((silent, peer) for peer, (_, silent) in facts.clients.items()), default=(float("inf"), ""))
+    if not peer or silent > silent_for:
         return ""
-    address = min(silences, key=lambda one: silences[one])
     more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
-    return f"client {address}{more}, silent for {format_duration(silences[address])}"
+    return f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
 
 
 def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
@@ -5866,7 +5871,8 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     """Return node id -> what its server says, of the running NODES."""
     outcomes = ask_briefly(app, nodes, server_step)
-    linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
+    facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
+    linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
 
@@ -5895,9 +5901,10 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
     for request in live(overview.requests):
         if request.group == group:
             lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    if heads := [node for node in alive if node.role == "head"]:
+    mine = own_or_all(app, alive)
+    if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
-    elif any(node.role == "worker" for node in alive):
+    elif any(node.role == "worker" for node in mine):
         lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
     if not alive:
         lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
@@ -5917,7 +5924,7 @@ def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]
             for node in nodes
         ],
         "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
-        "head": next((node.name for node in alive if node.role == "head"), None),
+        "head": next((node.name for node in own_or_all(app, alive) if node.role == "head"), None),
         "totals": totals(alive),
     }
 
