@@ -825,8 +825,12 @@ class Node(NamedTuple):
 
     @property
     def is_inside(self) -> bool:
-        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name."""
-        return f"mitsuba-{self.group}" in self.security_groups
+        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name.
+
+        EC2 tells none of a node that shuts down, which nothing needs protection from.
+        """
+        unknown = self.state == "shutting-down" and not self.security_groups
+        return unknown or f"mitsuba-{self.group}" in self.security_groups
 
     @property
     def address(self) -> str:
