@@ -5164,12 +5164,12 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     if offered == cores and set(facts.linked) == wanted.keys():
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
-    if start.client:
+    if start.client and offered is not None:
         configure_node(remote, start.guard, plan)
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
-        return Served(facts, offered or 0, "serves already", f"{what}: {start.client}")
+        return Served(facts, offered, "serves already", f"{what}: {start.client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
     return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
@@ -5190,9 +5190,12 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
 
 
 def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None = None) -> StartPlan:
-    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at."""
+    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at.
+
+    A worker's only client is its head, which may be gone.
+    """
     start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
-    if looked and looked.ok and (client := describe_client(looked.value)):
+    if looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
         start = start._replace(client=client, linked=frozenset(looked.value.linked))
     return start
 
@@ -5510,8 +5513,8 @@ class RenderRequest(NamedTuple):
     words: tuple[str, ...]  # for Mitsuba itself
 
     def target(self, scene: Path) -> Path:
-        """Return a picture's path, but for the extension: that is the film's."""
-        return (self.output or scene.with_suffix("")).absolute()
+        """Return a picture's path; the film puts its own extension in place of the last one."""
+        return (self.output or scene.with_suffix(".exr")).absolute()
 
 
 class Attempt(NamedTuple):
@@ -5739,6 +5742,9 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
+    targets = [os.path.abspath(request.target(scene)) for scene in request.scenes]
+    if twice := [target for target in targets if targets.count(target) > 1]:
+        raise click.UsageError(f"two scenes would write the same picture, {Path(twice[0]).with_suffix('')}")
     if not shutil.which("mitsuba"):
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
     for scene in request.scenes:
@@ -5757,6 +5763,10 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
                 missing.remove(scene)
     except NodeError as error:
         note(f"Given up: {error}")
+    except Exception:  # whatever it is, the nodes must not run on unattended
+        if then_terminate:
+            terminate_in(app, app.ec2, request.group, others=False)
+        raise
     if then_terminate:
         terminate_in(app, app.ec2, request.group, others=False)
     if missing:
@@ -6825,9 +6835,9 @@ def run_command(
 
 
 # $1 how many lines, $2 where to go on (or empty). Without --follow: that would run on when the user has left.
-JOURNAL = """
-exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \\
-  --unit mtssrv.service --unit mtssrv-watchdog.service
+JOURNAL = r"""
+exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
+  --unit mtssrv.service --unit mitsuba-guard.service
 """
 
 

@@ -130,6 +130,19 @@ def test_terminate_spares_a_linked_node_only_while_a_client_is_at_work(cloud: Lo
     assert f"client 203.0.113.9 (and 1 more), silent for 1m, was connected to the head of group {group!r}" in ended.err
 
 
+def test_a_dead_heads_connection_to_a_worker_is_no_client(cloud: LocalCloud, group: str) -> None:
+    """Its guard still knows it for a while."""
+    for words in (("createNodes", "c1.xlarge", "2"), ("install",), ("start",)):
+        done = cloud.cluster(*words, group)
+        assert done.code == 0, done.err
+    head, worker = sorted(cloud.nodes(group), key=lambda node: str(node["role"]))
+    cloud.fault("client-comes", worker)
+    assert cloud.cluster("terminate", head["id"]).code == 0
+    done = cloud.cluster("start", group)
+    assert done.code == 0, done.err
+    assert done.out.startswith(f"{worker['name']}: head, 2 cores in all, started\n")
+
+
 def test_tunnel_lets_any_number_of_connections_through(servers: LocalCloud) -> None:
     port = free_port()
     child = servers.start(sys.executable, "cluster.py", "tunnel", GROUP, "--port", str(port))
