@@ -194,6 +194,15 @@ def mend_instances(cloud: Cloud) -> None:
     class CloudInstance(models.Instance):
         __module__ = "moto.ec2.models.instances"  # moto's metaclass reads the service from it
 
+        @property
+        def security_groups(self) -> Any:
+            """Return what EC2 tells of them: nothing from the shutdown on, though they are still held."""
+            return [] if self._state.name in ("shutting-down", "terminated") else self.held_groups
+
+        @security_groups.setter
+        def security_groups(self, groups: Any) -> None:
+            self.held_groups = groups
+
         def __init__(self, backend: Any, *arguments: Any, **keywords: Any) -> None:
             interfaces = keywords.get("nics") or []
             if not keywords.get("subnet_id") and not interfaces:  # as on AWS: the zone's default subnet
@@ -211,15 +220,6 @@ def mend_instances(cloud: Cloud) -> None:
             self.node = cloud.make_node(self)
             cloud.instances[self.id] = self
             threading.Thread(target=self._boot, daemon=True).start()
-
-        @property
-        def security_groups(self) -> Any:
-            """Return what EC2 tells of them: nothing from the shutdown on, though they are still held."""
-            return [] if self._state.name in ("shutting-down", "terminated") else self.held_groups
-
-        @security_groups.setter
-        def security_groups(self, groups: Any) -> None:
-            self.held_groups = groups
 
         @property
         def public_ip(self) -> Any:
