@@ -825,8 +825,12 @@ class Node(NamedTuple):
 
     @property
     def is_inside(self) -> bool:
-        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name."""
-        return f"mitsuba-{self.group}" in self.security_groups
+        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name.
+
+        EC2 tells none of a node that shuts down, which nothing needs protection from.
+        """
+        unknown = self.state == "shutting-down" and not self.security_groups
+        return unknown or f"mitsuba-{self.group}" in self.security_groups
 
     @property
     def address(self) -> str:
@@ -5514,8 +5518,8 @@ class RenderRequest(NamedTuple):
     words: tuple[str, ...]  # for Mitsuba itself
 
     def target(self, scene: Path) -> Path:
-        """Return a picture's path, but for the extension: that is the film's."""
-        return (self.output or scene.with_suffix("")).absolute()
+        """Return a picture's path; the film puts its own extension in place of the last one."""
+        return (self.output or scene.with_suffix(".exr")).absolute()
 
 
 class Attempt(NamedTuple):
@@ -5743,6 +5747,9 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
+    targets = [os.path.abspath(request.target(scene)) for scene in request.scenes]
+    if twice := [target for target in targets if targets.count(target) > 1]:
+        raise click.UsageError(f"two scenes would write the same picture, {Path(twice[0]).with_suffix('')}")
     if not shutil.which("mitsuba"):
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
     for scene in request.scenes:
@@ -5761,6 +5768,10 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
                 missing.remove(scene)
     except NodeError as error:
         note(f"Given up: {error}")
+    except Exception:  # whatever it is, the nodes must not run on unattended
+        if then_terminate:
+            terminate_in(app, app.ec2, request.group, others=False)
+        raise
     if then_terminate:
         terminate_in(app, app.ec2, request.group, others=False)
     if missing:
@@ -6831,9 +6842,9 @@ def run_command(
 
 
 # $1 how many lines, $2 where to go on (or empty). Without --follow: that would run on when the user has left.
-JOURNAL = """
-exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \\
-  --unit mtssrv.service --unit mtssrv-watchdog.service
+JOURNAL = r"""
+exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
+  --unit mtssrv.service --unit mitsuba-guard.service
 """
 
 

@@ -163,12 +163,14 @@ def go_on(cloud: LocalCloud, group: str, name: str = "go-on") -> None:
 
 
 def test_pictures_beside_their_scenes(cloud: LocalCloud, farm: str, tmp_path: Path) -> None:
-    scenes = [write_scene(tmp_path / f"{name}.xml") for name in ("a", "b")]
+    names = ("a.0001", "a.0002")
+    scenes = [write_scene(tmp_path / f"{name}.xml") for name in names]
     done = render(cloud, *scenes, "--group", farm, "--", "-p", "0", "-D", "x=1")
     assert (done.code, done.out.count(".exr: rendered in ")) == (0, 2), done.err
     assert "Connected to ip-" in done.err
-    assert [(tmp_path / f"{name}.exr").read_text() for name in "ab"] == [f"{WHOLE}a.xml", f"{WHOLE}b.xml"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.exr", "a.xml", "b.exr", "b.xml"]
+    for name in names:
+        assert (tmp_path / f"{name}.exr").read_text() == f"{WHOLE}{name}.xml"
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_named_picture_through_the_tunnel(cloud: LocalCloud, farm: str, tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_a_named_picture_through_the_tunnel(cloud: LocalCloud, farm: str, tmp_pa
 
 def test_usage(cloud: LocalCloud, tmp_path: Path) -> None:
     a, b = (write_scene(tmp_path / name) for name in ("a.xml", "b.xml"))
-    for words in ((a, b, "-o", "x.exr"), (a, "--", "-o", "x.exr"), (tmp_path / "none.xml",), ()):
+    for words in ((a, b, "-o", "x.exr"), (a, "--", "-o", "x.exr"), (tmp_path / "none.xml",), (), (a, b, a)):
         assert render(cloud, *words).code == 2
 
 
@@ -268,6 +270,15 @@ def test_tries_that_are_spent_and_the_end_of_the_group(cloud: LocalCloud, tmp_pa
         assert (done.code, "the connection to the head broke; given up" in done.err) == (1, True), done.err
         assert "security group removed: nothing of group 'spent' is left in us-east-1. They cost $" in done.err
         assert done.last_line == f"Error: 1 of 1 pictures missing: {scene}"
+        assert cloud.status(group) == {}
+
+
+def test_the_group_ends_whatever_the_error(cloud: LocalCloud, tmp_path: Path) -> None:
+    for group in serving(cloud, "refused", 1):
+        words = (write_scene(tmp_path / "a.xml"), "--group", group, "--then-terminate")
+        done = render(cloud, *words, MTSSRV_VERSION="0.5.0")
+        assert (done.code, "nothing of group 'refused' is left" in done.err) == (1, True), done.err
+        assert "will refuse it" in done.last_line
         assert cloud.status(group) == {}
 
 
