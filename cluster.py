@@ -825,8 +825,12 @@ class Node(NamedTuple):
 
     @property
     def is_inside(self) -> bool:
-        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name."""
-        return f"mitsuba-{self.group}" in self.security_groups
+        """Whether it is in its group's security group: anybody may write a tag, but a security group keeps its name.
+
+        EC2 tells none of a node that shuts down, which nothing needs protection from.
+        """
+        unknown = self.state == "shutting-down" and not self.security_groups
+        return unknown or f"mitsuba-{self.group}" in self.security_groups
 
     @property
     def address(self) -> str:
@@ -2964,6 +2968,12 @@ def in_order(nodes: Iterable[Node]) -> list[Node]:
     return sorted(nodes, key=lambda node: (node.role != "head", node.age))
 
 
+def own_or_all(app: App, nodes: Sequence[Node]) -> list[Node]:
+    """Return those of NODES that were launched with the user's key; all where none was: anybody may tag a head."""
+    key = app.known_identity
+    return [node for node in nodes if key and is_ours(node, key)] or list(nodes)
+
+
 def find_node(app: App, name: str) -> Node:
     """Return our node that NAME means: "head", a short name, an address, or how its name or id begins.
 
@@ -2971,7 +2981,7 @@ def find_node(app: App, name: str) -> Node:
     """
     nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
     if name == "head":
-        found = [node for node in nodes if node.role == "head" and node.state == "running"]
+        found = own_or_all(app, [node for node in nodes if node.role == "head" and node.state == "running"])
         found = [node for node in found if node.group == "default"] or found
     else:
         exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
@@ -2989,11 +2999,11 @@ def find_node(app: App, name: str) -> Node:
 
 
 def find_head(app: App, group: str) -> Node:
-    """Return GROUP's head node."""
-    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
-    if not heads:
-        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
-    return heads[0]
+    """Return GROUP's head node, launched with the user's key."""
+    for node in fetch_nodes(app.ec2, group):
+        if node.role == "head" and node.state == "running" and is_ours(node, app.identity):
+            return node
+    raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
 
 
 def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Sequence[str]] = ()) -> str:
@@ -5086,12 +5096,11 @@ def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
 
     "" where there is none, or it has been SILENT_FOR longer.
     """
-    silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
-    if not silences or min(silences.values()) > silent_for:
+    silent, peer = min(((silent, peer) for peer, (_, silent) in facts.clients.items()), default=(float("inf"), ""))
+    if not peer or silent > silent_for:
         return ""
-    address = min(silences, key=lambda one: silences[one])
     more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
-    return f"client {address}{more}, silent for {format_duration(silences[address])}"
+    return f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
 
 
 def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
@@ -5882,7 +5891,8 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     """Return node id -> what its server says, of the running NODES."""
     outcomes = ask_briefly(app, nodes, server_step)
-    linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
+    facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
+    linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
 
@@ -5911,9 +5921,10 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
     for request in live(overview.requests):
         if request.group == group:
             lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    if heads := [node for node in alive if node.role == "head"]:
+    mine = own_or_all(app, alive)
+    if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
-    elif any(node.role == "worker" for node in alive):
+    elif any(node.role == "worker" for node in mine):
         lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
     if not alive:
         lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
@@ -5933,7 +5944,7 @@ def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]
             for node in nodes
         ],
         "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
-        "head": next((node.name for node in alive if node.role == "head"), None),
+        "head": next((node.name for node in own_or_all(app, alive) if node.role == "head"), None),
         "totals": totals(alive),
     }
 

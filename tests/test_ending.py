@@ -33,6 +33,16 @@ def test_nodes_that_end_later_than_a_security_group_is_waited_for(cloud: LocalCl
     assert cloud.truth(group) == ([], 0)
 
 
+def test_nodes_that_never_end_are_named(cloud: LocalCloud, group: str) -> None:
+    (node,) = create(cloud, group)
+    with cloud.options(ending_lag=60):
+        assert cloud.cluster("terminate", node).code == 0
+        ended = cloud.cluster("terminateAll", group, limits={"TERMINATE_LIMIT": 1, "HOLD_LIMIT": 1, "UNSEEN_LIMIT": 1})
+    assert ended.code == 1
+    assert f"EC2 does not say terminated of {node} yet" in ended.last_line
+    assert "Left alone" not in ended.err
+
+
 def test_a_security_group_that_is_never_let_go(cloud: LocalCloud, group: str) -> None:
     create(cloud, group)
     with cloud.options(ending_lag=0, holding_lag=30):

@@ -111,6 +111,7 @@ def test_states_and_a_security_group_in_use(cloud: LocalCloud, launch: dict[str,
     assert refusal(ec2.delete_security_group, GroupId=launch["SecurityGroupIds"][0]) == "DependencyViolation"
     ended = ec2.terminate_instances(InstanceIds=[made["InstanceId"]])["TerminatingInstances"][0]
     assert (ended["PreviousState"]["Name"], ended["CurrentState"]["Name"]) == ("running", "shutting-down")
+    assert instance(cloud, made["InstanceId"])["SecurityGroups"] == []
     wait_until(lambda: state() == "terminated")
 
 

@@ -67,6 +67,13 @@ def worker_of(cloud: LocalCloud) -> dict[str, Any]:
     return next(node for node in cloud.nodes(GROUP) if node["role"] == "worker")
 
 
+def test_the_client_that_moved_bytes_last_counts() -> None:
+    """Two connections of one address, a silent one and one at work."""
+    facts = cluster.Facts(4, clients={"203.0.113.9:2": (9000, 20), "203.0.113.9:1": (9000, 5000)})
+    assert cluster.describe_client(facts, 600) == "client 203.0.113.9 (and 1 more), silent for 20s"
+    assert cluster.describe_client(facts, 10) == cluster.describe_client(cluster.Facts(4)) == ""
+
+
 def test_start_before_install_says_so(cloud: LocalCloud, group: str) -> None:
     assert cloud.cluster("createNodes", "c1.xlarge", "2", group).code == 0
     done = cloud.cluster("start", group)

@@ -194,6 +194,15 @@ def mend_instances(cloud: Cloud) -> None:
     class CloudInstance(models.Instance):
         __module__ = "moto.ec2.models.instances"  # moto's metaclass reads the service from it
 
+        @property
+        def security_groups(self) -> Any:
+            """Return what EC2 tells of them: nothing from the shutdown on, though they are still held."""
+            return [] if self._state.name in ("shutting-down", "terminated") else self.held_groups
+
+        @security_groups.setter
+        def security_groups(self, groups: Any) -> None:
+            self.held_groups = groups
+
         def __init__(self, backend: Any, *arguments: Any, **keywords: Any) -> None:
             interfaces = keywords.get("nics") or []
             if not keywords.get("subnet_id") and not interfaces:  # as on AWS: the zone's default subnet
@@ -204,7 +213,6 @@ def mend_instances(cloud: Cloud) -> None:
             if groups := [name for one in interfaces for name in one.get("Groups", [])]:
                 self.security_groups = [backend.get_security_group_from_id(name) for name in groups]
             self.interrupted_at = ""
-            self.holds_groups = True
             self.spot_instance_request_id = None
             self.instance_lifecycle = None
             note_birth(cloud.options, self)
@@ -266,7 +274,7 @@ def mend_instances(cloud: Cloud) -> None:
                 self._become("terminated")
                 cloud_end_of_spot(self)
                 time.sleep(lag(cloud.options, "holding_lag", self))  # its network interface outlives it
-                self.holds_groups = False
+                self.held_groups = []
 
             threading.Thread(target=finish, daemon=True).start()
 
@@ -276,7 +284,7 @@ def mend_instances(cloud: Cloud) -> None:
                 super().terminate()
             self.node.stop(0)
             self._become("terminated")
-            self.holds_groups = False
+            self.held_groups = []
 
         def node_exited(self) -> None:
             """The node powered itself off: terminated, or stopped, as it was launched."""
@@ -534,8 +542,8 @@ def mend_security_groups(cloud: Cloud) -> None:
 
     def delete_security_group(self: Any, name: str | None = None, group_id: str | None = None) -> None:
         group = self.get_security_group_by_name_or_id(group_id or name)
-        users = (i for i in list(cloud.instances.values()) if i.holds_groups)
-        if group and any(group.id == used.id for i in users for used in i.security_groups):
+        users = list(cloud.instances.values())
+        if group and any(group.id == used.id for i in users for used in i.held_groups):
             raise EC2ClientError("DependencyViolation", f"resource {group.id} has a dependent object")
         plain_delete(self, name, group_id)
 
@@ -729,10 +737,10 @@ def firewall_rules(instance: Any, instances: dict[str, Any]) -> str:
     members: dict[str, list[str]] = defaultdict(list)
     for other in list(instances.values()):
         if other.state in ALIVE:
-            for group in other.security_groups:
+            for group in other.held_groups:
                 members[group.id].append(other.private_ip)
     lines = ["iif lo accept", "ct state established,related accept", "ip saddr { 169.254.169.254, 172.31.0.2 } accept"]
-    for group in instance.security_groups:
+    for group in instance.held_groups:
         for rule in group.ingress_rules:
             what = "" if rule.ip_protocol == "-1" else f"{rule.ip_protocol} dport {rule.from_port}-{rule.to_port} "
             if source := rule.ip_range.get("CidrIp"):

@@ -29,7 +29,7 @@ def metadata_tree(instance: Any) -> Tree:
         "mac": mac,
         "network": {"interfaces": {"macs": {mac: interface}}},
         "placement": {"availability-zone": instance.availability_zone, "region": instance.region_name},
-        "security-groups": "\n".join(group.name for group in instance.security_groups),
+        "security-groups": "\n".join(group.name for group in instance.held_groups),
         "services": {"domain": "amazonaws.com", "partition": "aws"},
     }
     if instance.public_ip:
