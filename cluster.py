@@ -571,10 +571,12 @@ def check_together(path: Path, settings: Settings) -> None:
 
 def load_settings(path: Path) -> Settings:
     """Read and check a settings file; ClusterError names the first thing wrong with it."""
+    import ipaddress
+
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
     known = set(Settings._fields)
     for name in values.keys() - known:
-        click.echo(f"Warning: {path.name} sets {name}, which is no setting{did_you_mean(name, known)}", err=True)
+        warn(f"{path.name} sets {name}, which is no setting{did_you_mean(name, known)}")
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
             shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
@@ -583,6 +585,8 @@ def load_settings(path: Path) -> Settings:
     for name in SECRETS:
         if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
             values[name] = ""
+    if cidr := values.get("CLIENT_CIDR"):
+        values["CLIENT_CIDR"] = str(ipaddress.IPv4Network(cidr))  # EC2 takes ADDRESS/BITS only
     settings = Settings(**values, folder=path.resolve().parent)
     check_together(path, settings)
     return settings
@@ -2512,9 +2516,9 @@ def warn_of_git(path: Path) -> None:
 def warn_of_secrets(path: Path, settings: Settings) -> None:
     """Keep git's hands off files with secrets, and say who else could read them."""
     if settings.AWS_SECRET_ACCESS_KEY:
-        note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
+        warn(f"{path.name} has a secret key in it; better: aws configure, or aws sso login")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            note(f"Warning: other users of this machine can read it: chmod 600 {path}")
+            warn(f"other users of this machine can read it: chmod 600 {path}")
         warn_of_git(path)
     s3cfg = settings.folder / ".s3cfg"
     if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
@@ -4240,11 +4244,15 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
+without_option = click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
+
+
 def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what createNodes and up can be asked for."""
     for add in (
-        click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
-        click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        dry_run_option,
+        without_option,
         others_option,
         idle_option,
         hours_option,
@@ -4273,10 +4281,12 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @hours_option
 @idle_option
 @others_option
+@without_option
+@dry_run_option
 @click.pass_obj
-def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
+def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(machine, count, group, spot=True, **options))
+    create(app, LaunchRequest(machine, count, group, spot=True, **options), dry_run)
 
 
 # --- install -----------------------------------------------------------------
@@ -5073,7 +5083,7 @@ def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None
     version, local = served.facts.version, local_mitsuba()
     result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
     if local and local != version:
-        note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
+        warn(f"the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
     if app.settings.PUBLIC_SERVER_PORT:
         result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
         result(f"On the command line: mitsuba -c {head.name} scene.xml")
