@@ -1550,6 +1550,7 @@ class Facts(NamedTuple):
     memory_mb: tuple[int, ...] = ()  # used, total
     restarts: int = 0  # of its server by systemd, since it was started
     problem: str = ""  # what the server's log said last of an error, if it was restarted
+    replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
 
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
@@ -1562,6 +1563,7 @@ echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
 echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
 echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
 echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2> /dev/null)"
+echo "replaced=$(cat /run/mitsuba-cluster/replaced 2> /dev/null)"
 echo "clock=$(date +%s.%N)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
@@ -1704,6 +1706,7 @@ FACT_PATTERNS = {
     "boot": r"[0-9A-Za-z-]{0,64}",
     "started": r"[0-9A-Za-z-]{0,64}",
     "clock": r"([0-9]{1,12}(\.[0-9]{1,9})?)?",
+    "replaced": r"(yes)?",
     "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
     "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
 }
@@ -1733,6 +1736,7 @@ def fetch_facts(remote: Remote) -> Facts:
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
             restarts=int(pairs.get("restarts") or 0),
             problem=printable(pairs.get("problem", "")),
+            replaced=pairs.get("replaced", ""),
         )
     except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
@@ -4491,6 +4495,8 @@ work=$(mktemp -d "$state/work.XXXXXX") # its own: an installation whose client h
 trap 'rm -rf "$work"' EXIT
 if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
   install_mitsuba
+  mkdir -p /run/mitsuba-cluster
+  echo yes > /run/mitsuba-cluster/replaced
 fi
 make_data_directory
 step checking
@@ -4921,7 +4927,10 @@ touch /run/mitsuba-cluster/in-use
 if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
 systemctl daemon-reload
 systemctl enable --quiet mtssrv.service mitsuba-guard.service
-if [ -n "$server" ]; then systemctl restart mtssrv.service; fi
+if [ -n "$server" ]; then
+  rm -f /run/mitsuba-cluster/replaced
+  systemctl restart mtssrv.service
+fi
 systemctl restart mitsuba-guard.service
 echo "$role" > /etc/mitsuba-cluster/role
 """
@@ -5134,7 +5143,7 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
     plan = {"role": "worker", "version": facts.version, "own": node.private_ip, "head": start.head.private_ip}
-    if facts.role == "worker":
+    if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
             cores = ask_server(remote, facts.version)
     action = "started" if cores is None else "serves already"
@@ -5168,7 +5177,7 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     if serving:
         with contextlib.suppress(NodeError):
             offered = ask_server(remote, facts.version)
-    if offered == cores and set(facts.linked) == wanted.keys():
+    if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
     # Asked again: installing may have taken minutes since the first look.

@@ -151,6 +151,19 @@ def test_a_head_with_a_client_is_not_restarted(servers: LocalCloud, head: dict[s
     assert "10 cores in all, restarted" in forced.out
 
 
+def test_another_build_is_started(servers: LocalCloud, tmp_path: Path) -> None:
+    package = tmp_path / "mitsuba.deb"
+    package.write_bytes(b"another build of the same version")
+    started = servers.cluster("start", GROUP)
+    assert (started.code, started.out.count("serves already")) == (0, 3), started.err
+    installed = servers.cluster("install", GROUP, settings={"MITSUBA_PACKAGE": str(package)})
+    assert installed.code == 0, installed.err
+    for again, workers, head in ((0, ", started\n", ", restarted:"), (1, ", serves already\n", ", serves already\n")):
+        done = servers.cluster("start", GROUP)
+        count = done.out.count(workers)
+        assert (done.code, count, head in done.out) == (0, 2 + again, True), done.out + done.err
+
+
 def test_a_linked_worker_is_not_restarted_under_a_client(servers: LocalCloud, head: dict[str, Any]) -> None:
     worker = worker_of(servers)
     servers.fault("client-comes", head)
