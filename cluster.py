@@ -5019,6 +5019,7 @@ class StartPlan(NamedTuple):
     guard: str  # the program
     client: str = ""  # the head has one, whom no restart may end
     linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
+    force: bool = False  # whatever client there is
 
     def most_cores(self, node: Node) -> int:
         """Return how many cores a node's server may announce."""
@@ -5169,18 +5170,19 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
 
 
 def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
-    """Make the head serve with WORKERS, unless it does, or a client would lose it."""
-    wanted = {one.node.private_ip: start.most_cores(one.node) for one in workers}
-    strangers = [one.node.name for one in workers if one.value.facts.version != facts.version]
+    """Make the head serve with those WORKERS that do, unless it does, or a client would lose it."""
+    good = [one for one in workers if one.ok]
+    wanted = {one.node.private_ip: start.most_cores(one.node) for one in good}
+    strangers = [one.node.name for one in good if one.value.facts.version != facts.version]
     if strangers:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again"
         )
-    cores = sum(one.value.cores for one in workers) + plan_head_cores(facts.cores)
+    cores = sum(one.value.cores for one in good) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
+    plan: dict[str, Any] = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
@@ -5188,12 +5190,16 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
-    if start.client and offered is not None:
+    # Asked again: installing may have taken minutes since the first look.
+    if offered is not None and not start.force and (client := describe_client(fetch_facts(remote))):
+        # A linked worker that SSH can't reach is still the guard's to watch.
+        kept = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+        plan["workers"] = {one: most for one, most in kept.items() if one in wanted or one in facts.linked}
         configure_node(remote, start.guard, plan)
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
-        return Served(facts, offered, "serves already", f"{what}: {start.client}")
+        return Served(facts, offered, "serves already", f"{what}: {client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
     return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
@@ -5213,13 +5219,14 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
     return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
 
 
-def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None = None) -> StartPlan:
-    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at.
+def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None, force: bool = False) -> StartPlan:
+    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at, but by FORCE.
 
     A worker's only client is its head, which may be gone.
     """
-    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
-    if looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
+    cores = fetch_cores(app.ec2, nodes)
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, cores, guard_program(), force=force)
+    if not force and looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
         start = start._replace(client=client, linked=frozenset(looked.value.linked))
     return start
 
@@ -5231,7 +5238,7 @@ def link_group(
     head, linked = looked.node, [outcome for outcome in workers if outcome.ok]
     ready: Outcome[Any] = looked
     if looked.ok:
-        step = functools.partial(head_step, start, looked.value, linked)
+        step = functools.partial(head_step, start, looked.value, workers)
         (ready,) = app.pool.each([head], step, Progress("Linking", 1))
     else:
         note(f"{head.name}: {looked.error}")
@@ -5255,7 +5262,7 @@ def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> Non
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
     (looked,) = app.pool.each([head], look_step)
-    start = plan_start(app, nodes, None if force else looked)
+    start = plan_start(app, nodes, looked, force)
     workers = app.pool.each(
         others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
     )
