@@ -1565,6 +1565,7 @@ class Facts(NamedTuple):
     memory_mb: tuple[int, ...] = ()  # used, total
     restarts: int = 0  # of its server by systemd, since it was started
     problem: str = ""  # what the server's log said last of an error, if it was restarted
+    replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
 
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
@@ -1577,6 +1578,7 @@ echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
 echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
 echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
 echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2> /dev/null)"
+echo "replaced=$(cat /run/mitsuba-cluster/replaced 2> /dev/null)"
 echo "clock=$(date +%s.%N)"
 echo "load=$(cut -d ' ' -f 1-3 /proc/loadavg)"
 echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
@@ -1719,6 +1721,7 @@ FACT_PATTERNS = {
     "boot": r"[0-9A-Za-z-]{0,64}",
     "started": r"[0-9A-Za-z-]{0,64}",
     "clock": r"([0-9]{1,12}(\.[0-9]{1,9})?)?",
+    "replaced": r"(yes)?",
     "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
     "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
 }
@@ -1748,6 +1751,7 @@ def fetch_facts(remote: Remote) -> Facts:
             memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
             restarts=int(pairs.get("restarts") or 0),
             problem=printable(pairs.get("problem", "")),
+            replaced=pairs.get("replaced", ""),
         )
     except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
@@ -2983,6 +2987,12 @@ def in_order(nodes: Iterable[Node]) -> list[Node]:
     return sorted(nodes, key=lambda node: (node.role != "head", node.age))
 
 
+def own_or_all(app: App, nodes: Sequence[Node]) -> list[Node]:
+    """Return those of NODES that were launched with the user's key; all where none was: anybody may tag a head."""
+    key = app.known_identity
+    return [node for node in nodes if key and is_ours(node, key)] or list(nodes)
+
+
 def find_node(app: App, name: str) -> Node:
     """Return our node that NAME means: "head", a short name, an address, or how its name or id begins.
 
@@ -2990,7 +3000,7 @@ def find_node(app: App, name: str) -> Node:
     """
     nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
     if name == "head":
-        found = [node for node in nodes if node.role == "head" and node.state == "running"]
+        found = own_or_all(app, [node for node in nodes if node.role == "head" and node.state == "running"])
         found = [node for node in found if node.group == "default"] or found
     else:
         exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
@@ -3008,11 +3018,11 @@ def find_node(app: App, name: str) -> Node:
 
 
 def find_head(app: App, group: str) -> Node:
-    """Return GROUP's head node."""
-    heads = [node for node in fetch_nodes(app.ec2, group) if node.role == "head" and node.state == "running"]
-    if not heads:
-        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
-    return heads[0]
+    """Return GROUP's head node, launched with the user's key."""
+    for node in fetch_nodes(app.ec2, group):
+        if node.role == "head" and node.state == "running" and is_ours(node, app.identity):
+            return node
+    raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one")
 
 
 def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Sequence[str]] = ()) -> str:
@@ -4504,6 +4514,8 @@ work=$(mktemp -d "$state/work.XXXXXX") # its own: an installation whose client h
 trap 'rm -rf "$work"' EXIT
 if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_version)" ]; then
   install_mitsuba
+  mkdir -p /run/mitsuba-cluster
+  echo yes > /run/mitsuba-cluster/replaced
 fi
 make_data_directory
 step checking
@@ -4934,7 +4946,10 @@ touch /run/mitsuba-cluster/in-use
 if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
 systemctl daemon-reload
 systemctl enable --quiet mtssrv.service mitsuba-guard.service
-if [ -n "$server" ]; then systemctl restart mtssrv.service; fi
+if [ -n "$server" ]; then
+  rm -f /run/mitsuba-cluster/replaced
+  systemctl restart mtssrv.service
+fi
 systemctl restart mitsuba-guard.service
 echo "$role" > /etc/mitsuba-cluster/role
 """
@@ -5013,6 +5028,7 @@ class StartPlan(NamedTuple):
     guard: str  # the program
     client: str = ""  # the head has one, whom no restart may end
     linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
+    force: bool = False  # whatever client there is
 
     def most_cores(self, node: Node) -> int:
         """Return how many cores a node's server may announce."""
@@ -5100,12 +5116,11 @@ def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
 
     "" where there is none, or it has been SILENT_FOR longer.
     """
-    silences = {peer.rpartition(":")[0]: silent for peer, (_, silent) in facts.clients.items()}
-    if not silences or min(silences.values()) > silent_for:
+    silent, peer = min(((silent, peer) for peer, (_, silent) in facts.clients.items()), default=(float("inf"), ""))
+    if not peer or silent > silent_for:
         return ""
-    address = min(silences, key=lambda one: silences[one])
     more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
-    return f"client {address}{more}, silent for {format_duration(silences[address])}"
+    return f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
 
 
 def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
@@ -5147,7 +5162,7 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
     plan = {"role": "worker", "version": facts.version, "own": node.private_ip, "head": start.head.private_ip}
-    if facts.role == "worker":
+    if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
             cores = ask_server(remote, facts.version)
     action = "started" if cores is None else "serves already"
@@ -5164,31 +5179,36 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
 
 
 def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
-    """Make the head serve with WORKERS, unless it does, or a client would lose it."""
-    wanted = {one.node.private_ip: start.most_cores(one.node) for one in workers}
-    strangers = [one.node.name for one in workers if one.value.facts.version != facts.version]
+    """Make the head serve with those WORKERS that do, unless it does, or a client would lose it."""
+    good = [one for one in workers if one.ok]
+    wanted = {one.node.private_ip: start.most_cores(one.node) for one in good}
+    strangers = [one.node.name for one in good if one.value.facts.version != facts.version]
     if strangers:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again"
         )
-    cores = sum(one.value.cores for one in workers) + plan_head_cores(facts.cores)
+    cores = sum(one.value.cores for one in good) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
+    plan: dict[str, Any] = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
             offered = ask_server(remote, facts.version)
-    if offered == cores and set(facts.linked) == wanted.keys():
+    if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
-    if start.client and offered is not None:
+    # Asked again: installing may have taken minutes since the first look.
+    if offered is not None and not start.force and (client := describe_client(fetch_facts(remote))):
+        # A linked worker that SSH can't reach is still the guard's to watch.
+        kept = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+        plan["workers"] = {one: most for one, most in kept.items() if one in wanted or one in facts.linked}
         configure_node(remote, start.guard, plan)
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
-        return Served(facts, offered, "serves already", f"{what}: {start.client}")
+        return Served(facts, offered, "serves already", f"{what}: {client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
     return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
@@ -5208,13 +5228,14 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
     return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
 
 
-def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None = None) -> StartPlan:
-    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at.
+def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None, force: bool = False) -> StartPlan:
+    """Return what every node's server needs; no restart may end the client of a head that was LOOKED at, but by FORCE.
 
     A worker's only client is its head, which may be gone.
     """
-    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_cores(app.ec2, nodes), guard_program())
-    if looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
+    cores = fetch_cores(app.ec2, nodes)
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, cores, guard_program(), force=force)
+    if not force and looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
         start = start._replace(client=client, linked=frozenset(looked.value.linked))
     return start
 
@@ -5226,7 +5247,7 @@ def link_group(
     head, linked = looked.node, [outcome for outcome in workers if outcome.ok]
     ready: Outcome[Any] = looked
     if looked.ok:
-        step = functools.partial(head_step, start, looked.value, linked)
+        step = functools.partial(head_step, start, looked.value, workers)
         (ready,) = app.pool.each([head], step, Progress("Linking", 1))
     else:
         note(f"{head.name}: {looked.error}")
@@ -5250,7 +5271,7 @@ def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> Non
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
     (looked,) = app.pool.each([head], look_step)
-    start = plan_start(app, nodes, None if force else looked)
+    start = plan_start(app, nodes, looked, force)
     workers = app.pool.each(
         others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
     )
@@ -5896,7 +5917,8 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     """Return node id -> what its server says, of the running NODES."""
     outcomes = ask_briefly(app, nodes, server_step)
-    linked = {address for outcome in outcomes if outcome.ok for address in outcome.value[0].linked}
+    facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
+    linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
 
@@ -5925,9 +5947,10 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
     for request in live(overview.requests):
         if request.group == group:
             lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    if heads := [node for node in alive if node.role == "head"]:
+    mine = own_or_all(app, alive)
+    if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
-    elif any(node.role == "worker" for node in alive):
+    elif any(node.role == "worker" for node in mine):
         lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
     if not alive:
         lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
@@ -5947,7 +5970,7 @@ def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]
             for node in nodes
         ],
         "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
-        "head": next((node.name for node in alive if node.role == "head"), None),
+        "head": next((node.name for node in own_or_all(app, alive) if node.role == "head"), None),
         "totals": totals(alive),
     }
 

@@ -216,6 +216,8 @@ def test_a_planted_instance(cloud: LocalCloud, group: str) -> None:
     assert copied
     bare, key = plant(cloud, group, own["id"], **{"mitsuba-role": "head"})
     copy, _ = plant(cloud, group, own["id"], **copied)
+    assert "Head node:" not in cloud.cluster("status", group).out
+    assert cloud.cluster("tunnel", group).last_line.startswith(f"Error: group '{group}' (us-east-1) has no head node;")
     for words in (["runCommand", "echo $NODE", group], ["install", group], ["start", group]):
         done = cloud.cluster(*words)
         assert done.code == 0, done.err

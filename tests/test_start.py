@@ -8,7 +8,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,6 +69,55 @@ def worker_of(cloud: LocalCloud) -> dict[str, Any]:
     return next(node for node in cloud.nodes(GROUP) if node["role"] == "worker")
 
 
+def test_the_client_that_moved_bytes_last_counts() -> None:
+    """Two connections of one address, a silent one and one at work."""
+    facts = cluster.Facts(4, clients={"203.0.113.9:2": (9000, 20), "203.0.113.9:1": (9000, 5000)})
+    assert cluster.describe_client(facts, 600) == "client 203.0.113.9 (and 1 more), silent for 20s"
+    assert cluster.describe_client(facts, 10) == cluster.describe_client(cluster.Facts(4)) == ""
+
+
+@pytest.mark.parametrize(
+    ("offered", "clients", "force", "restarted"),
+    [(9, True, False, False), (9, True, True, True), (9, False, False, True), (None, True, False, True)],
+    ids=["client", "force", "no client", "not answering"],
+)
+def test_a_head_is_asked_again_just_before_its_restart(
+    monkeypatch: pytest.MonkeyPatch, offered: int | None, clients: bool, force: bool, restarted: bool
+) -> None:
+    """A client may have come since the first look; a linked worker that SSH can't reach is watched on."""
+
+    def ask_server(*_: Any) -> int:
+        if offered is None:
+            raise cluster.NodeError("its mtssrv does not answer")
+        return offered
+
+    def node(number: int) -> cluster.Node:
+        when = datetime(2026, 1, 1, tzinfo=timezone.utc)
+        return cluster.Node(f"i-{number}", "g", "c1.xlarge", "running", when, private_ip=f"10.0.0.{number}")
+
+    looked = cluster.Facts(4, "0.6.0", "head", ("10.0.0.2", "10.0.0.3"))
+    now = looked._replace(clients={"203.0.113.9:1": (60, 5)} if clients else {})
+    given: list[tuple[set[str], bool]] = []
+    monkeypatch.setattr(cluster, "ask_server", ask_server)
+    monkeypatch.setattr(cluster, "await_server", lambda remote, version, cores, workers: cores)
+    monkeypatch.setattr(cluster, "fetch_facts", lambda remote: now)
+    monkeypatch.setattr(
+        cluster, "configure_node", lambda _, guard, plan, unit="": given.append((set(plan["workers"]), bool(unit)))
+    )
+    served = cluster.Served(cluster.Facts(4, "0.6.0", "worker"), 4, "serves already")
+    cut_off: Any = cluster.Outcome(node(3), error="port 22 does not answer")
+    workers = [cluster.Outcome(node(2), served), cut_off, cluster.Outcome(node(4), served)]
+    start = cluster.StartPlan(node(1), "/mnt", {"c1.xlarge": 8}, "", force=force)
+    remote: Any = SimpleNamespace(node=node(1))
+    done = cluster.head_step(start, looked, workers, remote)
+    if restarted:
+        assert given == [({"10.0.0.2", "10.0.0.4"}, True)]
+        assert done.waiting == ""
+    else:
+        assert given == [({"10.0.0.2", "10.0.0.3", "10.0.0.4"}, False)]
+        assert done.waiting == "1 node waits to be linked: client 203.0.113.9, silent for 5s"
+
+
 def test_start_before_install_says_so(cloud: LocalCloud, group: str) -> None:
     assert cloud.cluster("createNodes", "c1.xlarge", "2", group).code == 0
     done = cloud.cluster("start", group)
@@ -98,6 +149,19 @@ def test_a_head_with_a_client_is_not_restarted(servers: LocalCloud, head: dict[s
     forced = servers.cluster("start", GROUP, "--force")
     assert forced.code == 0, forced.err
     assert "10 cores in all, restarted" in forced.out
+
+
+def test_another_build_is_started(servers: LocalCloud, tmp_path: Path) -> None:
+    package = tmp_path / "mitsuba.deb"
+    package.write_bytes(b"another build of the same version")
+    started = servers.cluster("start", GROUP)
+    assert (started.code, started.out.count("serves already")) == (0, 3), started.err
+    installed = servers.cluster("install", GROUP, settings={"MITSUBA_PACKAGE": str(package)})
+    assert installed.code == 0, installed.err
+    for again, workers, head in ((0, ", started\n", ", restarted:"), (1, ", serves already\n", ", serves already\n")):
+        done = servers.cluster("start", GROUP)
+        count = done.out.count(workers)
+        assert (done.code, count, head in done.out) == (0, 2 + again, True), done.out + done.err
 
 
 def test_a_linked_worker_is_not_restarted_under_a_client(servers: LocalCloud, head: dict[str, Any]) -> None:

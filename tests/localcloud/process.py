@@ -99,7 +99,7 @@ class ProcessNode:
         self.started = ""  # the present start of the server's unit
         self.clients: set[asyncio.StreamWriter] = set()
         self.journal: list[tuple[float, str]] = []  # the server's complaints, each with its time
-        self.installed = False
+        self.installed = self.replaced = ""  # what was installed, and what replaced it under a running server
         self.deadline: float | None = None
         self.restarts, self.problem = 0, ""  # of its server
         self.listener: asyncssh.SSHAcceptor | None = None
@@ -436,7 +436,7 @@ async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     linked = " ".join(node.linked)
     return 0, (
         f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
-        f"boot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
+        f"replaced={node.replaced}\nboot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
         f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nrestarts={node.restarts}\nproblem={node.problem}\n"
         f"guard={json.dumps(node.guard) if node.guard else ''}\n"
     )
@@ -444,7 +444,7 @@ async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
 
 async def install(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Pretend to have installed the package."""
-    node.installed = True
+    node.replaced, node.installed = "yes" if node.installed != arguments[3] else node.replaced, arguments[3]
     node.data(arguments[1])
     return 0, f"(a process node: nothing was installed)\nversion {VERSION}\n"
 
@@ -456,6 +456,7 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
     role, unit, plan = arguments[0], arguments[1], json.loads(arguments[4])
     node.role, node.workers = role, list(plan.get("workers", {}))
     if unit:
+        node.replaced = ""
         if node not in NODES:
             NODES.append(node)
         await node.serve()
