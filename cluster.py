@@ -1589,8 +1589,10 @@ echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
 restarts=$(systemctl show --property NRestarts --value mtssrv.service 2> /dev/null)
 echo "restarts=${restarts:-0}"
 if [ "${restarts:-0}" != 0 ]; then
-  log=$(journalctl --no-pager --quiet --output cat --lines 200 --unit mtssrv.service 2> /dev/null)
-  echo "problem=$(grep -iE 'error|exception|fail|cannot|could not' <<< "$log" | tail -n 1 | cut -c 1-300)"
+  # Backwards to the last error: the guard's handshakes alone make 120 lines a minute.
+  log=$(timeout 2 journalctl --no-pager --quiet --output cat --reverse --unit mtssrv.service 2> /dev/null |
+    grep -m 1 -iE 'error|exception|fail|cannot|could not' | cut -c 1-300)
+  echo "problem=$log"
 fi
 """
 
@@ -5541,7 +5543,7 @@ MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
 
 # $1 since when
-RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 1000 --unit mtssrv.service --since "$1"'
+RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 10000 --unit mtssrv.service --since "$1"'
 
 # Texts of Mitsuba 0.6 (mitsuba.cpp, thread.cpp, renderjob.cpp, sched_remote.cpp): an exception, and those that
 # only tell that the other side has gone (sstream.cpp).
@@ -6886,16 +6888,20 @@ def run_command(
         )
 
 
-# $1 how many lines, $2 where to go on (or empty). Without --follow: that would run on when the user has left.
+# $1 how many lines are looked at, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
+# each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
-exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
-  --unit mtssrv.service --unit mitsuba-guard.service
+set -o pipefail
+journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
+  --unit mtssrv.service --unit mitsuba-guard.service |
+  sed '/ Incoming connection from /d; / Closing connection to /d' | tail -n "$3"
 """
 
 
-def journal_step(lines: str, cursor: str, remote: Remote) -> tuple[str, str]:
+def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
     """Return (the journal's lines after CURSOR, the new cursor)."""
-    output = remote.check(root_command("journal", JOURNAL, lines, cursor), keep=MIB)
+    looked_at, shown = ("all", "+1") if cursor else ("100000", "201")  # the last line is the cursor
+    output = remote.check(root_command("journal", JOURNAL, looked_at, cursor, shown), keep=MIB)
     text, _, end = output.rpartition("-- cursor: ")
     return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
 
@@ -6914,16 +6920,15 @@ def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
         return Lines()(path.read_bytes() + b"\n")
     app.open_group(node.group)
-    lines, cursor = "200", ""
+    cursor = ""
     while True:
-        outcome = app.pool.each([node], functools.partial(journal_step, lines, cursor))[0]
+        outcome = app.pool.each([node], functools.partial(journal_step, cursor))[0]
         if not outcome.ok:
             raise ClusterError(f"{node.name}: {outcome.error}")
         text, cursor = outcome.value
         Lines()(text.encode())
         if not follow:
             return None
-        lines = "all"
         time.sleep(1)
 
 
