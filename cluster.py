@@ -571,10 +571,12 @@ def check_together(path: Path, settings: Settings) -> None:
 
 def load_settings(path: Path) -> Settings:
     """Read and check a settings file; ClusterError names the first thing wrong with it."""
+    import ipaddress
+
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
     known = set(Settings._fields)
     for name in values.keys() - known:
-        click.echo(f"Warning: {path.name} sets {name}, which is no setting{did_you_mean(name, known)}", err=True)
+        warn(f"{path.name} sets {name}, which is no setting{did_you_mean(name, known)}")
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
             shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
@@ -583,6 +585,8 @@ def load_settings(path: Path) -> Settings:
     for name in SECRETS:
         if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
             values[name] = ""
+    if cidr := values.get("CLIENT_CIDR"):
+        values["CLIENT_CIDR"] = str(ipaddress.IPv4Network(cidr))  # EC2 takes ADDRESS/BITS only
     settings = Settings(**values, folder=path.resolve().parent)
     check_together(path, settings)
     return settings
@@ -654,6 +658,7 @@ def open_client(settings: Settings, service: str, region: str = "", **options: A
     """Return a boto3 client with bounded patience; OPTIONS are botocore's Config's."""
     from botocore.config import Config
 
+    setting = "" if region else "AWS_REGION "
     region = region or settings.AWS_REGION
     defaults: dict[str, Any] = {
         "connect_timeout": 10,
@@ -666,7 +671,7 @@ def open_client(settings: Settings, service: str, region: str = "", **options: A
         known = [name for partition in partitions for name in session.get_available_regions("ec2", partition)]
         if region not in known:
             advice = did_you_mean(region, known) or "; see https://docs.aws.amazon.com/ec2"
-            raise ClusterError(f"AWS_REGION {region!r} is no region that boto3 knows{advice}")
+            raise ClusterError(f"{setting}{region!r} is no region that boto3 knows{advice}")
         return session.client(service, region_name=region, config=Config(**(defaults | options)))
 
 
@@ -1025,9 +1030,10 @@ def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotReque
 
 
 def fetch_security_groups(ec2: Client, group: str | None = None) -> list[SecurityGroup]:
-    """Return the security groups of GROUP (None: of all groups)."""
+    """Return the security groups of GROUP (None: of all groups); anybody may write a tag, but names stay."""
     found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups", Filters=our_filter(group))
-    return list(filter(has_group, map(to_security_group, found)))
+    groups = filter(has_group, map(to_security_group, found))
+    return [one for one in groups if one.name == f"mitsuba-{one.group}"]
 
 
 def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
@@ -1247,6 +1253,15 @@ LIVENESS_LIMIT = 30  # and has so long for it
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 
 
+def fingerprint(public: str) -> str:
+    """Return the SHA256:… of a public key, as ssh-keygen -l does."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
 class Identity(NamedTuple):
     """The user's SSH key: what logs in, and its public half as one line."""
 
@@ -1255,12 +1270,8 @@ class Identity(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Return SHA256:… as ssh-keygen -l does."""
-        import base64
-        import hashlib
-
-        digest = hashlib.sha256(base64.b64decode(self.public.split()[1])).digest()
-        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+        """The key's fingerprint."""
+        return fingerprint(self.public)
 
 
 def clean_environment() -> dict[str, str]:
@@ -1283,17 +1294,25 @@ def agent_identity(path: Path, public: str) -> Identity:
     raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
 
 
-def unlock_identity(path: Path, may_ask: bool) -> Identity:
-    """Return an encrypted key: the agent's, if it has it, else by asking for the passphrase."""
+@functools.cache
+def read_fingerprint(path: Path) -> str:
+    """Return the fingerprint of a key file, of an encrypted one too; "" where ssh-keygen can't tell it."""
     import subprocess
 
+    words = ["ssh-keygen", "-l", "-E", "sha256", "-f", str(path)]
+    with contextlib.suppress(FileNotFoundError):
+        shown = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False).stdout
+        return next((word for word in shown.split() if word.startswith("SHA256:")), "")
+    return ""
+
+
+def unlock_identity(path: Path, may_ask: bool) -> Identity:
+    """Return an encrypted key: the agent's, if it has it, else by asking for the passphrase."""
     import paramiko
 
-    with contextlib.suppress(FileNotFoundError):  # ssh-keygen can tell an encrypted key's fingerprint
-        words = ["ssh-keygen", "-l", "-E", "sha256", "-f", str(path)]
-        shown = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False).stdout
+    if shown := read_fingerprint(path):
         for held in paramiko.Agent().get_keys():
-            if held.fingerprint in shown.split():
+            if held.fingerprint == shown:
                 return to_identity(held)
     if not (may_ask and sys.stdin.isatty()):
         raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
@@ -2512,9 +2531,9 @@ def warn_of_git(path: Path) -> None:
 def warn_of_secrets(path: Path, settings: Settings) -> None:
     """Keep git's hands off files with secrets, and say who else could read them."""
     if settings.AWS_SECRET_ACCESS_KEY:
-        note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
+        warn(f"{path.name} has a secret key in it; better: aws configure, or aws sso login")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            note(f"Warning: other users of this machine can read it: chmod 600 {path}")
+            warn(f"other users of this machine can read it: chmod 600 {path}")
         warn_of_git(path)
     s3cfg = settings.folder / ".s3cfg"
     if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
@@ -2527,7 +2546,7 @@ class App:
     def __init__(self, config: Path) -> None:
         self.config = config
         self.left = ""  # what Ctrl-C leaves behind, for the one line that says so
-        self.key_pairs: dict[str, bool] = {}  # region -> whether KEYPAIR_NAME is the user's key there
+        self.key_pairs: dict[str, set[str]] = {}  # region -> fingerprints of KEYPAIR_NAME there
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -2546,15 +2565,22 @@ class App:
     @functools.cached_property
     def identity(self) -> Identity:
         """The user's SSH key."""
-        return load_identity(self.settings.key_file)
+        self.known_identity = found = load_identity(self.settings.key_file)
+        return found
 
     @functools.cached_property
     def known_identity(self) -> Identity | None:
         """The user's SSH key, or None where it can't be had without asking for a passphrase: enough for a look."""
         try:
-            return vars(self).get("identity") or load_identity(self.settings.key_file, may_ask=False)
+            return load_identity(self.settings.key_file, may_ask=False)
         except ClusterError:
             return None
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the user's SSH key, of a locked one too; "" where there is none."""
+        known = self.known_identity
+        return known.fingerprint if known else read_fingerprint(self.settings.key_file)
 
     @functools.cached_property
     def pool(self) -> NodePool:
@@ -2609,18 +2635,15 @@ class App:
         return ready
 
     def has_key_pair(self, ec2: Client) -> bool:
-        """Tell whether EC2's key pair KEYPAIR_NAME is the user's key; that of an encrypted one can't be compared."""
+        """Tell whether EC2's key pair KEYPAIR_NAME is the user's key."""
         region = ec2.meta.region_name
-        if self.known_identity is None:
-            path = self.settings.key_file
-            return path.exists() and "PRIVATE KEY" in path.read_text("latin-1")
         if region not in self.key_pairs:
-            self.key_pairs[region] = False
+            self.key_pairs[region] = set()
             with tolerate():
                 asked = {"KeyNames": [self.settings.KEYPAIR_NAME], "IncludePublicKey": True}
-                public = [one.get("PublicKey", "").split()[:2] for one in ec2.describe_key_pairs(**asked)["KeyPairs"]]
-                self.key_pairs[region] = self.known_identity.public.split()[:2] in public
-        return self.key_pairs[region]
+                public = [one.get("PublicKey", "") for one in ec2.describe_key_pairs(**asked)["KeyPairs"]]
+                self.key_pairs[region] = {fingerprint(key) for key in public if key}
+        return self.fingerprint in self.key_pairs[region]
 
     def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
         """Return those of NODES that the user launched: by the signature in their tags, which others could spoil,
@@ -2641,7 +2664,7 @@ class App:
             return
         path = self.settings.key_file
         if not self.known_identity and path.exists() and "placeholder" not in path.read_text("latin-1"):
-            self.known_identity = self.identity  # asks for its passphrase, or says what is wrong with the file
+            _ = self.identity  # asks for its passphrase, or says what is wrong with the file
             if self.launched(living, ec2):
                 return
         rules = [rule for one in fetch_security_groups(ec2, group) for rule in one.rules]
@@ -2664,8 +2687,8 @@ class App:
         def ask(region: str) -> None:
             try:
                 found[region] = look(self.ec2 if region == home else open_client(self.settings, "ec2", region))
-            except (BotoCoreError, ClientError) as error:
-                problems.append(f"{region}: {explain(error)}")
+            except (ClusterError, BotoCoreError, ClientError) as error:
+                problems.append(f"{region}: {error.message if isinstance(error, ClusterError) else explain(error)}")
 
         side_by_side(*(functools.partial(ask, region) for region in fetch_regions(self.settings)))
         return {region: found[region] for region in sorted(found, key=lambda name: (name != home, name))}
@@ -4243,11 +4266,15 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
+without_option = click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
+
+
 def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what createNodes and up can be asked for."""
     for add in (
-        click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
-        click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        dry_run_option,
+        without_option,
         others_option,
         idle_option,
         hours_option,
@@ -4276,10 +4303,12 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @hours_option
 @idle_option
 @others_option
+@without_option
+@dry_run_option
 @click.pass_obj
-def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
+def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(machine, count, group, spot=True, **options))
+    create(app, LaunchRequest(machine, count, group, spot=True, **options), dry_run)
 
 
 # --- install -----------------------------------------------------------------
@@ -5077,7 +5106,7 @@ def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None
     version, local = served.facts.version, local_mitsuba()
     result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
     if local and local != version:
-        note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
+        warn(f"the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
     if app.settings.PUBLIC_SERVER_PORT:
         result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
         result(f"On the command line: mitsuba -c {head.name} scene.xml")
@@ -6633,9 +6662,9 @@ def fetch_present(ec2: Client) -> Present:
 def own_groups(app: App, present: Present) -> list[str]:
     """Return the groups in which the user has nodes, or that a launch of the user's left behind empty."""
     taken = {node.group for node in present.nodes}
-    key = app.known_identity.fingerprint if app.known_identity else " "
+    key = app.fingerprint
     empty = [one for one in present.security_groups if one.group not in taken]
-    mine = {one.group for one in empty if any(key in rule.owner for rule in one.rules)}
+    mine = {one.group for one in empty if any(key in rule.owner.split() for rule in one.rules)}
     return sorted(mine | {node.group for node in app.launched(present.nodes, present.ec2) if node.is_inside})
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from tests.support import LocalCloud, wait_until
@@ -138,6 +140,38 @@ def test_somebody_elses_group(cloud: LocalCloud, group: str) -> None:
         assert cloud.truth(group) == ([node], 1)
         assert cloud.cluster("terminateAll", group, "--others").code == 0
     assert cloud.truth(group) == ([], 0)
+
+
+def test_a_locked_key_takes_nothing_of_others(cloud: LocalCloud, group: str, tmp_path: Path) -> None:
+    (node,) = create(cloud, group)  # under KEYPAIR_NAME, which is not the locked key's
+    path = tmp_path / "locked.pem"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", str(path)], check=True)
+    ec2 = cloud.client("ec2")
+    tags = [{"ResourceType": "security-group", "Tags": [{"Key": "mitsuba-group", "Value": f"{group}-empty"}]}]
+    about = {"GroupName": f"mitsuba-{group}-empty", "Description": "-", "TagSpecifications": tags}
+    with cloud.options(pace="none"):
+        empty = ec2.create_security_group(**about)["GroupId"]
+        source = [{"CidrIp": "192.0.2.1/32", "Description": "mitsuba-cluster SHA256:theirs them@there"}]
+        rule = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": source}
+        ec2.authorize_security_group_ingress(GroupId=empty, IpPermissions=[rule])
+    locked = {"SSH_PRIVATE_KEY_FILE": str(path)}
+    swept = end_quickly(cloud, "terminateAll", "--all-groups", settings=locked)
+    assert "Nothing to terminate: you have no group" in swept.last_line
+    assert "is encrypted" in end_quickly(cloud, "terminateAll", group, settings=locked).last_line
+    assert cloud.truth(group)[0] == [node]
+    assert cloud.truth(f"{group}-empty")[1] == 1
+    cloud.end(f"{group}-empty")
+
+
+def test_a_strangers_security_group_with_our_tag_stays(cloud: LocalCloud, group: str) -> None:
+    ec2 = cloud.client("ec2")
+    with cloud.options(pace="none"):
+        made = ec2.create_security_group(GroupName=f"theirs-{group}", Description="-")["GroupId"]
+        ec2.create_tags(Resources=[made], Tags=[{"Key": "mitsuba-group", "Value": group}])
+        ended = cloud.cluster("terminateAll", group, limits={"UNSEEN_LIMIT": 0})
+    assert "does not exist" in ended.last_line
+    assert cloud.truth(group) == ([], 1)
+    cloud.end(group)
 
 
 def test_a_spoilt_signature_keeps_no_node_alive(cloud: LocalCloud, group: str) -> None:

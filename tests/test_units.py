@@ -238,3 +238,11 @@ def test_git_never_picks_up_a_secret(tmp_path: Path) -> None:
     cluster.ensure_key_file(key)
     assert key.read_text() == made
     assert "topsecret" in s3cfg.read_text()
+
+
+def test_a_region_that_boto3_does_not_know_spoils_no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "fetch_regions", lambda _: ["us-east-1", "xx-new-1"])
+    problems: list[str] = []
+    found = cluster.App(PROJECT / "config.py").in_all_regions(lambda ec2: ec2.meta.region_name, problems)
+    assert found == {"us-east-1": "us-east-1"}
+    assert "xx-new-1: 'xx-new-1' is no region that boto3 knows" in problems[0]
