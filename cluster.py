@@ -1686,7 +1686,7 @@ class Remote:
             pass
 
     def close_if_overdue(self) -> None:
-        """Give up a node that does not consent in time; the fleet's main thread looks now and then."""
+        """Give up a node that does not consent in time; the pool's main thread looks now and then."""
         if self.consent and time.monotonic() > self.consent:
             self.transport.close()
 
@@ -3275,7 +3275,7 @@ class Look(NamedTuple):
 
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
-    opened: int  # connections to the head's server so far, however short, but for the guard's own
+    opened: int | None  # connections to the head's server so far, but for the guard's own; None: can't be counted
     servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
     logins: dict[str, int]  # the same of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
@@ -3343,7 +3343,7 @@ def take_look(own_connections: int) -> Look:
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        (int(counted[1]) if counted else 0) - own_connections,
+        int(counted[1]) - own_connections if counted else None,
         servers,
         logins,
         touched,
@@ -3366,9 +3366,9 @@ class Memory(NamedTuple):
     base: Look  # against which use is judged
     used: float  # when the node was last used, and
     how: str  # by what
-    quiet: float  # since when nobody has connected to mtssrv
+    quiet: float  # since when nobody has connected to mtssrv, as far as is known
     left: float  # when a client was last there
-    opened: int
+    opened: int | None
     connections: dict[str, Connection]
 
 
@@ -3403,7 +3403,8 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
         if not old or count < old.total:
             old = Connection(look.at, look.at, count)
         seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
-    quiet = look.at if seen or look.opened > memory.opened else memory.quiet
+    opened = look.opened is None or look.opened > (memory.opened or 0)
+    quiet = look.at if seen or opened else memory.quiet
     memory = memory._replace(at=look.at, quiet=quiet, opened=look.opened, connections=seen)
     clients = find_clients(memory)
     if clients:
@@ -3478,6 +3479,8 @@ def count_connections(workers: Iterable[str]) -> None:
     chain = f"chain input {{ type filter hook input priority 0; {rule}; }}"
     table = "table inet mitsuba_guard"
     run_quietly("nft", f"add {table}\ndelete {table}\n{table} {{\n{chain}\n}}\n")
+    if not run_quietly("nft", "list", "table", "inet", "mitsuba_guard"):
+        say("links no node that comes back, since nft does not count the connections: a restart might end a render")
 
 
 def guard_node(arguments: list[str]) -> None:
@@ -3489,10 +3492,10 @@ def guard_node(arguments: list[str]) -> None:
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, own_connections, refused = Links(), 0, 0
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
-    with open(MARK_PATH, "a"):
-        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
     if role == "head":
         count_connections(workers)
+    with open(MARK_PATH, "a"):
+        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
     while True:
         if role == "head":
             links, more = keep_serving(plan, links, memory.quiet)
@@ -4924,7 +4927,7 @@ def install(app: App, group: str) -> None:
 
 
 # --- start -------------------------------------------------------------------
-# mtssrv's handshake, the guard and the units on the nodes, the links to the head; the tunnel. Touches the nodes.
+# The plan and the units that the nodes get, the links to the head; the tunnel. Touches the nodes, and tags their roles.
 
 SERVER_LIMIT = 40  # seconds from starting a server to its handshake
 LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
@@ -6502,7 +6505,7 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
 
 
 # --- terminateAll ------------------------------------------------------------
-# Ending groups and single nodes, and verifying it. Touches EC2 only.
+# Ending groups and single nodes, and verifying it. Touches EC2, and asks a head whether it has a client.
 
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
 ASK_LIMIT = 5  # seconds, for the head to say whether a client would lose its render
