@@ -5107,6 +5107,9 @@ def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None
     """Tell the user what to type into Mitsuba; the head's name comes last."""
     version, local = served.facts.version, local_mitsuba()
     result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
+    own = served.facts.cores
+    if relaying := own - plan_head_cores(own):
+        note(f"The head keeps {relaying} of its own {format_count(own, 'core')} free to relay")
     if local and local != version:
         warn(f"the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
     if app.settings.PUBLIC_SERVER_PORT:

@@ -339,7 +339,7 @@ def test_a_reclaimed_spot_node(nodes: LocalCloud) -> None:
     ):
         done = nodes.cluster(*words)
         assert done.code == 0, done.err
-    spot, head = nodes.nodes(group)
+    head, spot = nodes.nodes(group)  # the head comes first
     assert (spot["market"], spot["role"], head["market"], head["role"]) == ("spot", "worker", "on-demand", "head")
     nodes.ask("interrupt", {"node": spot["id"], "seconds": 1})
     made = Cluster(nodes)
