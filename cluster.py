@@ -571,10 +571,12 @@ def check_together(path: Path, settings: Settings) -> None:
 
 def load_settings(path: Path) -> Settings:
     """Read and check a settings file; ClusterError names the first thing wrong with it."""
+    import ipaddress
+
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
     known = set(Settings._fields)
     for name in values.keys() - known:
-        click.echo(f"Warning: {path.name} sets {name}, which is no setting{did_you_mean(name, known)}", err=True)
+        warn(f"{path.name} sets {name}, which is no setting{did_you_mean(name, known)}")
     for name, (check, expected) in CHECKS.items():
         if name in values and not check(values[name]):
             shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
@@ -583,6 +585,8 @@ def load_settings(path: Path) -> Settings:
     for name in SECRETS:
         if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
             values[name] = ""
+    if cidr := values.get("CLIENT_CIDR"):
+        values["CLIENT_CIDR"] = str(ipaddress.IPv4Network(cidr))  # EC2 takes ADDRESS/BITS only
     settings = Settings(**values, folder=path.resolve().parent)
     check_together(path, settings)
     return settings
@@ -1592,8 +1596,10 @@ echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
 restarts=$(systemctl show --property NRestarts --value mtssrv.service 2> /dev/null)
 echo "restarts=${restarts:-0}"
 if [ "${restarts:-0}" != 0 ]; then
-  log=$(journalctl --no-pager --quiet --output cat --lines 200 --unit mtssrv.service 2> /dev/null)
-  echo "problem=$(grep -iE 'error|exception|fail|cannot|could not' <<< "$log" | tail -n 1 | cut -c 1-300)"
+  # Backwards to the last error: the guard's handshakes alone make 120 lines a minute.
+  log=$(timeout 2 journalctl --no-pager --quiet --output cat --reverse --unit mtssrv.service 2> /dev/null |
+    grep -m 1 -iE 'error|exception|fail|cannot|could not' | cut -c 1-300)
+  echo "problem=$log"
 fi
 """
 
@@ -1687,7 +1693,7 @@ class Remote:
             pass
 
     def close_if_overdue(self) -> None:
-        """Give up a node that does not consent in time; the fleet's main thread looks now and then."""
+        """Give up a node that does not consent in time; the pool's main thread looks now and then."""
         if self.consent and time.monotonic() > self.consent:
             self.transport.close()
 
@@ -2534,9 +2540,9 @@ def warn_of_git(path: Path) -> None:
 def warn_of_secrets(path: Path, settings: Settings) -> None:
     """Keep git's hands off files with secrets, and say who else could read them."""
     if settings.AWS_SECRET_ACCESS_KEY:
-        note(f"Warning: {path.name} has a secret key in it; better: aws configure, or aws sso login")
+        warn(f"{path.name} has a secret key in it; better: aws configure, or aws sso login")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
-            note(f"Warning: other users of this machine can read it: chmod 600 {path}")
+            warn(f"other users of this machine can read it: chmod 600 {path}")
         warn_of_git(path)
     s3cfg = settings.folder / ".s3cfg"
     if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
@@ -3278,7 +3284,7 @@ class Look(NamedTuple):
 
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
-    opened: int  # connections to the head's server so far, however short, but for the guard's own
+    opened: int | None  # connections to the head's server so far, but for the guard's own; None: can't be counted
     servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
     logins: dict[str, int]  # the same of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
@@ -3346,7 +3352,7 @@ def take_look(own_connections: int) -> Look:
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        (int(counted[1]) if counted else 0) - own_connections,
+        int(counted[1]) - own_connections if counted else None,
         servers,
         logins,
         touched,
@@ -3369,9 +3375,9 @@ class Memory(NamedTuple):
     base: Look  # against which use is judged
     used: float  # when the node was last used, and
     how: str  # by what
-    quiet: float  # since when nobody has connected to mtssrv
+    quiet: float  # since when nobody has connected to mtssrv, as far as is known
     left: float  # when a client was last there
-    opened: int
+    opened: int | None
     connections: dict[str, Connection]
 
 
@@ -3406,7 +3412,8 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
         if not old or count < old.total:
             old = Connection(look.at, look.at, count)
         seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
-    quiet = look.at if seen or look.opened > memory.opened else memory.quiet
+    opened = look.opened is None or look.opened > (memory.opened or 0)
+    quiet = look.at if seen or opened else memory.quiet
     memory = memory._replace(at=look.at, quiet=quiet, opened=look.opened, connections=seen)
     clients = find_clients(memory)
     if clients:
@@ -3481,6 +3488,8 @@ def count_connections(workers: Iterable[str]) -> None:
     chain = f"chain input {{ type filter hook input priority 0; {rule}; }}"
     table = "table inet mitsuba_guard"
     run_quietly("nft", f"add {table}\ndelete {table}\n{table} {{\n{chain}\n}}\n")
+    if not run_quietly("nft", "list", "table", "inet", "mitsuba_guard"):
+        say("links no node that comes back, since nft does not count the connections: a restart might end a render")
 
 
 def guard_node(arguments: list[str]) -> None:
@@ -3492,10 +3501,10 @@ def guard_node(arguments: list[str]) -> None:
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, own_connections, refused = Links(), 0, 0
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
-    with open(MARK_PATH, "a"):
-        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
     if role == "head":
         count_connections(workers)
+    with open(MARK_PATH, "a"):
+        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
     while True:
         if role == "head":
             links, more = keep_serving(plan, links, memory.quiet)
@@ -4270,11 +4279,15 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
+dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
+without_option = click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
+
+
 def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add what createNodes and up can be asked for."""
     for add in (
-        click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
-        click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        dry_run_option,
+        without_option,
         others_option,
         idle_option,
         hours_option,
@@ -4303,10 +4316,12 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @hours_option
 @idle_option
 @others_option
+@without_option
+@dry_run_option
 @click.pass_obj
-def add_spot_nodes(app: App, /, machine: str, count: int, group: str, **options: Any) -> None:
+def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(machine, count, group, spot=True, **options))
+    create(app, LaunchRequest(machine, count, group, spot=True, **options), dry_run)
 
 
 # --- install -----------------------------------------------------------------
@@ -4923,7 +4938,7 @@ def install(app: App, group: str) -> None:
 
 
 # --- start -------------------------------------------------------------------
-# mtssrv's handshake, the guard and the units on the nodes, the links to the head; the tunnel. Touches the nodes.
+# The plan and the units that the nodes get, the links to the head; the tunnel. Touches the nodes, and tags their roles.
 
 SERVER_LIMIT = 40  # seconds from starting a server to its handshake
 LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
@@ -5104,7 +5119,7 @@ def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None
     version, local = served.facts.version, local_mitsuba()
     result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
     if local and local != version:
-        note(f"Warning: the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
+        warn(f"the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
     if app.settings.PUBLIC_SERVER_PORT:
         result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
         result(f"On the command line: mitsuba -c {head.name} scene.xml")
@@ -5542,7 +5557,7 @@ MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
 
 # $1 since when
-RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 1000 --unit mtssrv.service --since "$1"'
+RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 10000 --unit mtssrv.service --since "$1"'
 
 # Texts of Mitsuba 0.6 (mitsuba.cpp, thread.cpp, renderjob.cpp, sched_remote.cpp): an exception, and those that
 # only tell that the other side has gone (sstream.cpp).
@@ -6503,7 +6518,7 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
 
 
 # --- terminateAll ------------------------------------------------------------
-# Ending groups and single nodes, and verifying it. Touches EC2 only.
+# Ending groups and single nodes, and verifying it. Touches EC2, and asks a head whether it has a client.
 
 TERMINATE_BATCH = 1000  # ids a TerminateInstances request, AWS's limit
 ASK_LIMIT = 5  # seconds, for the head to say whether a client would lose its render
@@ -6914,16 +6929,20 @@ def run_command(
         )
 
 
-# $1 how many lines, $2 where to go on (or empty). Without --follow: that would run on when the user has left.
+# $1 how many lines are looked at, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
+# each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
-exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
-  --unit mtssrv.service --unit mitsuba-guard.service
+set -o pipefail
+journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
+  --unit mtssrv.service --unit mitsuba-guard.service |
+  sed '/ Incoming connection from /d; / Closing connection to /d' | tail -n "$3"
 """
 
 
-def journal_step(lines: str, cursor: str, remote: Remote) -> tuple[str, str]:
+def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
     """Return (the journal's lines after CURSOR, the new cursor)."""
-    output = remote.check(root_command("journal", JOURNAL, lines, cursor), keep=MIB)
+    looked_at, shown = ("all", "+1") if cursor else ("100000", "201")  # the last line is the cursor
+    output = remote.check(root_command("journal", JOURNAL, looked_at, cursor, shown), keep=MIB)
     text, _, end = output.rpartition("-- cursor: ")
     return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
 
@@ -6942,16 +6961,15 @@ def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
         return Lines()(path.read_bytes() + b"\n")
     app.open_group(node.group)
-    lines, cursor = "200", ""
+    cursor = ""
     while True:
-        outcome = app.pool.each([node], functools.partial(journal_step, lines, cursor))[0]
+        outcome = app.pool.each([node], functools.partial(journal_step, cursor))[0]
         if not outcome.ok:
             raise ClusterError(f"{node.name}: {outcome.error}")
         text, cursor = outcome.value
         Lines()(text.encode())
         if not follow:
             return None
-        lines = "all"
         time.sleep(1)
 
 

@@ -361,6 +361,16 @@ def test_short_renders_between_two_looks_are_seen_by_the_connections_they_open()
     assert clock.memory.quiet == quiet + 110
 
 
+def test_without_a_count_of_connections_the_head_is_never_quiet() -> None:
+    """A loop of short renders may be under way."""
+    clock = Clock().after(300, opened=None)
+    assert clock.memory.quiet == clock.look.at
+    quiet = clock.after(10, opened=0).memory.quiet
+    assert clock.after(300).memory.quiet == quiet
+    links = rounds((0, SILENT, ""), (10, GOOD, ""), (400, GOOD, ""))
+    assert cluster.find_joining(links, 400, quiet=400) == []
+
+
 def test_the_guards_own_restart_changes_nothing(tmp_path: Path) -> None:
     clock = Clock("worker").after(1200, touched={"mark": 1}, logins={"a": 5})
     kept = json.dumps(clock.memory._asdict())

@@ -524,6 +524,17 @@ def test_a_secret_without_quotes(tmp_path: Path, line: str, says: str) -> None:
     assert "wJalr" not in raised.value.message
 
 
+@pytest.mark.parametrize(
+    ("cidr", "network"),
+    [("203.0.113.7", "203.0.113.7/32"), ("10.0.0.0/255.0.0.0", "10.0.0.0/8"), ("203.0.113.7/32",) * 2, ("", "")],
+)
+def test_a_network_is_named_as_ec2_takes_it(tmp_path: Path, cidr: str, network: str) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(f'CLIENT_CIDR = "{cidr}"\n')
+    found = cluster.load_settings(path).CLIENT_CIDR
+    assert found == network
+
+
 @pytest.mark.parametrize(("cidr", "good"), [("0.0.0.0/1", False), ("64.0.0.0/7", False), ("10.0.0.0/8", True)])
 def test_half_the_world_is_not_let_in(tmp_path: Path, cidr: str, good: bool) -> None:
     path = tmp_path / "config.py"
