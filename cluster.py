@@ -3615,6 +3615,7 @@ QUOTAS = {
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
+NEW_QUIET = 15  # until a line says that EC2 does not know a new security group or key yet
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
@@ -4096,7 +4097,7 @@ def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
     from botocore.exceptions import ClientError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    deadline = time.monotonic() + LAUNCH_LIMIT
+    begun = time.monotonic()
     pause = POLL / 2
     while True:
         try:
@@ -4104,9 +4105,10 @@ def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
         except (HTTPClientError, ResponseParserError, ClientError) as error:
             code = error_code(error)
             passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
-            if not passing or time.monotonic() > deadline:
+            waited = time.monotonic() - begun
+            if not passing or waited > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
                 raise
-            if code not in NEW_CODES:
+            if code not in NEW_CODES or waited > NEW_QUIET:
                 note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
         time.sleep(pause)
         pause = min(2 * pause, LAUNCH_PAUSE)
@@ -6597,15 +6599,27 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
+def begin_end(app: App, ec2: Client, nodes: Sequence[Node], others: bool) -> list[Node]:
+    """Start the end of the user's NODES (OTHERS: everybody's); return those that end."""
+    inside = [node for node in nodes if node.is_inside]
+    targets = inside if others else app.launched(inside, ec2)
+    protected, unknown = terminate_nodes(ec2, [node for node in targets if node.state != "shutting-down"])
+    return [node for node in targets if node not in [*protected, *unknown]]
+
+
+def end_group(
+    app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node], show: Callable[[str], None]
+) -> Ended:
     """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
+
+    The end of those in BEGUN has been asked for.
 
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    seen: dict[str, Node] = {}
+    seen = {node.id: node for node in begun}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
     before: Any = None
@@ -6661,11 +6675,11 @@ def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
     )
 
 
-def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
+def terminate_in(app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node] = ()) -> bool:
     """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    done = end_group(app, ec2, group, others, progress.show)
+    done = end_group(app, ec2, group, others, begun, progress.show)
     for node in done.nodes:
         result(f"{node.name}: terminated")
     for node in done.left:
@@ -6737,23 +6751,37 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     home = app.settings.AWS_REGION
     problems: list[str] = []
     regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
+    chosen: dict[str, list[str]] = {}
+    begun: list[tuple[str, str, list[Node], str]] = []
     found = False
-    for region, present in regions.items():
+
+    @contextlib.contextmanager
+    def noted(region: str) -> Iterator[None]:
+        try:
+            yield
+        except (ClusterError, BotoCoreError, ClientError) as error:
+            problem = error.message if isinstance(error, ClusterError) else app.explain(error)
+            problems.append(f"{region}: {problem}" if all_regions else problem)
+
+    for region, present in regions.items():  # every node is asked to end before any end is waited for
         groups = own_groups(app, present) if all_groups else [group]
         if region != home:
             there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
             groups = [one for one in groups if one in there]
+        chosen[region] = groups
         for one in groups:
-            try:
-                app.check_owner(one, [node for node in present.nodes if node.group == one], others, present.ec2)
-                client = describe_client(ask_head(app, [n for n in present.nodes if n.group == one], LAST_ASK_LIMIT))
-                found = terminate_in(app, present.ec2, one, others) or found
-                if client:
-                    note(f"{client}, was connected to the head of group {one!r}")
-            except (ClusterError, BotoCoreError, ClientError) as error:
-                problem = error.message if isinstance(error, ClusterError) else app.explain(error)
-                problems.append(f"{region}: {problem}" if all_regions else problem)
-        name_running(app, present, groups)
+            with noted(region):
+                nodes = [node for node in present.nodes if node.group == one]
+                app.check_owner(one, nodes, others, present.ec2)
+                client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
+                begun.append((region, one, begin_end(app, present.ec2, nodes, others), client))
+    for region, one, nodes, client in begun:
+        with noted(region):
+            found = terminate_in(app, regions[region].ec2, one, others, nodes) or found
+            if client:
+                note(f"{client}, was connected to the head of group {one!r}")
+    for region, present in regions.items():
+        name_running(app, present, chosen[region])
     if not found and not problems:
         where = "any region" if all_regions else home
         if not all_groups:

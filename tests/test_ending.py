@@ -235,6 +235,20 @@ def test_all_groups_in_all_regions_past_those_that_refuse(cloud: LocalCloud, gro
     assert cloud.truth(first) == cloud.truth(second) == ([], 0)
 
 
+def test_every_group_is_asked_to_end_before_one_is_waited_for(cloud: LocalCloud, group: str) -> None:
+    key = {"KEYPAIR_NAME": group, "SSH_PRIVATE_KEY_FILE": str(cloud.where.root / f"{group}.pem")}
+    first, second = f"{group}-1", f"{group}-2"
+    create(cloud, first, 1, key)
+    create(cloud, second, 1, key)
+    with cloud.options(ending_lag=60):
+        limits = {"TERMINATE_LIMIT": 0, "POLL": 0.1}
+        ended = cloud.cluster("terminateAll", "--all-groups", settings=key, limits=limits)
+        states = [*cloud.ask("truth", first)["instances"].values(), *cloud.ask("truth", second)["instances"].values()]
+    assert (ended.code, states) == (1, ["shutting-down"] * 2), ended.err
+    cloud.end(first)
+    cloud.end(second)
+
+
 def test_all_groups_spares_those_of_others(cloud: LocalCloud, group: str) -> None:
     key = {"KEYPAIR_NAME": group, "SSH_PRIVATE_KEY_FILE": str(cloud.where.root / f"{group}.pem")}
     others = create(cloud, group)
