@@ -1391,6 +1391,13 @@ def is_ours(node: Node, identity: Identity) -> bool:
     return is_signed(identity.public, node.group, node.host_key, node.signature)
 
 
+def describe_owner(nodes: Sequence[Node], groups: Sequence[SecurityGroup]) -> str:
+    """Return "key pair mitsuba-key, by me@laptop" of a group's NODES and security GROUPS."""
+    marks = sorted({word for one in groups for rule in one.rules for word in rule.owner.split()[-1:]})
+    keys = ", ".join(sorted({node.key_name or "none" for node in nodes}))
+    return f"key pair {keys}{', by ' if marks else ''}{', '.join(marks)}"
+
+
 def not_ours(node: Node) -> str:
     """Say why nothing connects to a NODE that is not ours, and what to do."""
     if node.signature:
@@ -1590,8 +1597,10 @@ echo "memory_mb=$(free -m | awk '$1 == "Mem:" { print $3, $2 }')"
 restarts=$(systemctl show --property NRestarts --value mtssrv.service 2> /dev/null)
 echo "restarts=${restarts:-0}"
 if [ "${restarts:-0}" != 0 ]; then
-  log=$(journalctl --no-pager --quiet --output cat --lines 200 --unit mtssrv.service 2> /dev/null)
-  echo "problem=$(grep -iE 'error|exception|fail|cannot|could not' <<< "$log" | tail -n 1 | cut -c 1-300)"
+  # Backwards to the last error: the guard's handshakes alone make 120 lines a minute.
+  log=$(timeout 2 journalctl --no-pager --quiet --output cat --reverse --unit mtssrv.service 2> /dev/null |
+    grep -m 1 -iE 'error|exception|fail|cannot|could not' | cut -c 1-300)
+  echo "problem=$log"
 fi
 """
 
@@ -2589,6 +2598,10 @@ class App:
         """The connections to the nodes."""
         return NodePool(self.settings, self.identity)
 
+    def explain(self, error: Exception) -> str:
+        """Say in one line what a botocore error means, and what it leaves running."""
+        return f"{explain(error).rstrip('.')}. {self.left}" if self.left else explain(error)
+
     def where(self, group: str) -> str:
         """Return "group 'default' (us-east-1)"."""
         return f"group {group!r} ({self.settings.AWS_REGION})"
@@ -2669,12 +2682,10 @@ class App:
             _ = self.identity  # asks for its passphrase, or says what is wrong with the file
             if self.launched(living, ec2):
                 return
-        rules = [rule for one in fetch_security_groups(ec2, group) for rule in one.rules]
-        marks = sorted({word for rule in rules for word in rule.owner.split()[-1:]})
-        keys = ", ".join(sorted({node.key_name or "none" for node in living}))
+        owner = describe_owner(living, fetch_security_groups(ec2, group))
         raise ClusterError(
             f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
-            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). If it is yours, copy that key's file to "
+            f"({owner}). If it is yours, copy that key's file to "
             f"{self.settings.key_file}. Else name a group of your own, e.g. "
             f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
             "do it all the same with --others"
@@ -2821,7 +2832,7 @@ class Tool(click.Group):
         except Exception as error:
             if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
                 raise
-            raise ClusterError(explain(error)) from error
+            raise ClusterError(ctx.obj.explain(error) if isinstance(ctx.obj, App) else explain(error)) from error
         finally:
             Progress.clear()
 
@@ -4242,6 +4253,8 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
     except ClientError as error:
         if error_code(error) in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
             note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+        if error_code(error) not in RETRY_CODES:
+            app.left = ""  # a plain refusal: nothing runs
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
@@ -5434,7 +5447,7 @@ def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], to
     nodes = count_nodes(ec2, group, launched)
     excess = [node for node in nodes[count:] if node.token.startswith(token)]
     if excess:
-        terminate_nodes(ec2, excess)
+        terminate_young(ec2, excess)
         note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
     return nodes[:count]
 
@@ -5479,7 +5492,7 @@ def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[S
 
 def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
     """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     where, group, count = app.where(request.group), request.group, request.number
     say = result if dry_run else note
@@ -5500,7 +5513,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
     ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
     try:
         launched, why, token = launch_plan(app, plan, ways)
-    except (ClusterError, ClientError) as error:
+    except (ClusterError, BotoCoreError, ClientError) as error:
         if not nodes:
             raise
         return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
@@ -5551,7 +5564,7 @@ MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
 
 # $1 since when
-RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 1000 --unit mtssrv.service --since "$1"'
+RENDER_LOG = 'journalctl --no-pager --quiet --output cat --lines 10000 --unit mtssrv.service --since "$1"'
 
 # Texts of Mitsuba 0.6 (mitsuba.cpp, thread.cpp, renderjob.cpp, sched_remote.cpp): an exception, and those that
 # only tell that the other side has gone (sstream.cpp).
@@ -5954,7 +5967,9 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
     heading = f"Group {group} ({overview.region}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    lines = [", ".join(filter(None, [heading, format_cost(alive), idle]))]
+    of_group = [one for one in overview.security_groups if one.group == group]
+    owner = describe_owner(alive, of_group) if alive and not app.launched(alive) else ""
+    lines = [", ".join(filter(None, [heading, format_cost(alive), idle, owner]))]
     more: list[list[str]] = []
     if asked is not None:
         known = [asked.get(node.id, Asked("", "")) for node in nodes]
@@ -6536,8 +6551,8 @@ class Ended(NamedTuple):
     found: bool  # whether there was anything of the group
 
 
-def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
-    """Start the end of NODES, a thousand a call; return those that are protected from it.
+def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
     For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: the others
     are sent again. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
@@ -6547,6 +6562,7 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
     ids = [node.id for node in nodes]
     requests = [ids[start : start + TERMINATE_BATCH] for start in range(0, len(ids), TERMINATE_BATCH)]
     protected: set[str] = set()
+    unknown: set[str] = set()
     while requests:
         request = requests.pop()
         try:
@@ -6555,10 +6571,25 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
             if error_code(error) not in ("InvalidInstanceID.NotFound", "OperationNotPermitted"):
                 raise
             named = {name for name in request if len(request) == 1 or name in str(error)}
-            protected |= named if error_code(error) == "OperationNotPermitted" else set()
+            (protected if error_code(error) == "OperationNotPermitted" else unknown).update(named)
             rest = [name for name in request if name not in named]
             requests += [[name] for name in rest] if not named else [rest] if rest else []
-    return [node for node in nodes if node.id in protected]
+    return [node for node in nodes if node.id in protected], [node for node in nodes if node.id in unknown]
+
+
+def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
+    """Start the end of NODES, again for those that EC2 does not know yet; return those that are protected from it."""
+    deadline = time.monotonic() + NEW_LIMIT
+    protected: list[Node] = []
+    while nodes:
+        refused, nodes = terminate_nodes(ec2, nodes)
+        protected += refused
+        if nodes and time.monotonic() > deadline:
+            names = ", ".join(node.id for node in nodes)
+            raise ClusterError(f"EC2 does not know {names}, so they may run on; {command('status')} shows them")
+        if nodes:
+            time.sleep(POLL / 2)
+    return protected
 
 
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
@@ -6584,18 +6615,27 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
     ends whatever runs by then. ClusterError where something remains.
     """
+    from botocore.exceptions import BotoCoreError, ClientError
+
     seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
     before: Any = None
-    since = time.monotonic()
+    since = good = time.monotonic()
     while True:
-        listed = fetch_nodes(ec2, group)
+        try:
+            listed = fetch_nodes(ec2, group)
+            good = time.monotonic()
+        except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
+            if before is None or time.monotonic() - good > POLL_TROUBLE_LIMIT:
+                raise
+            time.sleep(POLL)
+            continue
         nodes = [node for node in listed if node.state in ALIVE]
         inside = [node for node in nodes if node.is_inside]
         targets = inside if others else app.launched(inside, ec2)
         running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
-        protected |= {node.id: node for node in terminate_nodes(ec2, running)}
+        protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
         living = [node for node in targets if node.id not in protected]
         seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
         if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
@@ -6723,7 +6763,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
                 if client:
                     note(f"{client}, was connected to the head of group {one!r}")
             except (ClusterError, BotoCoreError, ClientError) as error:
-                problem = error.message if isinstance(error, ClusterError) else explain(error)
+                problem = error.message if isinstance(error, ClusterError) else app.explain(error)
                 problems.append(f"{region}: {problem}" if all_regions else problem)
         name_running(app, present, groups)
     if not found and not problems:
@@ -6751,7 +6791,7 @@ def terminate(app: App, name: str, others: bool, force: bool) -> None:
     if client and (node.role == "head" or node.private_ip in facts.linked):
         raise ClusterError(f"{client}, would lose its render; {command('terminate', name, '--force')} ends the node")
     app.left = f"{node.name} may still run; {command('status')} shows it."
-    if protected := terminate_nodes(app.ec2, [node]):
+    if protected := terminate_young(app.ec2, [node]):
         raise protected_error(app.ec2, protected)
     result(f"{node.name} ({node.id}) is being terminated")
     if node.role == "head":
@@ -6901,16 +6941,20 @@ def run_command(
         )
 
 
-# $1 how many lines, $2 where to go on (or empty). Without --follow: that would run on when the user has left.
+# $1 how many lines are looked at, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
+# each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
-exec journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
-  --unit mtssrv.service --unit mitsuba-guard.service
+set -o pipefail
+journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
+  --unit mtssrv.service --unit mitsuba-guard.service |
+  sed '/ Incoming connection from /d; / Closing connection to /d' | tail -n "$3"
 """
 
 
-def journal_step(lines: str, cursor: str, remote: Remote) -> tuple[str, str]:
+def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
     """Return (the journal's lines after CURSOR, the new cursor)."""
-    output = remote.check(root_command("journal", JOURNAL, lines, cursor), keep=MIB)
+    looked_at, shown = ("all", "+1") if cursor else ("100000", "201")  # the last line is the cursor
+    output = remote.check(root_command("journal", JOURNAL, looked_at, cursor, shown), keep=MIB)
     text, _, end = output.rpartition("-- cursor: ")
     return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
 
@@ -6929,16 +6973,15 @@ def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
         return Lines()(path.read_bytes() + b"\n")
     app.open_group(node.group)
-    lines, cursor = "200", ""
+    cursor = ""
     while True:
-        outcome = app.pool.each([node], functools.partial(journal_step, lines, cursor))[0]
+        outcome = app.pool.each([node], functools.partial(journal_step, cursor))[0]
         if not outcome.ok:
             raise ClusterError(f"{node.name}: {outcome.error}")
         text, cursor = outcome.value
         Lines()(text.encode())
         if not follow:
             return None
-        lines = "all"
         time.sleep(1)
 
 

@@ -246,3 +246,29 @@ def test_a_region_that_boto3_does_not_know_spoils_no_sweep(monkeypatch: pytest.M
     found = cluster.App(PROJECT / "config.py").in_all_regions(lambda ec2: ec2.meta.region_name, problems)
     assert found == {"us-east-1": "us-east-1"}
     assert "xx-new-1: 'xx-new-1' is no region that boto3 knows" in problems[0]
+
+
+def run_beside(folder: Path, script: str, *arguments: str, **programs: str) -> str:
+    """Run a node's script with made-up PROGRAMS on its PATH; return what it prints."""
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    told = ["bash", "-c", script, "script", *arguments]
+    return subprocess.run(told, env=env, check=True, capture_output=True, text=True).stdout
+
+
+HANDSHAKE = "mtssrv: Incoming connection from 10.0.0.1\\nmtssrv: Closing connection to 10.0.0.1\\n"
+
+
+def test_handshakes_do_not_hide_the_last_error(tmp_path: Path) -> None:
+    backwards = f"printf '{HANDSHAKE * 300}ERROR: the last one\\nERROR: the first one\\n'"
+    said = run_beside(tmp_path, cluster.FACTS, journalctl=backwards, systemctl="echo 1", mtssrv=":")
+    assert "problem=ERROR: the last one\n" in said
+
+
+@pytest.mark.parametrize(("shown", "lines"), [("2", ["two"]), ("+1", ["one", "two"])])
+def test_the_journal_shows_no_handshakes(tmp_path: Path, shown: str, lines: list[str]) -> None:
+    journal = f"printf '{HANDSHAKE * 300}one\\ntwo\\n{HANDSHAKE}-- cursor: s=1;i=2\\n'"
+    said = run_beside(tmp_path, cluster.JOURNAL, "all", "", shown, journalctl=journal)
+    assert said.splitlines() == [*lines, "-- cursor: s=1;i=2"]
