@@ -1569,6 +1569,7 @@ class Facts(NamedTuple):
     idle: float | None = None  # seconds since its last use; None: no guard is there
     idle_limit: float = 0  # seconds after which it ends; 0: never
     clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
+    offered: int | None = None  # cores that a head's guard last heard its server offer; 0: no answer
     boot: str = ""  # changes with each boot of the node
     started: str = ""  # changes with each start of its server
     clock: str = ""  # seconds since 1970
@@ -1748,7 +1749,7 @@ def fetch_facts(remote: Remote) -> Facts:
         if not re.fullmatch(pattern, pairs.get(name, "")):
             raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
     try:
-        guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
+        guard = {"idle": None, "limit": 0, "clients": {}, "offered": None} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
             version=pairs.get("version", ""),
@@ -1757,6 +1758,7 @@ def fetch_facts(remote: Remote) -> Facts:
             idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
             idle_limit=to_seconds(guard["limit"]),
             clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
+            offered=None if guard["offered"] is None else int(to_seconds(guard["offered"])),
             boot=pairs.get("boot", ""),
             started=pairs.get("started", ""),
             clock=pairs.get("clock", ""),
@@ -3167,6 +3169,7 @@ class Answer(NamedTuple):
     alive: bool
     problem: str = ""  # why the server can't be linked
     connections: int = 1  # that it took
+    cores: int = 0  # of a server that can be linked
 
 
 def ask_address(address: str, version: str, most_cores: int) -> Answer:
@@ -3185,7 +3188,7 @@ def ask_address(address: str, version: str, most_cores: int) -> Answer:
     except (OSError, EOFError, ValueError) as error:
         return Answer(False, f"does not answer: {error}", len(opened))
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong, len(opened))
+    return Answer(True, wrong, len(opened), 0 if wrong else cores)
 
 
 def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
@@ -3451,10 +3454,13 @@ def restore_memory(text: str) -> Memory | None:
         return None
 
 
-def report(memory: Memory, limit: float) -> dict[str, Any]:
-    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
+def report(memory: Memory, limit: float, offered: int | None = None) -> dict[str, Any]:
+    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent); and the
+    cores that a head OFFERED last (0: it does not answer).
+    """
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
-    return {"idle": memory.at - memory.used, "used": memory.how, "limit": limit, "clients": clients}
+    idle = memory.at - memory.used
+    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients, "offered": offered}
 
 
 def restart_head(why: str) -> None:
@@ -3463,8 +3469,8 @@ def restart_head(why: str) -> None:
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
-def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, int]:
-    """Shake hands with all servers once, and restart the head where that helps; return the connections to it, too."""
+def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, Answer]:
+    """Shake hands with all servers once, and restart the head where that helps; return the head's own answer, too."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["version"])
     for one in workers:
@@ -3478,7 +3484,7 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Link
     elif joining := find_joining(links, time.monotonic(), quiet):
         restart_head(f"to link {' '.join(joining)}")
         links = links._replace(answering={})
-    return links, answers[own].connections
+    return links, answers[own]
 
 
 def count_connections(workers: Iterable[str]) -> None:
@@ -3499,7 +3505,7 @@ def guard_node(arguments: list[str]) -> None:
     plan = read_plan()
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
-    links, own_connections, refused = Links(), 0, 0
+    links, own_connections, refused, offered = Links(), 0, 0, None
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
     if role == "head":
         count_connections(workers)
@@ -3507,12 +3513,13 @@ def guard_node(arguments: list[str]) -> None:
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
     while True:
         if role == "head":
-            links, more = keep_serving(plan, links, memory.quiet)
-            own_connections += more
+            links, answer = keep_serving(plan, links, memory.quiet)
+            own_connections += answer.connections
+            offered = answer.cores
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(own_connections), len(workers))
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
-            write_file(STATE_PATH, json.dumps(report(memory, limit)))
+            write_file(STATE_PATH, json.dumps(report(memory, limit, offered)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
                 refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
@@ -5918,9 +5925,14 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[st
     return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
 
 
-def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
-    """Return (facts, cores that the server offers, or None, and why not)."""
+def server_step(again: bool, remote: Remote) -> tuple[Facts, int | None, str]:
+    """Return (facts, cores that the server offers, or None, and why not).
+
+    AGAIN and again, a head's guard is asked instead: handshakes with a head keep nodes from being linked to it.
+    """
     facts = fetch_facts(remote)
+    if again and facts.role == "head" and facts.offered is not None:
+        return facts, facts.offered or None, "its mtssrv does not answer its guard"
     try:
         return facts, ask_server(remote, facts.version), ""
     except NodeError as error:
@@ -5942,9 +5954,9 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
     return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
 
 
-def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
-    """Return node id -> what its server says, of the running NODES."""
-    outcomes = ask_briefly(app, nodes, server_step)
+def ask_servers(app: App, nodes: Sequence[Node], again: bool = False) -> dict[str, Asked]:
+    """Return node id -> what its server says, of the running NODES; AGAIN: see server_step."""
+    outcomes = ask_briefly(app, nodes, functools.partial(server_step, again))
     facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
     linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
@@ -6030,7 +6042,7 @@ def watch_status(app: App, group: str | None, wide: bool) -> None:
     """Renew status, with servers, load and clients, until Ctrl-C."""
     while True:
         groups, overview = fetch_shown(app.ec2, group)
-        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
+        asked = ask_servers(app, overview.nodes, again=True) if overview.nodes else {}
         blocks = [format_group(app, name, overview, wide, asked) for name in groups]
         when = datetime.now().strftime("%H:%M:%S")
         redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
