@@ -1391,6 +1391,13 @@ def is_ours(node: Node, identity: Identity) -> bool:
     return is_signed(identity.public, node.group, node.host_key, node.signature)
 
 
+def describe_owner(nodes: Sequence[Node], groups: Sequence[SecurityGroup]) -> str:
+    """Return "key pair mitsuba-key, by me@laptop" of a group's NODES and security GROUPS."""
+    marks = sorted({word for one in groups for rule in one.rules for word in rule.owner.split()[-1:]})
+    keys = ", ".join(sorted({node.key_name or "none" for node in nodes}))
+    return f"key pair {keys}{', by ' if marks else ''}{', '.join(marks)}"
+
+
 def not_ours(node: Node) -> str:
     """Say why nothing connects to a NODE that is not ours, and what to do."""
     if node.signature:
@@ -1562,6 +1569,7 @@ class Facts(NamedTuple):
     idle: float | None = None  # seconds since its last use; None: no guard is there
     idle_limit: float = 0  # seconds after which it ends; 0: never
     clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
+    offered: int | None = None  # cores that a head's guard last heard its server offer; 0: no answer
     boot: str = ""  # changes with each boot of the node
     started: str = ""  # changes with each start of its server
     clock: str = ""  # seconds since 1970
@@ -1741,7 +1749,7 @@ def fetch_facts(remote: Remote) -> Facts:
         if not re.fullmatch(pattern, pairs.get(name, "")):
             raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
     try:
-        guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
+        guard = {"idle": None, "limit": 0, "clients": {}, "offered": None} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
             version=pairs.get("version", ""),
@@ -1750,6 +1758,7 @@ def fetch_facts(remote: Remote) -> Facts:
             idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
             idle_limit=to_seconds(guard["limit"]),
             clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
+            offered=None if guard["offered"] is None else int(to_seconds(guard["offered"])),
             boot=pairs.get("boot", ""),
             started=pairs.get("started", ""),
             clock=pairs.get("clock", ""),
@@ -2589,6 +2598,10 @@ class App:
         """The connections to the nodes."""
         return NodePool(self.settings, self.identity)
 
+    def explain(self, error: Exception) -> str:
+        """Say in one line what a botocore error means, and what it leaves running."""
+        return f"{explain(error).rstrip('.')}. {self.left}" if self.left else explain(error)
+
     def where(self, group: str) -> str:
         """Return "group 'default' (us-east-1)"."""
         return f"group {group!r} ({self.settings.AWS_REGION})"
@@ -2669,12 +2682,10 @@ class App:
             _ = self.identity  # asks for its passphrase, or says what is wrong with the file
             if self.launched(living, ec2):
                 return
-        rules = [rule for one in fetch_security_groups(ec2, group) for rule in one.rules]
-        marks = sorted({word for rule in rules for word in rule.owner.split()[-1:]})
-        keys = ", ".join(sorted({node.key_name or "none" for node in living}))
+        owner = describe_owner(living, fetch_security_groups(ec2, group))
         raise ClusterError(
             f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
-            f"(key pair {keys}{', by ' if marks else ''}{', '.join(marks)}). If it is yours, copy that key's file to "
+            f"({owner}). If it is yours, copy that key's file to "
             f"{self.settings.key_file}. Else name a group of your own, e.g. "
             f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
             "do it all the same with --others"
@@ -2821,7 +2832,7 @@ class Tool(click.Group):
         except Exception as error:
             if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
                 raise
-            raise ClusterError(explain(error)) from error
+            raise ClusterError(ctx.obj.explain(error) if isinstance(ctx.obj, App) else explain(error)) from error
         finally:
             Progress.clear()
 
@@ -3158,6 +3169,7 @@ class Answer(NamedTuple):
     alive: bool
     problem: str = ""  # why the server can't be linked
     connections: int = 1  # that it took
+    cores: int = 0  # of a server that can be linked
 
 
 def ask_address(address: str, version: str, most_cores: int) -> Answer:
@@ -3176,7 +3188,7 @@ def ask_address(address: str, version: str, most_cores: int) -> Answer:
     except (OSError, EOFError, ValueError) as error:
         return Answer(False, f"does not answer: {error}", len(opened))
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong, len(opened))
+    return Answer(True, wrong, len(opened), 0 if wrong else cores)
 
 
 def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
@@ -3442,10 +3454,13 @@ def restore_memory(text: str) -> Memory | None:
         return None
 
 
-def report(memory: Memory, limit: float) -> dict[str, Any]:
-    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
+def report(memory: Memory, limit: float, offered: int | None = None) -> dict[str, Any]:
+    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent); and the
+    cores that a head OFFERED last (0: it does not answer).
+    """
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
-    return {"idle": memory.at - memory.used, "used": memory.how, "limit": limit, "clients": clients}
+    idle = memory.at - memory.used
+    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients, "offered": offered}
 
 
 def restart_head(why: str) -> None:
@@ -3454,8 +3469,8 @@ def restart_head(why: str) -> None:
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
-def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, int]:
-    """Shake hands with all servers once, and restart the head where that helps; return the connections to it, too."""
+def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, Answer]:
+    """Shake hands with all servers once, and restart the head where that helps; return the head's own answer, too."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["version"])
     for one in workers:
@@ -3469,7 +3484,7 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Link
     elif joining := find_joining(links, time.monotonic(), quiet):
         restart_head(f"to link {' '.join(joining)}")
         links = links._replace(answering={})
-    return links, answers[own].connections
+    return links, answers[own]
 
 
 def count_connections(workers: Iterable[str]) -> None:
@@ -3490,7 +3505,7 @@ def guard_node(arguments: list[str]) -> None:
     plan = read_plan()
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
-    links, own_connections, refused = Links(), 0, 0
+    links, own_connections, refused, offered = Links(), 0, 0, None
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
     if role == "head":
         count_connections(workers)
@@ -3498,12 +3513,13 @@ def guard_node(arguments: list[str]) -> None:
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
     while True:
         if role == "head":
-            links, more = keep_serving(plan, links, memory.quiet)
-            own_connections += more
+            links, answer = keep_serving(plan, links, memory.quiet)
+            own_connections += answer.connections
+            offered = answer.cores
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(own_connections), len(workers))
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
-            write_file(STATE_PATH, json.dumps(report(memory, limit)))
+            write_file(STATE_PATH, json.dumps(report(memory, limit, offered)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
                 refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
@@ -3606,6 +3622,7 @@ QUOTAS = {
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
+NEW_QUIET = 15  # until a line says that EC2 does not know a new security group or key yet
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
@@ -4087,7 +4104,7 @@ def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
     from botocore.exceptions import ClientError, HTTPClientError
     from botocore.parsers import ResponseParserError
 
-    deadline = time.monotonic() + LAUNCH_LIMIT
+    begun = time.monotonic()
     pause = POLL / 2
     while True:
         try:
@@ -4095,9 +4112,10 @@ def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
         except (HTTPClientError, ResponseParserError, ClientError) as error:
             code = error_code(error)
             passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
-            if not passing or time.monotonic() > deadline:
+            waited = time.monotonic() - begun
+            if not passing or waited > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
                 raise
-            if code not in NEW_CODES:
+            if code not in NEW_CODES or waited > NEW_QUIET:
                 note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
         time.sleep(pause)
         pause = min(2 * pause, LAUNCH_PAUSE)
@@ -4237,6 +4255,8 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
     except ClientError as error:
         if error_code(error) in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
             note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+        if error_code(error) not in RETRY_CODES:
+            app.left = ""  # a plain refusal: nothing runs
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
@@ -5432,7 +5452,7 @@ def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], to
     nodes = count_nodes(ec2, group, launched)
     excess = [node for node in nodes[count:] if node.token.startswith(token)]
     if excess:
-        terminate_nodes(ec2, excess)
+        terminate_young(ec2, excess)
         note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
     return nodes[:count]
 
@@ -5477,7 +5497,7 @@ def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[S
 
 def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
     """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import BotoCoreError, ClientError
 
     where, group, count = app.where(request.group), request.group, request.number
     say = result if dry_run else note
@@ -5498,7 +5518,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
     ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
     try:
         launched, why, token = launch_plan(app, plan, ways)
-    except (ClusterError, ClientError) as error:
+    except (ClusterError, BotoCoreError, ClientError) as error:
         if not nodes:
             raise
         return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
@@ -5908,9 +5928,14 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[st
     return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
 
 
-def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
-    """Return (facts, cores that the server offers, or None, and why not)."""
+def server_step(again: bool, remote: Remote) -> tuple[Facts, int | None, str]:
+    """Return (facts, cores that the server offers, or None, and why not).
+
+    AGAIN and again, a head's guard is asked instead: handshakes with a head keep nodes from being linked to it.
+    """
     facts = fetch_facts(remote)
+    if again and facts.role == "head" and facts.offered is not None:
+        return facts, facts.offered or None, "its mtssrv does not answer its guard"
     try:
         return facts, ask_server(remote, facts.version), ""
     except NodeError as error:
@@ -5932,9 +5957,9 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
     return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
 
 
-def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
-    """Return node id -> what its server says, of the running NODES."""
-    outcomes = ask_briefly(app, nodes, server_step)
+def ask_servers(app: App, nodes: Sequence[Node], again: bool = False) -> dict[str, Asked]:
+    """Return node id -> what its server says, of the running NODES; AGAIN: see server_step."""
+    outcomes = ask_briefly(app, nodes, functools.partial(server_step, again))
     facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
     linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
@@ -5947,7 +5972,9 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
     heading = f"Group {group} ({overview.region}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    lines = [", ".join(filter(None, [heading, format_cost(alive), idle]))]
+    of_group = [one for one in overview.security_groups if one.group == group]
+    owner = describe_owner(alive, of_group) if alive and not app.launched(alive) else ""
+    lines = [", ".join(filter(None, [heading, format_cost(alive), idle, owner]))]
     more: list[list[str]] = []
     if asked is not None:
         known = [asked.get(node.id, Asked("", "")) for node in nodes]
@@ -6018,7 +6045,7 @@ def watch_status(app: App, group: str | None, wide: bool) -> None:
     """Renew status, with servers, load and clients, until Ctrl-C."""
     while True:
         groups, overview = fetch_shown(app.ec2, group)
-        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
+        asked = ask_servers(app, overview.nodes, again=True) if overview.nodes else {}
         blocks = [format_group(app, name, overview, wide, asked) for name in groups]
         when = datetime.now().strftime("%H:%M:%S")
         redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
@@ -6529,8 +6556,8 @@ class Ended(NamedTuple):
     found: bool  # whether there was anything of the group
 
 
-def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
-    """Start the end of NODES, a thousand a call; return those that are protected from it.
+def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
     For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: the others
     are sent again. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
@@ -6540,6 +6567,7 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
     ids = [node.id for node in nodes]
     requests = [ids[start : start + TERMINATE_BATCH] for start in range(0, len(ids), TERMINATE_BATCH)]
     protected: set[str] = set()
+    unknown: set[str] = set()
     while requests:
         request = requests.pop()
         try:
@@ -6548,10 +6576,25 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
             if error_code(error) not in ("InvalidInstanceID.NotFound", "OperationNotPermitted"):
                 raise
             named = {name for name in request if len(request) == 1 or name in str(error)}
-            protected |= named if error_code(error) == "OperationNotPermitted" else set()
+            (protected if error_code(error) == "OperationNotPermitted" else unknown).update(named)
             rest = [name for name in request if name not in named]
             requests += [[name] for name in rest] if not named else [rest] if rest else []
-    return [node for node in nodes if node.id in protected]
+    return [node for node in nodes if node.id in protected], [node for node in nodes if node.id in unknown]
+
+
+def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
+    """Start the end of NODES, again for those that EC2 does not know yet; return those that are protected from it."""
+    deadline = time.monotonic() + NEW_LIMIT
+    protected: list[Node] = []
+    while nodes:
+        refused, nodes = terminate_nodes(ec2, nodes)
+        protected += refused
+        if nodes and time.monotonic() > deadline:
+            names = ", ".join(node.id for node in nodes)
+            raise ClusterError(f"EC2 does not know {names}, so they may run on; {command('status')} shows them")
+        if nodes:
+            time.sleep(POLL / 2)
+    return protected
 
 
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
@@ -6571,24 +6614,45 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
+def begin_end(app: App, ec2: Client, nodes: Sequence[Node], others: bool) -> list[Node]:
+    """Start the end of the user's NODES (OTHERS: everybody's); return those that end."""
+    inside = [node for node in nodes if node.is_inside]
+    targets = inside if others else app.launched(inside, ec2)
+    protected, unknown = terminate_nodes(ec2, [node for node in targets if node.state != "shutting-down"])
+    return [node for node in targets if node not in [*protected, *unknown]]
+
+
+def end_group(
+    app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node], show: Callable[[str], None]
+) -> Ended:
     """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
+
+    The end of those in BEGUN has been asked for.
 
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
     ends whatever runs by then. ClusterError where something remains.
     """
-    seen: dict[str, Node] = {}
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    seen = {node.id: node for node in begun}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
     before: Any = None
-    since = time.monotonic()
+    since = good = time.monotonic()
     while True:
-        listed = fetch_nodes(ec2, group)
+        try:
+            listed = fetch_nodes(ec2, group)
+            good = time.monotonic()
+        except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
+            if before is None or time.monotonic() - good > POLL_TROUBLE_LIMIT:
+                raise
+            time.sleep(POLL)
+            continue
         nodes = [node for node in listed if node.state in ALIVE]
         inside = [node for node in nodes if node.is_inside]
         targets = inside if others else app.launched(inside, ec2)
         running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
-        protected |= {node.id: node for node in terminate_nodes(ec2, running)}
+        protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
         living = [node for node in targets if node.id not in protected]
         seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
         if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
@@ -6626,11 +6690,11 @@ def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
     )
 
 
-def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
+def terminate_in(app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node] = ()) -> bool:
     """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    done = end_group(app, ec2, group, others, progress.show)
+    done = end_group(app, ec2, group, others, begun, progress.show)
     for node in done.nodes:
         result(f"{node.name}: terminated")
     for node in done.left:
@@ -6702,23 +6766,37 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     home = app.settings.AWS_REGION
     problems: list[str] = []
     regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
+    chosen: dict[str, list[str]] = {}
+    begun: list[tuple[str, str, list[Node], str]] = []
     found = False
-    for region, present in regions.items():
+
+    @contextlib.contextmanager
+    def noted(region: str) -> Iterator[None]:
+        try:
+            yield
+        except (ClusterError, BotoCoreError, ClientError) as error:
+            problem = error.message if isinstance(error, ClusterError) else app.explain(error)
+            problems.append(f"{region}: {problem}" if all_regions else problem)
+
+    for region, present in regions.items():  # every node is asked to end before any end is waited for
         groups = own_groups(app, present) if all_groups else [group]
         if region != home:
             there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
             groups = [one for one in groups if one in there]
+        chosen[region] = groups
         for one in groups:
-            try:
-                app.check_owner(one, [node for node in present.nodes if node.group == one], others, present.ec2)
-                client = describe_client(ask_head(app, [n for n in present.nodes if n.group == one], LAST_ASK_LIMIT))
-                found = terminate_in(app, present.ec2, one, others) or found
-                if client:
-                    note(f"{client}, was connected to the head of group {one!r}")
-            except (ClusterError, BotoCoreError, ClientError) as error:
-                problem = error.message if isinstance(error, ClusterError) else explain(error)
-                problems.append(f"{region}: {problem}" if all_regions else problem)
-        name_running(app, present, groups)
+            with noted(region):
+                nodes = [node for node in present.nodes if node.group == one]
+                app.check_owner(one, nodes, others, present.ec2)
+                client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
+                begun.append((region, one, begin_end(app, present.ec2, nodes, others), client))
+    for region, one, nodes, client in begun:
+        with noted(region):
+            found = terminate_in(app, regions[region].ec2, one, others, nodes) or found
+            if client:
+                note(f"{client}, was connected to the head of group {one!r}")
+    for region, present in regions.items():
+        name_running(app, present, chosen[region])
     if not found and not problems:
         where = "any region" if all_regions else home
         if not all_groups:
@@ -6744,7 +6822,7 @@ def terminate(app: App, name: str, others: bool, force: bool) -> None:
     if client and (node.role == "head" or node.private_ip in facts.linked):
         raise ClusterError(f"{client}, would lose its render; {command('terminate', name, '--force')} ends the node")
     app.left = f"{node.name} may still run; {command('status')} shows it."
-    if protected := terminate_nodes(app.ec2, [node]):
+    if protected := terminate_young(app.ec2, [node]):
         raise protected_error(app.ec2, protected)
     result(f"{node.name} ({node.id}) is being terminated")
     if node.role == "head":

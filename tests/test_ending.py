@@ -69,6 +69,28 @@ def test_one_unknown_id_spares_no_other_node(cloud: LocalCloud, group: str) -> N
     assert cloud.truth(group) == ([], 0)
 
 
+def test_a_node_that_is_not_known_yet_is_not_said_to_end(cloud: LocalCloud, group: str) -> None:
+    (node,) = create(cloud, group)
+    with cloud.options(forgotten=[node]):
+        refused = end_quickly(cloud, "terminate", node, limits={"NEW_LIMIT": 1})
+    assert (refused.code, refused.out) == (1, "")
+    assert f"EC2 does not know {node}, so they may run on" in refused.last_line
+
+
+def test_a_poll_that_fails_breaks_no_end_off(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group)
+    with cloud.faults({"kind": "code:RequestExpired", "action": "DescribeInstances", "nth": 3}):
+        ended = end_quickly(cloud, "terminateAll", group)
+    assert ended.code == 0, ended.err
+    assert cloud.truth(group) == ([], 0)
+    failed = {"kind": "code:RequestExpired", "action": "TerminateInstances"}
+    create(cloud, group)
+    with cloud.faults(failed):
+        ended = end_quickly(cloud, "terminateAll", group)
+    assert ended.code == 1
+    assert f"Some nodes may still run; end them with ./cluster.py terminateAll {group}" in ended.last_line
+
+
 def test_a_protected_node(cloud: LocalCloud, group: str) -> None:
     protected, _ = create(cloud, group, 2)
     change = cloud.client("ec2").modify_instance_attribute
@@ -131,6 +153,7 @@ def test_somebody_elses_group(cloud: LocalCloud, group: str) -> None:
         assert f"key pair {group}, by " in refused.last_line
         assert "--others" in refused.last_line
     assert "is somebody else's" in cloud.cluster("terminate", node).last_line
+    assert f", key pair {group}, by " in cloud.cluster("status", group).out.splitlines()[0]
     assert cloud.truth(group)[0] == [node]
     with cloud.options(pace="none"):
         assert cloud.cluster("createNodes", "c1.xlarge", "1", group, "--others").code == 0
@@ -210,6 +233,20 @@ def test_all_groups_in_all_regions_past_those_that_refuse(cloud: LocalCloud, gro
     assert ended.out.count(": terminated") == 2
     assert f"nothing of group '{second}' is left in us-west-2" in ended.err
     assert cloud.truth(first) == cloud.truth(second) == ([], 0)
+
+
+def test_every_group_is_asked_to_end_before_one_is_waited_for(cloud: LocalCloud, group: str) -> None:
+    key = {"KEYPAIR_NAME": group, "SSH_PRIVATE_KEY_FILE": str(cloud.where.root / f"{group}.pem")}
+    first, second = f"{group}-1", f"{group}-2"
+    create(cloud, first, 1, key)
+    create(cloud, second, 1, key)
+    with cloud.options(ending_lag=60):
+        limits = {"TERMINATE_LIMIT": 0, "POLL": 0.1}
+        ended = cloud.cluster("terminateAll", "--all-groups", settings=key, limits=limits)
+        states = [*cloud.ask("truth", first)["instances"].values(), *cloud.ask("truth", second)["instances"].values()]
+    assert (ended.code, states) == (1, ["shutting-down"] * 2), ended.err
+    cloud.end(first)
+    cloud.end(second)
 
 
 def test_all_groups_spares_those_of_others(cloud: LocalCloud, group: str) -> None:

@@ -140,7 +140,7 @@ def test_a_probe_that_gives_up_resets_nothing(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("answers", "most", "expected"),
     [
-        ((ANSWER,), 4, cluster.Answer(True, "", 1)),
+        ((ANSWER,), 4, cluster.Answer(True, "", 1, 4)),
         ((ANSWER,), 2, cluster.Answer(True, "announces 4 cores, and its instance type has 2", 1)),
         (
             (ANSWER[:2] + b"\xff\xff" + ANSWER[4:],),
@@ -148,7 +148,7 @@ def test_a_probe_that_gives_up_resets_nothing(monkeypatch: pytest.MonkeyPatch) -
             cluster.Answer(True, "announces -1 cores, and its instance type has 8", 1),
         ),
         ((REFUSAL, REFUSAL), 8, cluster.Answer(True, "is another build than Mitsuba 0.6.0", 2)),
-        ((REFUSAL, ANSWER), 8, cluster.Answer(True, "", 2)),
+        ((REFUSAL, ANSWER), 8, cluster.Answer(True, "", 2, 4)),
     ],
 )
 def test_what_a_handshake_tells_the_guard(answers: tuple[bytes, ...], most: int, expected: cluster.Answer) -> None:

@@ -272,3 +272,20 @@ def test_the_journal_shows_no_handshakes(tmp_path: Path, shown: str, lines: list
     journal = f"printf '{HANDSHAKE * 300}one\\ntwo\\n{HANDSHAKE}-- cursor: s=1;i=2\\n'"
     said = run_beside(tmp_path, cluster.JOURNAL, "all", "", shown, journalctl=journal)
     assert said.splitlines() == [*lines, "-- cursor: s=1;i=2"]
+
+
+def test_a_new_security_group_that_stays_unknown_is_not_waited_for_as_a_lost_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from botocore.exceptions import ClientError
+
+    class Ec2:
+        """Knows no security group."""
+
+        def run_instances(self) -> None:
+            """Refuse."""
+            raise ClientError({"Error": {"Code": "InvalidGroup.NotFound", "Message": "no"}}, "RunInstances")
+
+    monkeypatch.setattr(cluster, "NEW_LIMIT", -1)
+    with pytest.raises(ClientError):
+        cluster.launch_batch(Ec2(), {})
