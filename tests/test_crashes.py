@@ -35,7 +35,7 @@ def see_and_end(cloud: LocalCloud, group: str, look: bool) -> None:
     """See all that exists in status, as soon as lists show it (if LOOK), and nothing left after terminateAll."""
     living, security_groups = cloud.truth(group)
     if look:
-        wait_until(lambda: [node["id"] for node in cloud.nodes(group) if node["state"] != "terminated"] == living)
+        wait_until(lambda: {one["id"] for one in cloud.nodes(group) if one["state"] != "terminated"} == set(living))
         assert bool(cloud.status(group)) == bool(living or security_groups)
     ended = cloud.cluster("terminateAll", group, limits={"UNSEEN_LIMIT": 1})
     assert ended.code == 0 or not (living or security_groups), ended.err
