@@ -123,25 +123,24 @@ def test_the_board_fits_a_small_terminal(cloud: LocalCloud, group: str) -> None:
         assert child.wait(LIMIT) == 0, seen
     os.close(terminal)
     assert b": installing, " in seen
-    assert b"Up: 0/8 nodes, 0s" in seen
+    assert re.search(rb"Up: 0/8 nodes, \d+s", seen)
     assert b"\x1b[8A\x1b[J" in seen  # nine lines, removed before others are drawn
 
 
 @pytest.mark.parametrize("count", [1, 8, 40])
 def test_the_boards_lines(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((80, 24)))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
     now = datetime.now(timezone.utc)
     nodes = [cluster.Node(f"i-{i:02}", "g", TYPE, "pending", now, public_name=f"node-{i:02}") for i in range(count)]
     board = cluster.Board(nodes, str)
     board.step(nodes[0], "booting")
     *lines, whole = board.lines()
     assert len(lines) == min(count, 12)
-    assert (lines[-1] if count < 40 else "node-00: booting, 0s").startswith(
-        "node-00: booting, "
-    )  # waits for the least time
-    assert (
-        whole == f"Up: 0/{count} nodes{', 27 more waiting for its address, 1 more booting' if count > 12 else ''}, 0s"
-    )
+    if count < 40:
+        assert lines[-1].startswith("node-00: booting, ")  # waits for the least time
+    more = ", 27 more waiting for its address, 1 more booting" if count > 12 else ""
+    assert re.fullmatch(rf"Up: 0/{count} nodes{more}, \d+s", whole)
 
 
 def read(terminal: int) -> bytes:
