@@ -31,11 +31,17 @@ def sweep(lane: int) -> Iterator[int]:
     yield from range(lane + 1, 100, LANES)
 
 
+def shown(cloud: LocalCloud, group: str) -> set[str]:
+    """Return the nodes of GROUP that status shows and that still cost money, or may."""
+    return {node["id"] for node in cloud.nodes(group) if node["state"] != "terminated"}
+
+
 def see_and_end(cloud: LocalCloud, group: str, look: bool) -> None:
     """See all that exists in status, as soon as lists show it (if LOOK), and nothing left after terminateAll."""
+    if look:  # both are asked again and again: a node that shuts down ends between two questions
+        wait_until(lambda: shown(cloud, group) == set(cloud.truth(group)[0]))
     living, security_groups = cloud.truth(group)
     if look:
-        wait_until(lambda: {one["id"] for one in cloud.nodes(group) if one["state"] != "terminated"} == set(living))
         assert bool(cloud.status(group)) == bool(living or security_groups)
     ended = cloud.cluster("terminateAll", group, limits={"UNSEEN_LIMIT": 1})
     assert ended.code == 0 or not (living or security_groups), ended.err
