@@ -2750,7 +2750,7 @@ def plain_usage() -> Iterator[None]:
     except click.UsageError as error:
         advice, name = "", error.ctx.info_name if error.ctx else ""
         if name == "runCommand" and not isinstance(error, click.MissingParameter):
-            advice = f"; quote the command, or put -- before it: {command('runCommand', '-- ls -la /mnt')}"
+            advice = f"; quote the command, or put -- before it: {command('runCommand', '--', 'ls', '-la', '/mnt')}"
         elif unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", error.format_message()):
             advice = did_you_mean(unknown[1], cli.commands)
             raise WrongUsage(f"{unknown[0]}{advice}", error.ctx) from None
