@@ -726,7 +726,7 @@ def once_known(call: Callable[[], T]) -> T:
         time.sleep(POLL / 2)
 
 
-def clock_trouble(error: Exception) -> str:
+def clock_problem(error: Exception) -> str:
     """Say so where this machine's clock differs from AWS's so much that no signature is good; else ""."""
     from email.utils import parsedate_to_datetime
 
@@ -745,8 +745,8 @@ def explain(error: Exception) -> str:
     if type(error).__name__ == "S3UploadFailedError" and isinstance(error.__context__, Exception):
         return explain(error.__context__)  # boto3 wraps the real one in words of its own
     code, kind = error_code(error), type(error).__name__
-    if trouble := clock_trouble(error):
-        return trouble
+    if problem := clock_problem(error):
+        return problem
     action = getattr(error, "operation_name", "")
     text = str((getattr(error, "response", None) or {}).get("Error", {}).get("Message", "")) or str(error)
     text = " ".join(printable(text.replace("\n", " ")).split())
@@ -5143,7 +5143,7 @@ def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None
 
 
 def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
-    """Note in EC2 who is head and who is worker, as far as it is news."""
+    """Note in EC2 who is head and who is worker, where that has changed."""
     if head and head.role != "head":
         tag_nodes(ec2, [head], TAG_ROLE, "head")
     tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
@@ -5220,10 +5220,10 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     """Make the head serve with those WORKERS that do, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
     wanted = {one.node.private_ip: start.most_cores(one.node) for one in good}
-    strangers = [one.node.name for one in good if one.value.facts.version != facts.version]
-    if strangers:
+    mismatches = [one.node.name for one in good if one.value.facts.version != facts.version]
+    if mismatches:
         raise NodeError(
-            f"runs Mitsuba {facts.version}, and these run another: {', '.join(strangers)}; run install again"
+            f"runs Mitsuba {facts.version}, and these run another: {', '.join(mismatches)}; run install again"
         )
     cores = sum(one.value.cores for one in good) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
@@ -6233,8 +6233,8 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
         if error_code(error) == "404":
             raise ClusterError(f"there is no bucket {bucket!r}; make it with: aws s3 mb s3://{bucket}") from error
         if error_code(error) == "403":
-            trouble = f"you may not use the bucket {bucket!r}: is it yours, and may you do s3:ListBucket there?"
-            raise ClusterError(clock_trouble(error) or trouble) from error
+            refusal = f"you may not use the bucket {bucket!r}: is it yours, and may you do s3:ListBucket there?"
+            raise ClusterError(clock_problem(error) or refusal) from error
         if error_code(error) not in ("301", "400"):
             raise
     region = answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
