@@ -5383,29 +5383,36 @@ def tunnel(app: App, group: str, port: int) -> None:
 # its own launch.
 
 COUNT_LIMIT = 60  # seconds for two polls to agree, and to show the nodes of a launch
+LIST_LAG = 5  # seconds after a launch until lists show all of it: users report 1 to 5
 BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
 
 
 class Board(Progress):
     """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
 
-    def __init__(self, nodes: Sequence[Node], say: Callable[[Outcome[Any]], str]) -> None:
-        super().__init__("Up", len(nodes), say)
+    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str], ended: Container[str] = ()) -> None:
+        super().__init__("Up", len(nodes), line)
+        self.ended = ended  # ids of nodes of which nothing is said any more
         self.at = {node.id: (self.began, node.name, "waiting for its address") for node in nodes}
 
-    def step(self, node: Node, text: str, ended: str = "") -> None:
-        """Note what NODE does now, and what its step before has come to."""
+    def step(self, node: Node, text: str) -> None:
+        """Note what NODE does now."""
         with OUTPUT:
+            if node.id not in self.at:
+                return
+            if self.at[node.id][2] == "booting" and text != "booting" and not is_terminal():
+                note(f"{node.name}: has booted")
             self.at[node.id] = (time.monotonic(), node.name, text)
-            if ended and not is_terminal():
-                note(f"{node.name}: {ended}")
         self.redraw()
 
     def finished(self, outcome: Outcome[Any]) -> None:
         """Count a node, and print its line in place of the board's."""
         with OUTPUT:
             self.at.pop(outcome.node.id, None)
-            super().finished(outcome)
+            if outcome.node.id in self.ended:
+                self.total -= 1
+            else:
+                super().finished(outcome)
 
     def lines(self) -> list[str]:
         """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
@@ -5428,68 +5435,79 @@ class Board(Progress):
             Progress.shown, Progress.above = len(lines[-1]), len(lines) - 1
 
 
-def count_nodes(ec2: Client, group: str, launched: Sequence[Node] = ()) -> list[Node]:
-    """Return GROUP's nodes that run or will, oldest first, once two polls agree and know the LAUNCHED: lists lag."""
-    deadline = time.monotonic() + COUNT_LIMIT
+def count_nodes(
+    ec2: Client, group: str, known: Sequence[Node] = (), least: float = 0, limit: float = COUNT_LIMIT
+) -> list[Node]:
+    """Return GROUP's nodes that run or will, oldest first, with those KNOWN that no list shows yet.
+
+    Lists lag: polls until two agree and show all that are KNOWN, for LEAST to LIMIT seconds (0: once).
+    """
+    began = time.monotonic()
     before: set[str] | None = None
     while True:
         listed = {node.id: node for node in fetch_nodes(ec2, group)}
         nodes = [node for node in listed.values() if node.is_inside and node.state in ("pending", "running")]
-        unseen = [node for node in launched if node.id not in listed]
+        unseen = [node for node in known if node.id not in listed]
         found = {node.id for node in nodes}
-        if (found == before and not unseen) or time.monotonic() > deadline:
+        gone = time.monotonic() - began
+        if gone >= limit or (gone >= least and found == before and not unseen):
             return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
         before = found
         time.sleep(POLL)
 
 
-def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], token: str) -> list[Node]:
+def keep_count(
+    ec2: Client, group: str, count: int, token: str, ended: set[str], known: Sequence[Node], **how: float
+) -> list[Node]:
     """Return the COUNT oldest nodes of GROUP; end those of this launch, known by their TOKEN, that are more.
 
     Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
-    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain. ENDED gets the ids.
     """
-    nodes = count_nodes(ec2, group, launched)
-    excess = [node for node in nodes[count:] if node.token.startswith(token)]
-    if excess:
+    nodes = count_nodes(ec2, group, known, **how)
+    if excess := [node for node in nodes[count:] if token and node.token.startswith(token)]:
+        ended.update(node.id for node in excess)
         terminate_young(ec2, excess)
         note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
     return nodes[:count]
 
 
-def up_step(install_one: Callable[[Remote], str], start: StartPlan, board: Board, remote: Remote) -> Served:
+def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board, remote: Remote) -> Served:
     """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
-    node = remote.node
-    board.step(node, "booting")
-    boot_step(remote)
-    board.step(node, "installing", "has booted")
     version = install_one(remote)
-    board.step(node, "starting its server", f"Mitsuba {version}")
-    return Served(look_step(remote), 0, "") if node.id == start.head.id else worker_step(start, remote)
+    if not is_terminal():
+        note(f"{remote.node.name}: Mitsuba {version}")
+    board.step(remote.node, "starting its server")
+    return Served(look_step(remote), 0, "") if remote.node.id == plan.head.id else worker_step(plan, remote)
 
 
-def bring_up(app: App, group: str, nodes: Sequence[Node], package: Package) -> tuple[StartPlan, list[Outcome[Served]]]:
-    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link."""
+def bring_up(
+    app: App, group: str, nodes: Sequence[Node], package: Package, ended: Container[str]
+) -> tuple[StartPlan, list[Outcome[Served]]]:
+    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link.
+
+    Nothing is said of those that are ENDED meanwhile.
+    """
     head = plan_head(nodes)
     spread = make_spread(package, 1)  # whoever comes first need not wait for the others
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
-    start = plan_start(app, nodes, looked)
-    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    plan = plan_start(app, nodes, looked)
+    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
-    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, start, board), board)
+    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
     if spread:
         spread.sessions.close()
-    return start, outcomes
+    return plan, outcomes
 
 
-def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
+def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
     """Link the nodes that serve; ClusterError for what has failed. Any of them can be a new group's head."""
-    head = next(outcome for outcome in outcomes if outcome.node.id == start.head.id)
+    head = next(outcome for outcome in outcomes if outcome.node.id == plan.head.id)
     workers = [outcome for outcome in outcomes if outcome is not head]
     good = [outcome.node for outcome in workers if outcome.ok]
-    if head.ok or start.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
+    if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
         looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
-        return link_group(app, group, start, looked, workers)
+        return link_group(app, group, plan, looked, workers)
     start_group(app, group, good, force=False)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
     raise ClusterError(f"{len(good)} of {len(outcomes)} nodes serve; failed: {failed}")
@@ -5500,19 +5518,22 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
     from botocore.exceptions import BotoCoreError, ClientError
 
     where, group, count = app.where(request.group), request.group, request.number
-    say = result if dry_run else note
-    nodes = count_nodes(app.ec2, group)
+    tell = result if dry_run else note
+    look = functools.partial(make_plan, app, request, dry_run)
+    counting = functools.partial(count_nodes, app.ec2, group)
+    incomplete = len(counting(limit=0)) < count
+    nodes, plan = side_by_side(counting, look) if incomplete else (counting(), None)
     app.check_owner(group, nodes, request.others)
     if others := [node for node in nodes if node.type != request.type]:
         types = ", ".join(sorted({node.type for node in others}))
-        say(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
+        tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
     if len(nodes) >= count:
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
-        say(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
+        tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = make_plan(app, request._replace(number=count - len(nodes)), dry_run)
+    plan = (plan or look())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
     for line in describe(app, plan):
-        say(line)
+        tell(line)
     if dry_run:
         return [], "", ""
     ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
@@ -5522,7 +5543,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
         if not nodes:
             raise
         return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
-    return keep_count(app.ec2, group, count, launched, token), why, token
+    return [*nodes, *launched], why, token
 
 
 @cli.command("up")
@@ -5540,16 +5561,23 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
     if cidr:
         app.allow_access(groups, cidr)
     warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
+    ended: set[str] = set()
+    keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
-        start, outcomes = bring_up(app, group, mine, package)
-        nodes = keep_count(app.ec2, group, count, [], token) if token else nodes
-        kept = {node.id for node in nodes}
-        if (start.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}) or not token:
+        (plan, outcomes), nodes = side_by_side(
+            functools.partial(bring_up, app, group, mine, package, ended),
+            functools.partial(keep, nodes, least=LIST_LAG if token else 0),
+        )
+        nodes = keep(nodes, limit=0)
+        kept = {node.id for node in nodes if is_ours(node, app.identity)}
+        if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
     try:
-        link_up(app, group, start, [one for one in outcomes if one.node.id in kept or not one.ok])
+        link_up(
+            app, group, plan, [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
+        )
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
