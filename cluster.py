@@ -24,8 +24,8 @@ sees and ends the cluster, whatever happened to this one.
 Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
 a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
 
-Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, and then a chapter for each
-part of the day: createNodes, install, start, status, syncData, terminateAll, Spot, Small commands.
+Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, Guard, and then a chapter for each part
+of the day: createNodes, install, start, up, render, status, syncData, terminateAll, Spot, Small commands; main.
 """
 
 from __future__ import annotations
@@ -158,15 +158,6 @@ def command(name: str, *arguments: str) -> str:
     return " ".join([Call.program, *Call.options, name, *words])
 
 
-def called_as(path: str) -> str:
-    """Return how to call the program at PATH again: by its name where PATH finds it, else by its path."""
-    name = os.path.basename(path)
-    found = shutil.which(name)
-    if found and os.path.realpath(found) == os.path.realpath(path):
-        return shlex.quote(name)
-    return shlex.quote(path if os.sep in path else f"./{path}")
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" where WORD is nearly one of those that are KNOWN, else ""."""
     import difflib
@@ -254,15 +245,10 @@ def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]
     return "\n".join(blocks)
 
 
-def format_bar(done: float, total: float, width: int = 20) -> str:
+def format_bar(done: float, whole: float, width: int = 20) -> str:
     """Return a progress bar: [######··············]."""
-    filled = int(width * min(done, total) / total) if total else 0
+    filled = int(width * min(done, whole) / whole) if whole else 0
     return f"[{'#' * filled}{'·' * (width - filled)}]"
-
-
-def first_line(text: str) -> str:
-    """Return the first line of TEXT that says something."""
-    return next((printable(line.strip()) for line in text.splitlines() if line.strip()), "")
 
 
 def format_tail(output: str) -> str:
@@ -295,76 +281,16 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class Progress:
-    """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
+DRAWN: list[str] = []  # the terminal's last lines, which the next output replaces
 
-    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
-    """
 
-    shown = 0  # characters of a bar that stand on the terminal's last line
-    above = 0  # lines above that one
-
-    def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
-        self.label, self.total, self.say, self.size = label, total, say, size
-        self.done = 0
-        self.detail = ""
-        self.steps: dict[str, str] = {}  # node id -> what it does now
-        self.moved: dict[str, int] = collections.defaultdict(int)  # node id, or "all" -> bytes
-        self.began = self.told = time.monotonic()
-
-    def step(self, node: Node, text: str) -> None:
-        """Note what NODE does now, in a word or two: "booting", "unpacking"."""
-        with OUTPUT:
-            self.steps[node.id] = text
-
-    @staticmethod
-    def clear() -> None:
-        """Remove the bar, so that a line can be printed; the caller holds OUTPUT."""
-        if Progress.shown:
-            up = f"\033[{Progress.above}A\033[J" if Progress.above else ""
-            click.echo(f"\r{' ' * Progress.shown}\r{up}", nl=False, err=True)
-            Progress.shown = Progress.above = 0
-
-    def describe(self) -> str:
-        """Return what stands beside the bar: nodes, bytes, rate, time left, the nodes' steps, the time gone."""
-        gone, moved = time.monotonic() - self.began, sum(self.moved.values())
-        parts = [f"{self.done}/{self.total}"] if self.total else []
-        if self.size:
-            parts.append(f"{format_size(moved)} of {format_size(self.size)}")
-            if moved and gone > 1:
-                rate = moved / gone
-                parts.append(f"{format_size(rate)}/s, {format_duration(max(0, self.size - moved) / rate)} left")
-        steps = sorted(self.steps.values())
-        parts += [self.detail] if self.detail else [f"{steps.count(step)} {step}" for step in dict.fromkeys(steps)]
-        return ", ".join([*parts, format_duration(gone)])
-
-    def redraw(self) -> None:
-        """Draw the bar anew."""
-        with OUTPUT:
-            if is_terminal():
-                moved = sum(self.moved.values())
-                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
-                text = f"{self.label} {bar} {self.describe()}"[: shutil.get_terminal_size().columns - 1]
-                click.echo("\r" + text.ljust(Progress.shown), nl=False, err=True)
-                Progress.shown = len(text)
-            elif time.monotonic() - self.told > 60:
-                self.told = time.monotonic()
-                note(f"{self.label}: {self.describe()}")
-
-    def show(self, detail: str) -> None:
-        """Show a detail beside the bar, in place of the nodes' steps."""
-        self.detail = detail
-        self.redraw()
-
-    def finished(self, outcome: Outcome[Any]) -> None:
-        """Count a node, and print its line: success to stdout, failure to stderr."""
-        with OUTPUT:
-            self.done += 1
-            self.steps.pop(outcome.node.id, None)
-            if outcome.error:
-                put(f"{paint(outcome.node.name, err=True, fg='red')}: {printable_lines(outcome.error)}", err=True)
-            elif self.say and (line := self.say(outcome)):
-                result(line)
+def draw(*lines: str) -> None:
+    """Show LINES, cut to the terminal's width, until the next output; with none, only remove those that are shown."""
+    with OUTPUT:
+        if lines or DRAWN:
+            up = f"\033[{len(DRAWN) - 1}A" if len(DRAWN) > 1 else ""
+            DRAWN[:] = [line[: shutil.get_terminal_size().columns - 1] for line in lines]
+            click.echo(f"\r{up}\033[J" + "\n".join(DRAWN), nl=False, err=True)
 
 
 def printable_lines(text: str) -> str:
@@ -375,7 +301,7 @@ def printable_lines(text: str) -> str:
 def put(text: str | bytes, err: bool = False) -> None:
     """Print what is printable or painted already, past the bar; any thread may."""
     with OUTPUT:
-        Progress.clear()
+        draw()
         click.echo(text, nl=isinstance(text, str), err=err)
 
 
@@ -397,28 +323,6 @@ def warn(text: str) -> None:
 def complain(text: str) -> None:
     """Say what went wrong."""
     put(f"{paint('Error:', err=True, fg='red')} {printable_lines(text)}", err=True)
-
-
-class Lines:
-    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
-
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix, self.rest = prefix.encode(), b""
-
-    def __call__(self, block: bytes) -> None:
-        """Print the lines that BLOCK completes; what does not end is cut into long ones."""
-        *lines, self.rest = (self.rest + block).split(b"\n")
-        if len(self.rest) > MIB:
-            lines, self.rest = [*lines, self.rest], b""
-        if lines and sys.stdout.isatty():
-            result("\n".join((self.prefix + line.rstrip(b"\r")).decode("utf-8", "replace") for line in lines))
-        elif lines:
-            put(b"".join(self.prefix + line + b"\n" for line in lines))
-
-    def end(self) -> None:
-        """Print what came after the last line."""
-        if self.rest:
-            self(b"\n")
 
 
 # --- Settings ----------------------------------------------------------------
@@ -606,7 +510,6 @@ SOURCES = {
     "UserIdGroupPairs": "GroupId",
 }
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
-TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 NEW_LIMIT = 60  # for all of AWS to know what was just made
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
@@ -919,15 +822,6 @@ class SecurityGroup(NamedTuple):
     rules: tuple[Rule, ...] = ()
 
 
-class Overview(NamedTuple):
-    """Everything of ours in a region."""
-
-    nodes: list[Node]
-    requests: list[SpotRequest]
-    security_groups: list[SecurityGroup]
-    region: str
-
-
 def to_utc(value: Any) -> datetime:
     """Return boto3's datetime, or now where it is missing."""
     return value.astimezone(timezone.utc) if isinstance(value, datetime) else datetime.now(timezone.utc)
@@ -1036,16 +930,6 @@ def fetch_security_groups(ec2: Client, group: str | None = None) -> list[Securit
     return [one for one in groups if one.name == f"mitsuba-{one.group}"]
 
 
-def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
-    """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
-    nodes, requests, security_groups = side_by_side(
-        lambda: fetch_nodes(ec2, group),
-        lambda: fetch_spot_requests(ec2, group),
-        lambda: fetch_security_groups(ec2, group),
-    )
-    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
-
-
 def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
     """Return those of REQUESTS that can still launch something, or have."""
     return [request for request in requests if request.state in ("open", "active")]
@@ -1059,7 +943,7 @@ def spent(node: Node, now: datetime) -> float | None:
     return hours * (node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0))
 
 
-def total(values: Iterable[float | None]) -> float | None:
+def sum_known(values: Iterable[float | None]) -> float | None:
     """Add up VALUES; None where none is known."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
@@ -1355,22 +1239,6 @@ def signed_text(group: str, host_key: str) -> bytes:
     return f"mitsuba-cluster\ngroup {group}\nhost key {host_key}\n".encode()
 
 
-def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]:
-    """Return the tags of nodes that the user's key (or ssh-agent) vouches for."""
-    import base64
-
-    import paramiko
-
-    algorithm = "rsa-sha2-512" if identity.public.startswith("ssh-rsa ") else None
-    try:
-        signed = identity.key.sign_ssh_data(signed_text(group, host_key), algorithm)
-    except paramiko.SSHException as error:
-        raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
-    text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
-    parts = (text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH))
-    return dict(zip(SIGNATURE_TAGS, parts))
-
-
 @functools.cache
 def is_signed(public: str, group: str, host_key: str, signature: str) -> bool:
     """Tell whether the key with this PUBLIC half made SIGNATURE; checked once for all nodes of a launch."""
@@ -1409,6 +1277,11 @@ def not_ours(node: Node) -> str:
     return f"not launched with this key, {what}"
 
 
+def first_line(text: str) -> str:
+    """Return the first line of TEXT that says something."""
+    return next((printable(line.strip()) for line in text.splitlines() if line.strip()), "")
+
+
 def hide_from_git(path: Path) -> str:
     """Keep git from picking up what replaces a tracked placeholder; return why it still would, or ""."""
     import subprocess
@@ -1433,61 +1306,10 @@ def hide_from_git(path: Path) -> str:
     return ""
 
 
-def write_secret(path: Path, text: str) -> None:
-    """Write a file that only the user can read, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def make_ed25519() -> tuple[str, str]:
-    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    form = serialization.PublicFormat.OpenSSH
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
-    return private.decode(), public.decode()
-
-
 def has_key(path: Path) -> bool:
     """Tell whether a file is there and holds a key: not the placeholder."""
     text = path.read_text("latin-1") if path.exists() else ""
     return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
-
-
-def ensure_key_file(path: Path) -> None:
-    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    if has_key(path):
-        return
-    text = path.read_text("latin-1") if path.exists() else ""
-    if text and "placeholder" not in text:
-        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
-    if why := hide_from_git(path):
-        raise ClusterError(
-            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
-            "path outside of the repository"
-        )
-    private, _ = make_ed25519()
-    try:
-        write_secret(path, private)
-    except OSError as error:
-        raise ClusterError(
-            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
-            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
-        ) from error
-    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def user_command(name: str, script: str, *arguments: str) -> str:
@@ -1872,6 +1694,65 @@ def raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     threading.stack_size(512 * 1024)  # a thousand nodes are two thousand threads
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # errors reach the user by us
+
+
+class Progress:
+    """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
+
+    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
+    """
+
+    def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
+        self.label, self.total, self.say, self.size = label, total, say, size
+        self.done = 0
+        self.detail = ""
+        self.steps: dict[str, str] = {}  # node id -> what it does now
+        self.moved: dict[str, int] = collections.defaultdict(int)  # node id, or "all" -> bytes
+        self.began = self.told = time.monotonic()
+
+    def step(self, node: Node, text: str) -> None:
+        """Note what NODE does now, in a word or two: "booting", "unpacking"."""
+        with OUTPUT:
+            self.steps[node.id] = text
+
+    def describe(self) -> str:
+        """Return what stands beside the bar: nodes, bytes, rate, time left, the nodes' steps, the time gone."""
+        gone, moved = time.monotonic() - self.began, sum(self.moved.values())
+        parts = [f"{self.done}/{self.total}"] if self.total else []
+        if self.size:
+            parts.append(f"{format_size(moved)} of {format_size(self.size)}")
+            if moved and gone > 1:
+                rate = moved / gone
+                parts.append(f"{format_size(rate)}/s, {format_duration(max(0, self.size - moved) / rate)} left")
+        steps = sorted(self.steps.values())
+        parts += [self.detail] if self.detail else [f"{steps.count(step)} {step}" for step in dict.fromkeys(steps)]
+        return ", ".join([*parts, format_duration(gone)])
+
+    def redraw(self) -> None:
+        """Draw the bar anew."""
+        with OUTPUT:
+            if is_terminal():
+                moved = sum(self.moved.values())
+                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
+                draw(f"{self.label} {bar} {self.describe()}")
+            elif time.monotonic() - self.told > 60:
+                self.told = time.monotonic()
+                note(f"{self.label}: {self.describe()}")
+
+    def show(self, detail: str) -> None:
+        """Show a detail beside the bar, in place of the nodes' steps."""
+        self.detail = detail
+        self.redraw()
+
+    def finished(self, outcome: Outcome[Any]) -> None:
+        """Count a node, and print its line: success to stdout, failure to stderr."""
+        with OUTPUT:
+            self.done += 1
+            self.steps.pop(outcome.node.id, None)
+            if outcome.error:
+                put(f"{paint(outcome.node.name, err=True, fg='red')}: {printable_lines(outcome.error)}", err=True)
+            elif self.say and (line := self.say(outcome)):
+                result(line)
 
 
 class NodePool:
@@ -2530,7 +2411,6 @@ class Spread:
 # The one error boundary, what a run holds, and what the commands share.
 
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
-LIMITS_VARIABLE = "MITSUBA_CLUSTER_LIMITS"
 
 
 def warn_of_git(path: Path) -> None:
@@ -2834,7 +2714,7 @@ class Tool(click.Group):
                 raise
             raise ClusterError(ctx.obj.explain(error) if isinstance(ctx.obj, App) else explain(error)) from error
         finally:
-            Progress.clear()
+            draw()
 
     @staticmethod
     def interrupted(ctx: click.Context, code: int) -> None:
@@ -2988,15 +2868,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 
 others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
-count_argument = click.argument("count", type=Number(1, 5000, whole=True))
 type_argument = click.argument("machine", metavar="TYPE")
-hours_option = click.option(
-    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
-)
-idle_option = click.option(
-    "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
-)
-node_argument = click.argument("name", type=NodeName(), metavar="NODE")
 
 
 def in_order(nodes: Iterable[Node]) -> list[Node]:
@@ -3623,6 +3495,7 @@ QUOTAS = {
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 NEW_QUIET = 15  # until a line says that EC2 does not know a new security group or key yet
+TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
@@ -3974,6 +3847,57 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
 
 
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only the user can read, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def make_ed25519() -> tuple[str, str]:
+    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    form = serialization.PublicFormat.OpenSSH
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    return private.decode(), public.decode()
+
+
+def ensure_key_file(path: Path) -> None:
+    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    if has_key(path):
+        return
+    text = path.read_text("latin-1") if path.exists() else ""
+    if text and "placeholder" not in text:
+        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
+    private, _ = make_ed25519()
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
+        ) from error
+    click.echo(f"Made a new SSH key: {path}", err=True)
+
+
 def ensure_key(app: App) -> None:
     """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
     ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
@@ -4038,6 +3962,22 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
         "bootcmd": ["set -e", ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
     }
     return "#cloud-config\n" + json.dumps(config)
+
+
+def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]:
+    """Return the tags of nodes that the user's key (or ssh-agent) vouches for."""
+    import base64
+
+    import paramiko
+
+    algorithm = "rsa-sha2-512" if identity.public.startswith("ssh-rsa ") else None
+    try:
+        signed = identity.key.sign_ssh_data(signed_text(group, host_key), algorithm)
+    except paramiko.SSHException as error:
+        raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
+    text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
+    parts = (text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH))
+    return dict(zip(SIGNATURE_TAGS, parts))
 
 
 def prepare(app: App, plan: Plan) -> Launch:
@@ -4286,6 +4226,19 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
         good = f"{len(outcomes) - len(failed)} of {request.number} nodes"
         raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
+
+
+count_argument = click.argument("count", type=Number(1, 5000, whole=True))
+
+
+hours_option = click.option(
+    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
+)
+
+
+idle_option = click.option(
+    "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
+)
 
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
@@ -5422,10 +5375,7 @@ class Board(Progress):
             super().redraw()  # a line a minute
             return
         with OUTPUT:
-            Progress.clear()
-            lines = [line[: shutil.get_terminal_size().columns - 1] for line in self.lines()]
-            click.echo("\n".join(lines), nl=False, err=True)
-            Progress.shown, Progress.above = len(lines[-1]), len(lines) - 1
+            draw(*self.lines())
 
 
 def count_nodes(ec2: Client, group: str, launched: Sequence[Node] = ()) -> list[Node]:
@@ -5735,8 +5685,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
                 click.echo(block, nl=False, err=True)
             tail[:] = (tail + block)[-RENDER_TAIL:]
 
-    with OUTPUT:
-        Progress.clear()
+    draw()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
         ["mitsuba", *words], env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
@@ -5862,14 +5811,33 @@ WATCH_SECONDS = 3  # between two looks of --watch
 SERVER_LOOKS = {"serving": "green", "unlinked": "yellow", "down": "red", "silent": "red"}
 
 
+class Overview(NamedTuple):
+    """Everything of ours in a region."""
+
+    nodes: list[Node]
+    requests: list[SpotRequest]
+    security_groups: list[SecurityGroup]
+    region: str
+
+
+def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
+    """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
+    nodes, requests, security_groups = side_by_side(
+        lambda: fetch_nodes(ec2, group),
+        lambda: fetch_spot_requests(ec2, group),
+        lambda: fetch_security_groups(ec2, group),
+    )
+    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
+
+
 def totals(nodes: Sequence[Node]) -> dict[str, Any]:
     """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
-    hourly = total(
+    hourly = sum_known(
         node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
         for node in nodes
         if node.price is not None and node.state in BILLED
     )
-    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in nodes)
     rounded = {"hourly": hourly, "cost": cost}
     return {"nodes": len(nodes)} | {key: round(x, 4) if x is not None else None for key, x in rounded.items()}
 
@@ -6707,7 +6675,7 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool, begun: Sequenc
         note(f"{', '.join(parts)} in {region}")
         raise protected_error(ec2, done.protected)
     if done.found:
-        cost = total(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
+        cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
         paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
         end = "" if done.left else f", security group removed: nothing of group {group!r} is left in {region}"
         note(f"{', '.join(parts)}{end}.{paid}")
@@ -6742,7 +6710,7 @@ def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
     nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
     for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
         same = [node for node in nodes if node.group == group]
-        price = total(node.price for node in same)
+        price = sum_known(node.price for node in same)
         cost = f", {at_least(same)}{format_money(price)} an hour" if price else ""
         region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
         note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost}")
@@ -6807,7 +6775,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
 
 
 @cli.command("terminate")
-@node_argument
+@click.argument("name", type=NodeName(), metavar="NODE")
 @others_option
 @click.option("--force", is_flag=True, help="Even if a client's render is lost by it.")
 @click.pass_obj
@@ -6897,6 +6865,28 @@ def cancel_all_spot(app: App) -> None:
 
 # --- Small commands ----------------------------------------------------------
 # login, runCommand, logs, regions, completion, extend, policy.
+
+
+class Lines:
+    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix, self.rest = prefix.encode(), b""
+
+    def __call__(self, block: bytes) -> None:
+        """Print the lines that BLOCK completes; what does not end is cut into long ones."""
+        *lines, self.rest = (self.rest + block).split(b"\n")
+        if len(self.rest) > MIB:
+            lines, self.rest = [*lines, self.rest], b""
+        if lines and sys.stdout.isatty():
+            result("\n".join((self.prefix + line.rstrip(b"\r")).decode("utf-8", "replace") for line in lines))
+        elif lines:
+            put(b"".join(self.prefix + line + b"\n" for line in lines))
+
+    def end(self) -> None:
+        """Print what came after the last line."""
+        if self.rest:
+            self(b"\n")
 
 
 @cli.command("login")
@@ -7150,6 +7140,18 @@ def policy(app: App) -> None:
 
 
 # --- main --------------------------------------------------------------------
+
+
+LIMITS_VARIABLE = "MITSUBA_CLUSTER_LIMITS"
+
+
+def called_as(path: str) -> str:
+    """Return how to call the program at PATH again: by its name where PATH finds it, else by its path."""
+    name = os.path.basename(path)
+    found = shutil.which(name)
+    if found and os.path.realpath(found) == os.path.realpath(path):
+        return shlex.quote(name)
+    return shlex.quote(path if os.sep in path else f"./{path}")
 
 
 def override_limits() -> None:
