@@ -287,10 +287,10 @@ DRAWN: list[str] = []  # the terminal's last lines, which the next output replac
 def draw(*lines: str) -> None:
     """Show LINES, cut to the terminal's width, until the next output; with none, only remove those that are shown."""
     with OUTPUT:
-        if lines or DRAWN:
-            up = f"\033[{len(DRAWN) - 1}A" if len(DRAWN) > 1 else ""
+        if lines or DRAWN:  # one line is wiped with spaces, which every terminal knows
+            wipe = f"\r\033[{len(DRAWN) - 1}A\033[J" if len(DRAWN) > 1 else f"\r{' ' * len(''.join(DRAWN))}\r"
             DRAWN[:] = [line[: shutil.get_terminal_size().columns - 1] for line in lines]
-            click.echo(f"\r{up}\033[J" + "\n".join(DRAWN), nl=False, err=True)
+            click.echo(wipe + "\n".join(DRAWN), nl=False, err=True)
 
 
 def printable_lines(text: str) -> str:
