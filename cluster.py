@@ -197,9 +197,20 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes % 60:02}m" if not days else f"{days}d{hours % 24:02}h"
 
 
-def format_count(count: int, noun: str) -> str:
-    """Return "1 node" or "3 nodes"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def format_time(moment: datetime) -> str:
+    """Return "2026-11-30 21:05:09 (19:05:09 UTC)": this machine's time beside UTC, where they differ."""
+    here, utc = moment.astimezone(), moment.astimezone(timezone.utc)
+    return f"{here:%F %T} ({utc:%T} UTC)" if here.utcoffset() else f"{utc:%F %T} UTC"
+
+
+def to_moment(seconds: str) -> datetime:
+    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
+    return datetime.fromtimestamp(int(seconds), timezone.utc)
+
+
+def format_count(count: float, noun: str) -> str:
+    """Return "1 node", "3 nodes" or "2.5 hours"."""
+    return f"{count:.10g} {noun}" if count == 1 else f"{count:.10g} {noun}s"
 
 
 def format_exit(code: int) -> str:
@@ -210,8 +221,8 @@ def format_exit(code: int) -> str:
 def format_size(size: float) -> str:
     """Return "12 B", "3.4 MB" … in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
 
@@ -1083,8 +1094,10 @@ def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
     with tolerate("InvalidInstanceType", "InvalidParameterValue"):
         types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
     if not types:
-        region = ec2.meta.region_name
-        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
+        offered = fetch_pages(ec2, "describe_instance_type_offerings", "InstanceTypeOfferings")
+        near = did_you_mean(machine, (one["InstanceType"] for one in offered))
+        advice = near or "; see https://aws.amazon.com/ec2/instance-types/"
+        raise ClusterError(f"{ec2.meta.region_name} has no instance type {machine!r}{advice}")
     raw = types[0]
     return InstanceType(
         type=machine,
@@ -2149,7 +2162,7 @@ class Fetcher:
         disk = os.fstatvfs(self.folder)
         need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
         if need > free:
-            raise FetchFailed(f"{need // MIB} MB are needed, {free // MIB} MB are free")
+            raise FetchFailed(f"{format_size(need)} needed, {format_size(free)} free")
         return need
 
     def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
@@ -2220,7 +2233,7 @@ def fetch_files(arguments: list[str]) -> None:
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
     names = "MARK_PATH FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
-    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
+    return node_program(names, format_size, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
 
 
 class Fetched(NamedTuple):
@@ -2720,10 +2733,8 @@ class App:
         """End with a summary on stderr, and with exit code 1 if any node failed."""
         failed = [outcome for outcome in outcomes if not outcome.ok]
         if failed:
-            good = len(outcomes) - len(failed)
-            raise ClusterError(
-                f"{what} on {good} of {len(outcomes)} nodes; failed: {', '.join(o.node.name for o in failed)}"
-            )
+            good = f"{len(outcomes) - len(failed)} of {format_count(len(outcomes), 'node')}"
+            raise ClusterError(f"{what} on {good}; failed: {', '.join(outcome.node.name for outcome in failed)}")
         note(f"{what} on {format_count(len(outcomes), 'node')}")
 
 
@@ -3904,8 +3915,8 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
 
 def format_limits(hours: float, idle: float) -> str:
     """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
-    limits = [f"{hours:g} hours"] if hours else []
-    limits += [f"{idle:g} minutes without use"] if idle else []
+    limits = [format_count(hours, "hour")] if hours else []
+    limits += [f"{format_count(idle, 'minute')} without use"] if idle else []
     return f"Each ends itself after {', or '.join(limits)}." if limits else ""
 
 
@@ -3944,7 +3955,7 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     request, settings, cores = plan.request, app.settings, plan.type.cores * plan.request.number
     if plan.present:
         group = app.where(request.group)
-        yield f"{group} has {format_count(plan.present, 'node')} already; {request.number} more are added"
+        yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
     yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
     if plan.spot:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
@@ -4142,7 +4153,7 @@ def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
                     break
             if len(nodes) == count:
                 return nodes, ""
-            note(f"{zone} gave {len(nodes)} of {count} nodes")
+            note(f"{zone} gave {len(nodes)} of {format_count(count, 'node')}")
         except (BotoCoreError, ClientError) as error:
             why = f"{zone}: {explain(error)}"
             if error_code(error) not in CAPACITY_CODES:
@@ -4260,7 +4271,7 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
-    note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
+    note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
     return nodes, why, launch.token
 
 
@@ -4283,8 +4294,8 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
-        good = f"{len(outcomes) - len(failed)} of {request.number} nodes"
-        raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
+        good = f"{len(outcomes) - len(failed)} of {format_count(request.number, 'node')}"
+        raise ClusterError(f"{good} ready in {where}{f' ({why})' if why else ''}; {ways}")
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
@@ -4750,7 +4761,7 @@ def pack_build(folder: Path, settings: Settings) -> Package:
         write_package(target, files)
         for old in sorted(cache.glob("mitsuba-*.tar.gz"), key=lambda path: path.stat().st_mtime)[:-PACKED_KEPT]:
             old.unlink(missing_ok=True)
-    title = f"the build in {folder} ({count} files, and {len(libraries)} libraries that they need; "
+    title = f"the build in {folder} ({format_count(count, 'file')} and the libraries that they need; "
     return Package(title + format_size(target.stat().st_size) + ")", str(target), digest_file(target, "sha256"), True)
 
 
@@ -5114,7 +5125,7 @@ def await_server(remote: Remote, version: str, cores: int | None = None, workers
             offered = ask_server(remote, version)
             if cores in (None, offered):
                 return offered
-            problem = f"its mtssrv offers {offered} cores, not {cores}"
+            problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
         except NodeError as error:
             problem = str(error)
         if time.monotonic() > deadline:
@@ -5212,7 +5223,9 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
     else:
         configure_node(remote, start.guard, plan)
     if not 0 < cores <= start.most_cores(node):
-        raise NodeError(f"its mtssrv announces {cores} cores, and {node.type} has {start.most_cores(node)}")
+        raise NodeError(
+            f"its mtssrv announces {format_count(cores, 'core')}, and {node.type} has {start.most_cores(node)}"
+        )
     return Served(facts, cores, action)
 
 
@@ -5296,7 +5309,9 @@ def link_group(
     say_how_to_connect(app, group, head, ready.value)
     if failed:
         count = len(workers) + 1
-        raise ClusterError(f"{count - len(failed)} of {count} nodes serve; failed: {', '.join(failed)}")
+        raise ClusterError(
+            f"{count - len(failed)} of {format_count(count, 'node')} serving; failed: {', '.join(failed)}"
+        )
     if ready.value.waiting:
         raise ClusterError(
             f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
@@ -5414,7 +5429,10 @@ class Board(Progress):
         lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
         steps = [step for _, _, step in waiting[room:]]
         more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
-        return [*lines, f"Up: {self.done}/{self.total} nodes{more}, {format_duration(now - self.began)}"]
+        return [
+            *lines,
+            f"Up: {self.done}/{format_count(self.total, 'node')}{more}, {format_duration(now - self.began)}",
+        ]
 
     def redraw(self) -> None:
         """Draw the board anew."""
@@ -5492,7 +5510,7 @@ def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[S
         return link_group(app, group, start, looked, workers)
     start_group(app, group, good, force=False)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
-    raise ClusterError(f"{len(good)} of {len(outcomes)} nodes serve; failed: {failed}")
+    raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
 
 
 def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
@@ -5554,7 +5572,9 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
         reason = f" ({why})" if why else ""
-        raise ClusterError(f"the group has {len(nodes)} of {count} nodes{reason}; {again} makes the others")
+        raise ClusterError(
+            f"the group has {len(nodes)} of {format_count(count, 'node')}{reason}; {again} makes the others"
+        )
 
 
 # --- render ------------------------------------------------------------------
@@ -6047,8 +6067,8 @@ def watch_status(app: App, group: str | None, wide: bool) -> None:
         groups, overview = fetch_shown(app.ec2, group)
         asked = ask_servers(app, overview.nodes, again=True) if overview.nodes else {}
         blocks = [format_group(app, name, overview, wide, asked) for name in groups]
-        when = datetime.now().strftime("%H:%M:%S")
-        redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
+        now = format_time(datetime.now(timezone.utc))
+        redraw_screen("\n\n".join([*blocks, f"{now}; every {WATCH_SECONDS} s until Ctrl-C"]))
         time.sleep(WATCH_SECONDS)
 
 
@@ -6138,7 +6158,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
         good = [outcome for outcome in outcomes if outcome.ok]
         for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
             facts = outcome.value
-            used = " of ".join(f"{value / 1024:.1f}" for value in facts.memory_mb) + " GiB"
+            used = " of ".join(format_size(value * MIB) for value in facts.memory_mb)
             load = (f"{value:.2f}" for value in facts.load)
             rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
         if as_json:
@@ -6154,7 +6174,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     for outcome in bad:
         note(f"{outcome.node.name}: {outcome.error}")
     if bad:
-        raise ClusterError(f"{len(bad)} of {len(nodes)} nodes did not answer")
+        raise ClusterError(f"{len(bad)} of {format_count(len(nodes), 'node')} did not answer")
 
 
 # --- syncData ----------------------------------------------------------------
@@ -6677,7 +6697,7 @@ def end_group(
                 f"{group!r}; {again}, and look at it in the EC2 console"
             )
         held_up = "; the security group is still in use" if waiting else ""
-        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended{held_up}")
+        show(f"{len(seen) - len(living)} of {format_count(len(seen), 'node')} ended{held_up}")
         time.sleep(POLL)
 
 
@@ -6976,7 +6996,7 @@ def run_command(
 # each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
 set -o pipefail
-journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
+journalctl --no-pager --quiet --output short-unix --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
   --unit mtssrv.service --unit mitsuba-guard.service |
   sed '/ Incoming connection from /d; / Closing connection to /d' | tail -n "$3"
 """
@@ -7010,7 +7030,7 @@ def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
         if not outcome.ok:
             raise ClusterError(f"{node.name}: {outcome.error}")
         text, cursor = outcome.value
-        Lines()(text.encode())
+        Lines()(re.sub(r"(?m)^(\d{10})\.\d+ \S+", lambda at: format_time(to_moment(at[1])), text).encode())
         if not follow:
             return None
         time.sleep(1)
@@ -7060,17 +7080,18 @@ at=$(date -u -d "@$(($(date -u -d "$old" +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
 sed -i "s/^OnCalendar=.*/OnCalendar=$at/" $unit.timer
 systemctl daemon-reload
 systemctl restart mitsuba-deadline.timer
-echo "ends at $at"
+date -d "$at" +%s
 """
 
 
 def extend_step(hours: float, remote: Remote) -> str:
-    """Move one node's own timer, and begin its idle time anew; return what that means."""
-    lines = remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))).strip().splitlines()
-    if remote.node.max_hours and not lines:
+    """Move one node's own timer, and begin its idle time anew; return when it ends."""
+    seconds = first_line(remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))))
+    if remote.node.max_hours and not seconds.isdigit():
         raise NodeError("has lost its time limit")
-    idle = f"may be idle for {remote.node.idle_minutes:g} minutes from now on" if remote.node.idle_minutes else ""
-    return ", ".join(filter(None, [*lines[-1:], idle]))
+    ends = f"ends at {format_time(to_moment(seconds))}" if seconds else "has no time limit"
+    idle = remote.node.idle_minutes
+    return f"{ends}, may be idle for {format_count(idle, 'minute')} from now on" if idle else ends
 
 
 @cli.command("extend")
@@ -7084,13 +7105,11 @@ def extend(app: App, hours: float, group: str) -> None:
         raise ClusterError(f"no running node of {app.where(group)} has a time limit")
     progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
     outcomes = app.pool.each(nodes, functools.partial(extend_step, hours), progress)
-    by_hours: dict[float, list[Node]] = {}
-    for outcome in outcomes:
-        if outcome.ok and outcome.node.max_hours:
-            by_hours.setdefault(outcome.node.max_hours + hours, []).append(outcome.node)
-    for total_hours, same in by_hours.items():
-        tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
-    app.report(outcomes, f"Extended by {hours:g} hours")
+    moved = [outcome.node for outcome in outcomes if outcome.ok and outcome.node.max_hours]
+    for before in {node.max_hours or 0 for node in moved}:
+        same = [node for node in moved if node.max_hours == before]
+        tag_nodes(app.ec2, same, TAG_HOURS, f"{before + hours:g}")
+    app.report(outcomes, "Extended")
 
 
 LOOKS = (
