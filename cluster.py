@@ -1515,7 +1515,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+import concurrent.futures, contextlib, json, os, re, socket, stat, subprocess, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
@@ -1582,7 +1582,6 @@ class Facts(NamedTuple):
     idle: float | None = None  # seconds since its last use; None: no guard is there
     idle_limit: float = 0  # seconds after which it ends; 0: never
     clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
-    offered: int | None = None  # cores that a head's guard last heard its server offer; 0: no answer
     boot: str = ""  # changes with each boot of the node
     started: str = ""  # changes with each start of its server
     clock: str = ""  # seconds since 1970
@@ -1762,7 +1761,7 @@ def fetch_facts(remote: Remote) -> Facts:
         if not re.fullmatch(pattern, pairs.get(name, "")):
             raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
     try:
-        guard = {"idle": None, "limit": 0, "clients": {}, "offered": None} | json.loads(pairs.get("guard") or "{}")
+        guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
             version=pairs.get("version", ""),
@@ -1771,7 +1770,6 @@ def fetch_facts(remote: Remote) -> Facts:
             idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
             idle_limit=to_seconds(guard["limit"]),
             clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
-            offered=None if guard["offered"] is None else int(to_seconds(guard["offered"])),
             boot=pairs.get("boot", ""),
             started=pairs.get("started", ""),
             clock=pairs.get("clock", ""),
@@ -3103,6 +3101,7 @@ JOIN_DOUBLINGS = 7
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
+HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a scene is more
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
@@ -3293,13 +3292,32 @@ def find_joining(links: Links, now: float, quiet: float) -> list[str]:
     return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
 
 
+def watch_ends() -> subprocess.Popen[bytes]:
+    """Begin to note the connections to mtssrv that end: a short render comes and goes between two looks."""
+    import subprocess
+
+    words = ["stdbuf", "--output=L", "ss", "-HtniOE", f"sport = :{SERVER_PORT}"]
+    ends = subprocess.Popen(words, stdout=subprocess.PIPE, bufsize=0)
+    if ends.stdout:
+        os.set_blocking(ends.stdout.fileno(), False)
+    return ends
+
+
+def has_left(ends: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a connection has ended, since this was asked last, that brought more than a handshake."""
+    text = ends.stdout.read() if ends.stdout else b""
+    if text == b"":
+        sys.exit("ss has ended")  # systemd starts this program again
+    return any(int(count) > HANDSHAKE_BYTES for count in re.findall(rb"bytes_received:(\d+)", text or b""))
+
+
 class Look(NamedTuple):
     """What one look at a node shows."""
 
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
-    opened: int | None  # connections to the head's server so far, but for the guard's own; None: can't be counted
-    servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
+    left: bool  # of a head: a client has left since the look before
+    servers: dict[str, int]  # of a head: peer -> bytes moved, of the connections to mtssrv
     logins: dict[str, int]  # the same of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
     working: bool = False  # a command of cluster.py is at work
@@ -3351,12 +3369,11 @@ def run_quietly(*words: str) -> str:
         return ""
 
 
-def take_look(own_connections: int) -> Look:
-    """Look at this node."""
+def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
+    """Look at this node; ENDS: of a head, see watch_ends."""
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    counted = re.search(r"counter packets (\d+)", run_quietly("nft", "list", "table", "inet", "mitsuba_guard"))
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
@@ -3366,8 +3383,8 @@ def take_look(own_connections: int) -> Look:
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        int(counted[1]) - own_connections if counted else None,
-        servers,
+        ends is not None and has_left(ends),
+        servers if ends else {},
         logins,
         touched,
         is_held(MARK_PATH),
@@ -3390,8 +3407,6 @@ class Memory(NamedTuple):
     used: float  # when the node was last used, and
     how: str  # by what
     quiet: float  # since when nobody has connected to mtssrv, as far as is known
-    left: float  # when a client was last there
-    opened: int | None
     connections: dict[str, Connection]
 
 
@@ -3419,24 +3434,20 @@ def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int
 def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     """Carry MEMORY on with one more LOOK."""
     if not memory:
-        memory = Memory(look.at, look, look.at, "the node booted", look.at, look.at, look.opened, {})
+        memory = Memory(look.at, look, look.at, "the node booted", look.at, {})
     seen = {}
     for peer, count in look.servers.items():
         old = memory.connections.get(peer)
         if not old or count < old.total:
             old = Connection(look.at, look.at, count)
         seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
-    opened = look.opened is None or look.opened > (memory.opened or 0)
-    quiet = look.at if seen or opened else memory.quiet
-    memory = memory._replace(at=look.at, quiet=quiet, opened=look.opened, connections=seen)
-    clients = find_clients(memory)
-    if clients:
-        memory = memory._replace(left=look.at)
+    how = "a client left" if look.left or find_clients(memory).keys() - seen.keys() else ""
+    quiet = look.at if seen or how else memory.quiet
+    memory = memory._replace(at=look.at, quiet=quiet, connections=seen)
     if look.at - memory.base.at >= USE_LOOK:
-        how = find_use(memory.base, look, clients.values(), workers)
+        how = find_use(memory.base, look, find_clients(memory).values(), workers) or how
         memory = memory._replace(base=look)
-        memory = memory._replace(used=look.at, how=how) if how else memory
-    return memory
+    return memory._replace(used=look.at, how=how) if how else memory
 
 
 def judge_idleness(memory: Memory, role: str, limit: float) -> str:
@@ -3444,14 +3455,10 @@ def judge_idleness(memory: Memory, role: str, limit: float) -> str:
 
     Use is known only up to the last look over which it was judged.
     """
-    idle = memory.at - memory.used
-    if not limit or idle < limit or memory.at != memory.base.at:
+    patience = max(limit, CLIENT_SILENCE) if find_clients(memory) else limit
+    if not limit or memory.at - memory.used < patience or memory.at != memory.base.at:
         return ""
-    if role == "worker":
-        return "ask"
-    if role == "head" and find_clients(memory):
-        return "end" if idle >= max(limit, CLIENT_SILENCE) else ""
-    return "end" if role != "head" or memory.at - memory.left >= limit else ""
+    return "ask" if role == "worker" else "end"
 
 
 def restore_memory(text: str) -> Memory | None:
@@ -3465,13 +3472,11 @@ def restore_memory(text: str) -> Memory | None:
         return None
 
 
-def report(memory: Memory, limit: float, offered: int | None = None) -> dict[str, Any]:
-    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent); and the
-    cores that a head OFFERED last (0: it does not answer).
-    """
+def report(memory: Memory, limit: float) -> dict[str, Any]:
+    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
     idle = memory.at - memory.used
-    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients, "offered": offered}
+    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients}
 
 
 def restart_head(why: str) -> None:
@@ -3480,8 +3485,8 @@ def restart_head(why: str) -> None:
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
-def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, Answer]:
-    """Shake hands with all servers once, and restart the head where that helps; return the head's own answer, too."""
+def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
+    """Shake hands with all servers once, and restart the head where that helps."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["version"])
     for one in workers:
@@ -3495,18 +3500,7 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Link
     elif joining := find_joining(links, time.monotonic(), quiet):
         restart_head(f"to link {' '.join(joining)}")
         links = links._replace(answering={})
-    return links, answers[own]
-
-
-def count_connections(workers: Iterable[str]) -> None:
-    """Let the kernel count the connections to the head's server: a short render comes and goes between two looks."""
-    others = f"ip saddr != {{ {', '.join(workers)} }}" if workers else ""  # idle workers ask their head
-    rule = f"tcp dport {SERVER_PORT} {others} tcp flags & (fin | syn | rst | ack) == syn counter"
-    chain = f"chain input {{ type filter hook input priority 0; {rule}; }}"
-    table = "table inet mitsuba_guard"
-    run_quietly("nft", f"add {table}\ndelete {table}\n{table} {{\n{chain}\n}}\n")
-    if not run_quietly("nft", "list", "table", "inet", "mitsuba_guard"):
-        say("links no node that comes back, since nft does not count the connections: a restart might end a render")
+    return links
 
 
 def guard_node(arguments: list[str]) -> None:
@@ -3516,21 +3510,18 @@ def guard_node(arguments: list[str]) -> None:
     plan = read_plan()
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
-    links, own_connections, refused, offered = Links(), 0, 0, None
+    links, refused = Links(), 0
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
-    if role == "head":
-        count_connections(workers)
+    ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
-        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
+        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
     while True:
         if role == "head":
-            links, answer = keep_serving(plan, links, memory.quiet)
-            own_connections += answer.connections
-            offered = answer.cores
+            links = keep_serving(plan, links, memory.quiet)
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
-            memory = remember(memory, take_look(own_connections), len(workers))
+            memory = remember(memory, take_look(ends), len(workers))
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
-            write_file(STATE_PATH, json.dumps(report(memory, limit, offered)))
+            write_file(STATE_PATH, json.dumps(report(memory, limit)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
                 refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
@@ -3585,13 +3576,13 @@ def guard_program() -> str:
     names = (
         "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
         "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
-        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
+        "HANDSHAKE_BYTES HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
     )
     parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
     parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
-    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, take_look, Connection, Memory]
-    parts += [find_clients, find_use, remember, judge_idleness, restore_memory, report, restart_head]
-    parts += [keep_serving, count_connections]
+    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, watch_ends, has_left]
+    parts += [take_look, Connection, Memory, find_clients, find_use, remember, judge_idleness, restore_memory]
+    parts += [report, restart_head, keep_serving]
     return node_program(names, *parts, guard_node)
 
 
@@ -5948,14 +5939,9 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[st
     return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
 
 
-def server_step(again: bool, remote: Remote) -> tuple[Facts, int | None, str]:
-    """Return (facts, cores that the server offers, or None, and why not).
-
-    AGAIN and again, a head's guard is asked instead: handshakes with a head keep nodes from being linked to it.
-    """
+def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
+    """Return (facts, cores that the server offers, or None, and why not)."""
     facts = fetch_facts(remote)
-    if again and facts.role == "head" and facts.offered is not None:
-        return facts, facts.offered or None, "its mtssrv does not answer its guard"
     try:
         return facts, ask_server(remote, facts.version), ""
     except NodeError as error:
@@ -5977,9 +5963,9 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
     return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
 
 
-def ask_servers(app: App, nodes: Sequence[Node], again: bool = False) -> dict[str, Asked]:
-    """Return node id -> what its server says, of the running NODES; AGAIN: see server_step."""
-    outcomes = ask_briefly(app, nodes, functools.partial(server_step, again))
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
+    """Return node id -> what its server says, of the running NODES."""
+    outcomes = ask_briefly(app, nodes, server_step)
     facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
     linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
@@ -6065,7 +6051,7 @@ def watch_status(app: App, group: str | None, wide: bool) -> None:
     """Renew status, with servers, load and clients, until Ctrl-C."""
     while True:
         groups, overview = fetch_shown(app.ec2, group)
-        asked = ask_servers(app, overview.nodes, again=True) if overview.nodes else {}
+        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
         blocks = [format_group(app, name, overview, wide, asked) for name in groups]
         now = format_time(datetime.now(timezone.utc))
         redraw_screen("\n\n".join([*blocks, f"{now}; every {WATCH_SECONDS} s until Ctrl-C"]))
