@@ -24,8 +24,8 @@ sees and ends the cluster, whatever happened to this one.
 Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
 a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
 
-Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, Guard, and then a chapter for each part
-of the day: createNodes, install, start, up, render, status, syncData, terminateAll, Spot, Small commands; main.
+Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, Guard, and then a chapter for
+each part of the day: createNodes, install, start, up, render, status, syncData, terminateAll, Spot, Small commands.
 """
 
 from __future__ import annotations
