@@ -2646,7 +2646,7 @@ def plain_usage() -> Iterator[None]:
         raise WrongUsage(error.format_message().rstrip(".") + advice, error.ctx) from None
 
 
-DAY = "createNodes install start status syncData terminateAll".split()
+DAY = "createNodes install start up status syncData render terminateAll".split()
 
 
 EXAMPLES = {
@@ -5509,7 +5509,10 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 @launch_options
 @click.pass_obj
 def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
-    """Make GROUP a cluster of COUNT nodes that serves; run it again to complete or mend it."""
+    """Create, install and start what GROUP lacks of COUNT nodes.
+
+    Run it again to complete or mend the group, whatever became of the first run.
+    """
     again = command("up", machine, str(count), group)
     package = plan_package(app.settings)
     nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
@@ -5804,7 +5807,10 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
-    """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
+    """Render each SCENE with the local mitsuba, again if nodes die.
+
+    After -- come Mitsuba's own options.
+    """
     request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")

@@ -16,7 +16,7 @@ from tests.localcloud.places import PROJECT
 from tests.support import LocalCloud, interrupt, wait_until
 
 COMMANDS = (
-    "createNodes install start status syncData terminateAll addSpotNodes tunnel up render systemLoad terminate "
+    "createNodes install start up status syncData render terminateAll addSpotNodes tunnel systemLoad terminate "
     "spotPrices cancelSpot cancelAllSpot login runCommand logs regions completion extend policy"
 ).split()
 
