@@ -14,7 +14,7 @@ from tests.localcloud.places import PROJECT
 from tests.support import LocalCloud, create
 
 COMMANDS = (
-    "createNodes install start status syncData terminateAll addSpotNodes tunnel up render systemLoad terminate "
+    "createNodes install start up status syncData render terminateAll addSpotNodes tunnel systemLoad terminate "
     "spotPrices cancelSpot cancelAllSpot login runCommand logs regions completion extend policy"
 ).split()
 
@@ -81,10 +81,3 @@ def test_calls_do_not_grow_with_the_number_of_nodes(cloud: LocalCloud, group: st
 
 
 POLLS = ("DescribeInstances", "DescribeSecurityGroups", "DeleteSecurityGroup", "TerminateInstances")
-
-
-def decode(attribute: dict[str, dict[str, str]]) -> str:
-    """Return the user data of a DescribeInstanceAttribute answer."""
-    import base64
-
-    return base64.b64decode(attribute["UserData"]["Value"]).decode()
