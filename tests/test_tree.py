@@ -109,7 +109,7 @@ def test_only_a_head_links_anew(
     plan = {"role": role, "own": "o", "version": "0.6.0", "workers": {"a": 8, "b": 8}, "branches": branches}
     monkeypatch.setattr(cluster, "ask_all", lambda *_: dict(zip("oab", (GOOD, *answers))))
     monkeypatch.setattr(cluster, "read_file", lambda _: "")
-    links, _ = cluster.keep_serving(plan, cluster.Links(), quiet=0)
+    links = cluster.keep_serving(plan, cluster.Links(), quiet=0)
     assert links.answering.keys() == joining
 
 
