@@ -243,7 +243,7 @@ def test_costs_that_lack_a_price_say_at_least(cloud: LocalCloud, group: str) -> 
     assert "at least" not in cloud.cluster("status", group).out
     first = cloud.nodes(group)[0]["id"]
     cloud.client("ec2").delete_tags(Resources=[first], Tags=[{"Key": "mitsuba-price"}])
-    assert re.search(r"at least \$0\.5\d an hour, at least \$\d", cloud.cluster("status", group).out)
+    assert re.search(r"at least \$0\.5\d/h, at least \$\d", cloud.cluster("status", group).out)
     ended = cloud.cluster("terminateAll", group)
     assert re.search(r"cost at least \$0\.0", ended.err)
 

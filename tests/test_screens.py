@@ -145,6 +145,10 @@ def test_status_json(serving: LocalCloud) -> None:
     assert head["server_text"].startswith(f"serves {head['server_cores']} cores; load 0.42 0.31 0.12 on 4 cores")
     assert group["totals"]["nodes"] == shown["totals"]["nodes"] == 3
     assert group["totals"]["hourly"] == pytest.approx(3 * 0.525)
+    status = cluster.cli.get_command(click.Context(cluster.cli), "status")
+    assert status
+    said = " ".join(status.get_help(click.Context(status)).split())
+    assert all(f"{word} ({meaning})" in said for word, (_, meaning) in cluster.SERVER_WORDS.items())
     load = json.loads(serving.cluster("systemLoad", GROUP, "--json").out)
     assert load[head["name"]] == {"error": None, "load": [0.42, 0.31, 0.12], "cores": 4, "memory_mb": [612, 7168]}
     assert json.loads(serving.cluster("regions", "--json").out)["region"] == "us-east-1"
