@@ -1563,7 +1563,7 @@ class Facts(NamedTuple):
     """What a node says of itself."""
 
     cores: int
-    version: str = ""  # of Mitsuba; empty: not installed
+    build: str = ""  # of Mitsuba: its version, SPECTRUM_SAMPLES, and 1 if of double precision; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
     idle: float | None = None  # seconds since its last use; None: no guard is there
@@ -1579,12 +1579,17 @@ class Facts(NamedTuple):
     problem: str = ""  # what the server's log said last of an error, if it was restarted
     replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
 
+    @property
+    def version(self) -> str:
+        """The version of Mitsuba."""
+        return self.build.partition(" ")[0]
+
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
 FACTS = r"""
 set -uo pipefail
 echo "cores=$(nproc)"
-echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
+echo "build=$(cat /var/lib/mitsuba-cluster/build 2> /dev/null)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
 echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
 echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
@@ -1729,7 +1734,7 @@ def to_seconds(value: Any) -> float:
 # What a node may say of itself: units and tables are made of it, and renderers can write to some of its sources.
 FACT_PATTERNS = {
     "cores": r"[1-9][0-9]{0,4}",
-    "version": r"([0-9][0-9.]{0,30}[0-9])?",
+    "build": r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?",
     "role": r"(head|worker)?",
     "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
     "boot": r"[0-9A-Za-z-]{0,64}",
@@ -1752,7 +1757,7 @@ def fetch_facts(remote: Remote) -> Facts:
         guard = {"idle": None, "limit": 0, "clients": {}, "offered": None} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
-            version=pairs.get("version", ""),
+            build=pairs.get("build", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
             idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
@@ -3079,7 +3084,6 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
-FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
 NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
@@ -3098,7 +3102,7 @@ HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
 FILE_BYTES = 1 << 20  # of a file that the guard reads
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
-PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, version, own, head, workers with their cores
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head, workers with their cores
 IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
 LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
@@ -3106,7 +3110,7 @@ STATE_PATH = "/run/mitsuba-cluster/state.json"
 
 
 class AnotherBuild(Exception):
-    """The server is a Mitsuba of another version or flavour."""
+    """The server is a Mitsuba of another version, or with other spectrum samples or precision."""
 
 
 def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
@@ -3121,46 +3125,37 @@ def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
     return data
 
 
-def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
-    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
-
-    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to the last byte (but of a
-    server that talks on and on): a reset that comes before the server has accepted ends it, and its head with it.
-    """
-    stream.settimeout(max(0.001, deadline - time.monotonic()))
-    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive_exactly(stream, 2, deadline)
-    if answer == b"\x00\x0d":
-        raise AnotherBuild(version)
-    if answer != HELLO:
-        raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-    name = b""
-    while not name.endswith(b"\0"):
-        if len(name) > NAME_BYTES:
-            raise ValueError("its node's name does not end")
-        name += receive_exactly(stream, 1, deadline)
-    try:
-        stream.sendall(QUIT)
-        stream.shutdown(socket.SHUT_WR)
-        receive_exactly(stream, NAME_BYTES, deadline)
-    except (OSError, EOFError):
-        pass
-    return cores, name[:-1].decode("utf-8", "replace")
-
-
 def handshake(
-    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], build: str, limit: float
 ) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    """Greet an mtssrv as another of this BUILD, and quit; return (its cores, its node's name). LIMIT: seconds in all.
+
+    AnotherBuild where it refuses. The end is an ordinary one, read to the last byte (but of a server that talks on and
+    on): a reset that comes before the server has accepted ends it, and its head with it.
+    """
     deadline = time.monotonic() + limit
-    for samples, double in FLAVOURS:
+    with open_stream(limit) as stream:
+        version, samples, double = build.split()
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
+        stream.sendall(HELLO + version.encode() + b"\0" + bytes([int(samples), int(double)]))
+        answer = receive_exactly(stream, 2, deadline)
+        if answer == b"\x00\x0d":
+            raise AnotherBuild
+        if answer != HELLO:
+            raise ValueError("what answers is not mtssrv")
+        cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
+        name = b""
+        while not name.endswith(b"\0"):
+            if len(name) > NAME_BYTES:
+                raise ValueError("its node's name does not end")
+            name += receive_exactly(stream, 1, deadline)
         try:
-            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
-                return shake_hands(stream, version, samples, double, deadline)
-        except AnotherBuild:
+            stream.sendall(QUIT)
+            stream.shutdown(socket.SHUT_WR)
+            receive_exactly(stream, NAME_BYTES, deadline)
+        except (OSError, EOFError):
             pass
-    raise AnotherBuild(version)
+        return cores, name[:-1].decode("utf-8", "replace")
 
 
 class Answer(NamedTuple):
@@ -3168,34 +3163,28 @@ class Answer(NamedTuple):
 
     alive: bool
     problem: str = ""  # why the server can't be linked
-    connections: int = 1  # that it took
     cores: int = 0  # of a server that can be linked
 
 
-def ask_address(address: str, version: str, most_cores: int) -> Answer:
+def ask_address(address: str, build: str, most_cores: int) -> Answer:
     """Shake hands with the server at ADDRESS, which may have so many cores."""
-    opened = []
-
-    def connect_to_it(limit: float) -> socket.socket:
-        connection = socket.create_connection((address, SERVER_PORT), limit)
-        opened.append(limit)
-        return connection
-
     try:
-        cores, _ = handshake(connect_to_it, version, GUARD_TIMEOUT)
+        cores, _ = handshake(
+            lambda limit: socket.create_connection((address, SERVER_PORT), limit), build, GUARD_TIMEOUT
+        )
     except AnotherBuild:
-        return Answer(True, f"is another build than Mitsuba {version}", len(opened))
+        return Answer(True, "is another build of Mitsuba than this node's")
     except (OSError, EOFError, ValueError) as error:
-        return Answer(False, f"does not answer: {error}", len(opened))
+        return Answer(False, f"does not answer: {error}")
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong, len(opened), 0 if wrong else cores)
+    return Answer(True, wrong, 0 if wrong else cores)
 
 
-def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
+def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
     """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
     found: dict[str, Answer] = {}
     threads = [
-        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
+        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, build, most)}), args=pair)
         for pair in addresses.items()
     ]
     deadline = time.monotonic() + 2 * GUARD_TIMEOUT
@@ -3241,7 +3230,7 @@ def say(text: str) -> None:
 def filter_workers() -> None:
     """Before each start of the head: note those of its workers that answer, and name the others."""
     plan = read_plan()
-    answers = ask_all(plan["workers"], plan["version"])
+    answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
             say(f"{one} is left out: it {answer.problem}")
@@ -3472,7 +3461,7 @@ def restart_head(why: str) -> None:
 def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, Answer]:
     """Shake hands with all servers once, and restart the head where that helps; return the head's own answer, too."""
     own, workers = plan["own"], plan["workers"]
-    answers = ask_all({own: MOST_CORES} | workers, plan["version"])
+    answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
             say(f"does not link {one}: it {answers[one].problem}")
@@ -3514,7 +3503,7 @@ def guard_node(arguments: list[str]) -> None:
     while True:
         if role == "head":
             links, answer = keep_serving(plan, links, memory.quiet)
-            own_connections += answer.connections
+            own_connections += 1
             offered = answer.cores
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(own_connections), len(workers))
@@ -3522,7 +3511,7 @@ def guard_node(arguments: list[str]) -> None:
             write_file(STATE_PATH, json.dumps(report(memory, limit, offered)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
-                refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
+                refused = 0 if ask_address(plan["head"], plan["build"], MOST_CORES).alive else refused + 1
                 if refused:
                     say(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
             else:
@@ -3572,11 +3561,11 @@ systemctl start --no-block mitsuba-guard.service
 def guard_program() -> str:
     """Return the guard as a program of its own."""
     names = (
-        "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
+        "SERVER_PORT HELLO QUIT NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
         "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
         "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
     )
-    parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
+    parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, handshake, Answer, ask_address]
     parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
     parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, take_look, Connection, Memory]
     parts += [find_clients, find_use, remember, judge_idleness, restore_memory, report, restart_head]
@@ -4338,6 +4327,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: b
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+BUILD_LIMIT = 20
 GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
@@ -4366,13 +4356,14 @@ GRAPHICS_LIBRARIES = frozenset(
 )
 
 
-# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type,
+# $6 the program that learns the build.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
 # repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
-user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+user=$1 data=$2 sha256=$3 recipe=$4 type=$5 learn_build=$6
 if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
@@ -4489,7 +4480,7 @@ forget_tree() {
 }
 
 install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed" "$state/build"
   case $package in
     *.deb)
       fetch "$work/mitsuba.deb"
@@ -4562,9 +4553,39 @@ if [ -z "$version" ]; then
   [ "$code" != 132 ] || echo "it was built for a newer processor than $type has: build it with -march=x86-64"
   exit 1
 fi
+cd "$work"  # for its log
+build=$(python3 -I -c "$learn_build")
+echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
+
+
+def learn_build(arguments: list[str]) -> None:
+    """Run on a node: print the build by which mtssrv greets other servers; a build answers its own greeting only.
+
+    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision.
+    """
+    import subprocess
+
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(BUILD_LIMIT)
+        worker = f"127.0.0.1:{listener.getsockname()[1]}"
+        with subprocess.Popen(["mtssrv", "-q", "-p", "1", "-c", worker], **quiet) as server:  # it serves only then
+            try:
+                stream, _ = listener.accept()
+                stream.settimeout(BUILD_LIMIT)
+                greeting = b""
+                while not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                    if not (more := stream.recv(64)):
+                        sys.exit(f"mtssrv greets other servers in an unknown way: {greeting.hex()}")
+                    greeting += more
+            except TimeoutError:
+                sys.exit(f"mtssrv does not greet other servers within {BUILD_LIMIT} seconds")
+            finally:
+                server.kill()
+    print(found[1].decode(), *found[2], *found[3])
 
 
 def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
@@ -4899,6 +4920,7 @@ def install_step(
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    arguments.append(node_program("BUILD_LIMIT", learn_build))
     tell = functools.partial(progress.step, remote.node)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
@@ -5090,14 +5112,14 @@ def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
         channel.close()
 
 
-def ask_server(remote: Remote, version: str) -> int:
+def ask_server(remote: Remote, build: str) -> int:
     """Return the cores that a node's server offers; NodeError where it does not answer."""
     import paramiko
 
     try:
-        return handshake(functools.partial(server_stream, remote), version, HANDSHAKE_LIMIT)[0]
+        return handshake(functools.partial(server_stream, remote), build, HANDSHAKE_LIMIT)[0]
     except AnotherBuild:
-        raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
+        raise NodeError("its mtssrv is another build of Mitsuba than what is installed there") from None
     except TimeoutError:
         raise NodeError("its mtssrv accepts connections, but stays silent") from None
     except ValueError as error:
@@ -5106,12 +5128,12 @@ def ask_server(remote: Remote, version: str) -> int:
         raise NodeError("its mtssrv does not answer") from error
 
 
-def await_server(remote: Remote, version: str, cores: int | None = None, workers: int = 0) -> int:
+def await_server(remote: Remote, build: str, cores: int | None = None, workers: int = 0) -> int:
     """Wait until a node's server answers, with CORES cores if they are given; return its cores."""
     deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
     while True:
         try:
-            offered = ask_server(remote, version)
+            offered = ask_server(remote, build)
             if cores in (None, offered):
                 return offered
             problem = f"its mtssrv offers {offered} cores, not {cores}"
@@ -5191,7 +5213,7 @@ def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str
 def look_step(remote: Remote) -> Facts:
     """Learn what a node is; NodeError where Mitsuba is missing."""
     facts = fetch_facts(remote)
-    if not facts.version:
+    if not facts.build:
         raise NodeError(NOT_INSTALLED)
     return facts
 
@@ -5199,16 +5221,16 @@ def look_step(remote: Remote) -> Facts:
 def worker_step(start: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
-    plan = {"role": "worker", "version": facts.version, "own": node.private_ip, "head": start.head.private_ip}
+    plan = {"role": "worker", "build": facts.build, "own": node.private_ip, "head": start.head.private_ip}
     if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
-            cores = ask_server(remote, facts.version)
+            cores = ask_server(remote, facts.build)
     action = "started" if cores is None else "serves already"
     if cores is None:
         if node.private_ip in start.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
         configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
-        cores = await_server(remote, facts.version)
+        cores = await_server(remote, facts.build)
     else:
         configure_node(remote, start.guard, plan)
     if not 0 < cores <= start.most_cores(node):
@@ -5220,20 +5242,20 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     """Make the head serve with those WORKERS that do, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
     wanted = {one.node.private_ip: start.most_cores(one.node) for one in good}
-    mismatches = [one.node.name for one in good if one.value.facts.version != facts.version]
+    mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
     if mismatches:
         raise NodeError(
-            f"runs Mitsuba {facts.version}, and these run another: {', '.join(mismatches)}; run install again"
+            f"runs Mitsuba {facts.version}, and these run another build: {', '.join(mismatches)}; run install again"
         )
     cores = sum(one.value.cores for one in good) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan: dict[str, Any] = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
+    plan: dict[str, Any] = {"role": "head", "build": facts.build, "own": own, "head": own, "workers": wanted}
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
-            offered = ask_server(remote, facts.version)
+            offered = ask_server(remote, facts.build)
     if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
@@ -5249,7 +5271,7 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
         return Served(facts, offered, "serves already", f"{what}: {client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
+    return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
 
 
 def describe_server(outcome: Outcome[Served]) -> str:
@@ -5720,7 +5742,7 @@ def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
 def serving_step(remote: Remote) -> tuple[Facts, int]:
     """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
     facts = fetch_facts(remote)
-    return facts, ask_server(remote, facts.version)
+    return facts, ask_server(remote, facts.build)
 
 
 def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
@@ -5937,7 +5959,7 @@ def server_step(again: bool, remote: Remote) -> tuple[Facts, int | None, str]:
     if again and facts.role == "head" and facts.offered is not None:
         return facts, facts.offered or None, "its mtssrv does not answer its guard"
     try:
-        return facts, ask_server(remote, facts.version), ""
+        return facts, ask_server(remote, facts.build), ""
     except NodeError as error:
         return facts, None, str(error)
 
