@@ -102,7 +102,7 @@ def test_creating_again_adds_and_keeps_the_head(cloud: LocalCloud, group: str) -
     serve(cloud, group)
     head = next(node["id"] for node in cloud.nodes(group) if node["role"] == "head")
     more = cloud.cluster("createNodes", "c1.xlarge", "1", group)
-    assert f"group '{group}' (us-east-1) has 2 nodes already; 1 more are added" in more.err
+    assert f"group '{group}' (us-east-1) has 2 nodes already; adding 1 more" in more.err
     assert cloud.cluster("install", group).code == 0
     started = cloud.cluster("start", group)
     assert "restarted: a render that was running is lost" in started.out
@@ -209,7 +209,7 @@ def test_fewer_nodes_than_asked(cloud: LocalCloud, group: str) -> None:
     with cloud.options(capacity=zones | {"us-east-1b": 2}):
         made = cloud.cluster("createNodes", "c1.xlarge", "3", group)
     assert made.code == 1
-    assert "2 of 3 nodes are ready" in made.last_line
+    assert "2 of 3 nodes ready" in made.last_line
     assert len(cloud.nodes(group)) == 2
 
 
@@ -290,7 +290,11 @@ def test_time_limit_is_tagged_and_moved(cloud: LocalCloud, group: str) -> None:
     assert "Each ends itself after 2.5 hours, or 60 minutes without use." in made.err
     assert cloud.nodes(group)[0]["max_hours"] == 2.5
     assert "idle limit 60 min" in cloud.cluster("status", group).out
-    assert cloud.cluster("extend", "1", group).code == 0
+    said = cloud.cluster("extend", "1", group, env={"TZ": "EST5"})
+    assert (said.code, "ends at 2027-01-15 03:00:00 (08:00:00 UTC), may be idle for 60 minutes" in said.out) == (
+        0,
+        True,
+    )
     assert cloud.nodes(group)[0]["max_hours"] == 3.5
 
 

@@ -192,7 +192,7 @@ def test_new_nodes_join_and_the_rest_stays(cluster: Cluster) -> None:
     head, before = cluster.head["id"], cluster.pids()
     (worker,) = (node for node in cluster.nodes("worker") if node["state"] == "running")
     more = cluster.tool("createNodes", "c1.xlarge", "2", GROUP)
-    assert "has 2 nodes already; 2 more are added" in more.err
+    assert "has 2 nodes already; adding 2 more" in more.err
     assert cluster.tool("install", GROUP).out.count(": Mitsuba 0.6.0\n") == 4
     relink(cluster, own_cores(3))
     assert cluster.head["id"] == head

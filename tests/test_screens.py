@@ -176,8 +176,9 @@ def test_nodes_go_by_short_names(serving: LocalCloud, how: str) -> None:
     head = next(node for node in serving.nodes(GROUP) if node["role"] == "head")
     assert head["short"] == "-".join(head["private_ip"].split(".")[-2:])
     name = {"short": head["short"], "head": "head", "beginning": head["id"][:-2]}[how]
-    shown = serving.cluster("logs", name)
-    assert (shown.code, shown.out.splitlines()[0]) == (0, "mtssrv: Listening on port 7554"), shown.err
+    shown = serving.cluster("logs", name, env={"TZ": "EST5"})
+    line = "2027-01-15 03:00:00 (08:00:00 UTC) mtssrv[1]: Listening on port 7554"
+    assert (shown.code, shown.out.splitlines()[0]) == (0, line), shown.err
 
 
 def test_a_name_that_means_several_nodes(serving: LocalCloud) -> None:

@@ -118,26 +118,6 @@ def test_a_head_is_asked_again_just_before_its_restart(
         assert done.waiting == "1 node waits to be linked: client 203.0.113.9, silent for 5s"
 
 
-@pytest.mark.parametrize(
-    ("again", "role", "offered", "expected"),
-    [
-        (True, "head", 9, 9),
-        (True, "head", 0, None),
-        (True, "head", None, 4),
-        (True, "worker", None, 4),
-        (False, "head", 9, 4),
-    ],
-)
-def test_a_watch_leaves_the_heads_server_to_its_guard(
-    monkeypatch: pytest.MonkeyPatch, again: bool, role: str, offered: int | None, expected: int | None
-) -> None:
-    """Its handshakes would look like a client's that come and go, under whom no node is linked."""
-    remote: Any = None
-    monkeypatch.setattr(cluster, "fetch_facts", lambda _: cluster.Facts(4, "0.6.0", role, offered=offered))
-    monkeypatch.setattr(cluster, "ask_server", lambda *_: 4)
-    assert cluster.server_step(again, remote)[1] == expected
-
-
 def test_start_before_install_says_so(cloud: LocalCloud, group: str) -> None:
     assert cloud.cluster("createNodes", "c1.xlarge", "2", group).code == 0
     done = cloud.cluster("start", group)

@@ -93,10 +93,25 @@ def test_format_duration(seconds: float, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [(12, "12 B"), (1500, "1.5 kB"), (268435456, "268 MB"), (2e12, "2.0 TB")]
+    ("size", "expected"),
+    [(12, "12 B"), (1500, "1.5 kB"), (99_990, "100 kB"), (999_900, "1.0 MB"), (268435456, "268 MB"), (2e12, "2.0 TB")],
 )
 def test_format_size(size: float, expected: str) -> None:
     assert cluster.format_size(size) == expected
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, "0 nodes"), (1, "1 node"), (1.0, "1 node"), (2.5, "2.5 nodes"), (32767, "32767 nodes")]
+)
+def test_format_count(count: float, expected: str) -> None:
+    assert cluster.format_count(count, "node") == expected
+
+
+def test_no_message_has_a_plural_that_one_makes_wrong() -> None:
+    found = re.findall(
+        r"\{[^{}]*\} (?:node|file|object|hour|minute|request|group)s\b.*", Path(cluster.__file__).read_text()
+    )
+    assert not found, "see format_count"
 
 
 def test_format_table_stacks_what_does_not_fit() -> None:

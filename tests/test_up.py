@@ -78,7 +78,7 @@ def test_a_node_that_never_answers_and_one_whose_installation_fails(cloud: Local
     assert made.out.splitlines()[-1].startswith("Head node: ")
     assert "the installation failed" in made.err
     assert re.search(r"port \d+ of .* does not answer", made.err), made.err
-    assert "Error: 2 of 4 nodes serve; failed: " in made.last_line
+    assert "Error: 2 of 4 nodes serving; failed: " in made.last_line
     assert made.last_line.endswith(f"; ./cluster.py up c1.xlarge 4 {group} tries again")
     for node in cloud.nodes(group):
         cloud.fault("heal", node)
