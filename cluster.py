@@ -3045,7 +3045,6 @@ class Answer(NamedTuple):
 
     alive: bool
     problem: str = ""  # why the server can't be linked
-    cores: int = 0  # of a server that can be linked
 
 
 def ask_address(address: str, build: str, most_cores: int) -> Answer:
@@ -3059,7 +3058,7 @@ def ask_address(address: str, build: str, most_cores: int) -> Answer:
     except (OSError, EOFError, ValueError) as error:
         return Answer(False, f"does not answer: {error}")
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong, 0 if wrong else cores)
+    return Answer(True, wrong)
 
 
 def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:

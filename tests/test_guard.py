@@ -144,7 +144,7 @@ def test_a_probe_that_gives_up_resets_nothing(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("answer", "most", "expected"),
     [
-        (ANSWER, 4, cluster.Answer(True, "", 4)),
+        (ANSWER, 4, cluster.Answer(True)),
         (ANSWER, 2, cluster.Answer(True, "announces 4 cores, and its instance type has 2")),
         (
             ANSWER[:2] + b"\xff\xff" + ANSWER[4:],
