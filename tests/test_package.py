@@ -209,7 +209,7 @@ def test_a_script_reports_its_steps_however_its_output_is_cut() -> None:
 
 def learn_build(folder: Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Learn the build of the mtssrv in FOLDER."""
-    words = [sys.executable, "-I", "-c", cluster.node_program("BUILD_LIMIT", cluster.learn_build)]
+    words = [sys.executable, "-I", "-c", cluster.node_program(cluster.learn_build)]
     env = {"PATH": f"{folder}:{os.environ['PATH']}"} | env
     return subprocess.run(words, env=env, cwd=cwd, text=True, capture_output=True, check=False)
 
