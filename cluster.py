@@ -1316,16 +1316,26 @@ from typing import Any, NamedTuple
 '''
 
 
-def node_program(names: str, *parts: Callable[..., object]) -> str:
-    """Return a Python program for a node: constants NAMES and PARTS of this file, to the letter; the last is its main.
+def node_program(main: Callable[[list[str]], object]) -> str:
+    """Return a Python program for a node: MAIN, and the functions, classes and CONSTANTS that it needs, to the letter.
 
     inspect.getsource finds a class only by parsing the whole file: 0.3 s each, before Python 3.13.
     """
+    import symtable
+
     text = inspect.getsource(sys.modules[__name__])
-    values = [f"{name} = {globals()[name]!r}" for name in names.split()]
-    blocks = [re.search(rf"^(?:def|class) {part.__name__}\b.*\n(?:(?:[ )].*)?\n)*", text, re.M) for part in parts]
-    sources = [block[0] for block in blocks if block]
-    return "\n".join([NODE_HEADER, *values, "", *sources, f"{parts[-1].__name__}(sys.argv[1:])\n"])
+    blocks = {name: f"{name} = {value!r}" for name, value in globals().items() if name.isupper()}
+    blocks |= {found[1]: found[0] for found in re.finditer(r"^(?:def|class) (\w+)\b.*\n(?:(?:[ )].*)?\n)*", text, re.M)}
+    needed = {main.__name__}
+    tables = [symtable.symtable(blocks[main.__name__], "", "exec")]
+    for table in tables:
+        tables += table.get_children()
+        used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        new = used & blocks.keys() - needed
+        needed |= new
+        tables += [symtable.symtable(blocks[name], "", "exec") for name in new]
+    sources = [block for name, block in blocks.items() if name in needed]
+    return "\n".join([NODE_HEADER, *sources, f"{main.__name__}(sys.argv[1:])\n"])
 
 
 class WrongHostKey(Exception):
@@ -2084,8 +2094,7 @@ def fetch_files(arguments: list[str]) -> None:
 
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
-    names = "MARK_PATH FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
-    return node_program(names, format_size, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
+    return node_program(fetch_files)
 
 
 class Fetched(NamedTuple):
@@ -2239,8 +2248,7 @@ def serve_files(arguments: list[str]) -> None:
 
 def serve_program() -> str:
     """Return serve_files as a program of its own."""
-    names = "MARK_PATH FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
-    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, FileServer, serve_files)
+    return node_program(serve_files)
 
 
 @dataclass(eq=False)
@@ -2615,13 +2623,13 @@ EXAMPLES = {
     "createNodes": "c1.xlarge 8",
     "install": "",
     "start": "",
+    "up": "c1.xlarge 8",
     "status": "--watch",
     "syncData": "myHugeVolumeDataFile.vol",
+    "render": "scenes/*.xml --then-terminate -- -p 0",
     "terminateAll": "",
     "addSpotNodes": "c1.xlarge 8 0.20",
     "tunnel": "",
-    "up": "c1.xlarge 8",
-    "render": "scenes/*.xml --then-terminate -- -p 0",
     "systemLoad": "--watch",
     "terminate": "4-17",
     "spotPrices": "c7a.2xlarge",
@@ -2910,7 +2918,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 # --- Guard -------------------------------------------------------------------
 # mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
 # links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
-# each other, the constants that guard_program lists, and Python's own modules. All times are of the monotonic clock.
+# each other, constants, and Python's own modules. All times are of the monotonic clock.
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
@@ -3030,15 +3038,15 @@ def ask_address(address: str, version: str, most_cores: int) -> Answer:
 def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
     """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
     found: dict[str, Answer] = {}
-    threads = [
+    askers = [
         threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
         for pair in addresses.items()
     ]
     deadline = time.monotonic() + 2 * GUARD_TIMEOUT
-    for thread in threads:
+    for thread in askers:
         thread.daemon = True
         thread.start()
-    for thread in threads:
+    for thread in askers:
         thread.join(max(0, deadline - time.monotonic()))
     return {one: found.get(one, Answer(False, "does not answer")) for one in addresses}
 
@@ -3069,7 +3077,7 @@ def read_plan() -> dict[str, Any]:
         return {}
 
 
-def say(text: str) -> None:
+def note_journal(text: str) -> None:
     """Write a line to the journal."""
     print(text, flush=True)
 
@@ -3080,7 +3088,7 @@ def filter_workers() -> None:
     answers = ask_all(plan["workers"], plan["version"])
     for one, answer in answers.items():
         if answer.problem:
-            say(f"{one} is left out: it {answer.problem}")
+            note_journal(f"{one} is left out: it {answer.problem}")
     write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
 
 
@@ -3298,7 +3306,7 @@ def restore_memory(text: str) -> Memory | None:
         return None
 
 
-def report(memory: Memory, limit: float) -> dict[str, Any]:
+def node_state(memory: Memory, limit: float) -> dict[str, Any]:
     """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
     idle = memory.at - memory.used
@@ -3307,7 +3315,7 @@ def report(memory: Memory, limit: float) -> dict[str, Any]:
 
 def restart_head(why: str) -> None:
     """Restart the head's server; its filter then links all workers that answer."""
-    say(f"restarts the head {why}")
+    note_journal(f"restarts the head {why}")
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
@@ -3317,7 +3325,7 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
     answers = ask_all({own: MOST_CORES} | workers, plan["version"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
-            say(f"does not link {one}: it {answers[one].problem}")
+            note_journal(f"does not link {one}: it {answers[one].problem}")
     linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
     links = renew_links(links, time.monotonic(), own, linked, answers)
     if silent := find_silent(links, time.monotonic()):
@@ -3337,7 +3345,7 @@ def guard_node(arguments: list[str]) -> None:
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
-    say(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    note_journal(f"guards a node with role {role}; it may be idle for {limit:g} s")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
@@ -3347,16 +3355,16 @@ def guard_node(arguments: list[str]) -> None:
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(ends), len(workers))
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
-            write_file(STATE_PATH, json.dumps(report(memory, limit)))
+            write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
                 refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
                 if refused:
-                    say(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+                    note_journal(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
             else:
                 refused = 0
             if verdict == "end" or refused >= HEAD_ASKED:
-                say(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
+                note_journal(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
                 run_quietly("systemctl", "poweroff")
         time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
 
@@ -3399,17 +3407,7 @@ systemctl start --no-block mitsuba-guard.service
 
 def guard_program() -> str:
     """Return the guard as a program of its own."""
-    names = (
-        "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
-        "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
-        "HANDSHAKE_BYTES HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
-    )
-    parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
-    parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
-    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, watch_ends, has_left]
-    parts += [take_look, Connection, Memory, find_clients, find_use, remember, judge_idleness, restore_memory]
-    parts += [report, restart_head, keep_serving]
-    return node_program(names, *parts, guard_node)
+    return node_program(guard_node)
 
 
 def guard_at_boot(minutes: float) -> list[list[str]]:
@@ -5296,29 +5294,36 @@ def tunnel(app: App, group: str, port: int) -> None:
 # its own launch.
 
 COUNT_LIMIT = 60  # seconds for two polls to agree, and to show the nodes of a launch
+LIST_LAG = 5  # seconds after a launch until lists show all of it: users report 1 to 5
 BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
 
 
 class Board(Progress):
     """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
 
-    def __init__(self, nodes: Sequence[Node], say: Callable[[Outcome[Any]], str]) -> None:
-        super().__init__("Up", len(nodes), say)
+    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str], ended: Container[str] = ()) -> None:
+        super().__init__("Up", len(nodes), line)
+        self.ended = ended  # ids of nodes of which nothing is said any more
         self.at = {node.id: (self.began, node.name, "waiting for its address") for node in nodes}
 
-    def step(self, node: Node, text: str, ended: str = "") -> None:
-        """Note what NODE does now, and what its step before has come to."""
+    def step(self, node: Node, text: str) -> None:
+        """Note what NODE does now."""
         with OUTPUT:
+            if node.id not in self.at:
+                return
+            if self.at[node.id][2] == "booting" and text != "booting" and not is_terminal():
+                note(f"{node.name}: has booted")
             self.at[node.id] = (time.monotonic(), node.name, text)
-            if ended and not is_terminal():
-                note(f"{node.name}: {ended}")
         self.redraw()
 
     def finished(self, outcome: Outcome[Any]) -> None:
         """Count a node, and print its line in place of the board's."""
         with OUTPUT:
             self.at.pop(outcome.node.id, None)
-            super().finished(outcome)
+            if outcome.node.id in self.ended:
+                self.total -= 1
+            else:
+                super().finished(outcome)
 
     def lines(self) -> list[str]:
         """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
@@ -5341,68 +5346,79 @@ class Board(Progress):
             draw(*self.lines())
 
 
-def count_nodes(ec2: Client, group: str, launched: Sequence[Node] = ()) -> list[Node]:
-    """Return GROUP's nodes that run or will, oldest first, once two polls agree and know the LAUNCHED: lists lag."""
-    deadline = time.monotonic() + COUNT_LIMIT
+def count_nodes(
+    ec2: Client, group: str, known: Sequence[Node] = (), least: float = 0, limit: float = COUNT_LIMIT
+) -> list[Node]:
+    """Return GROUP's nodes that run or will, oldest first, with those KNOWN that no list shows yet.
+
+    Lists lag: polls until two agree and show all that are KNOWN, for LEAST to LIMIT seconds (0: once).
+    """
+    began = time.monotonic()
     before: set[str] | None = None
     while True:
         listed = {node.id: node for node in fetch_nodes(ec2, group)}
         nodes = [node for node in listed.values() if node.is_inside and node.state in ("pending", "running")]
-        unseen = [node for node in launched if node.id not in listed]
+        unseen = [node for node in known if node.id not in listed]
         found = {node.id for node in nodes}
-        if (found == before and not unseen) or time.monotonic() > deadline:
+        gone = time.monotonic() - began
+        if gone >= limit or (gone >= least and found == before and not unseen):
             return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
         before = found
         time.sleep(POLL)
 
 
-def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], token: str) -> list[Node]:
+def keep_count(
+    ec2: Client, group: str, count: int, token: str, ended: set[str], known: Sequence[Node], **how: float
+) -> list[Node]:
     """Return the COUNT oldest nodes of GROUP; end those of this launch, known by their TOKEN, that are more.
 
     Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
-    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain. ENDED gets the ids.
     """
-    nodes = count_nodes(ec2, group, launched)
-    excess = [node for node in nodes[count:] if node.token.startswith(token)]
-    if excess:
+    nodes = count_nodes(ec2, group, known, **how)
+    if excess := [node for node in nodes[count:] if token and node.token.startswith(token)]:
+        ended.update(node.id for node in excess)
         terminate_young(ec2, excess)
         note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
     return nodes[:count]
 
 
-def up_step(install_one: Callable[[Remote], str], start: StartPlan, board: Board, remote: Remote) -> Served:
+def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board, remote: Remote) -> Served:
     """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
-    node = remote.node
-    board.step(node, "booting")
-    boot_step(remote)
-    board.step(node, "installing", "has booted")
     version = install_one(remote)
-    board.step(node, "starting its server", f"Mitsuba {version}")
-    return Served(look_step(remote), 0, "") if node.id == start.head.id else worker_step(start, remote)
+    if not is_terminal():
+        note(f"{remote.node.name}: Mitsuba {version}")
+    board.step(remote.node, "starting its server")
+    return Served(look_step(remote), 0, "") if remote.node.id == plan.head.id else worker_step(plan, remote)
 
 
-def bring_up(app: App, group: str, nodes: Sequence[Node], package: Package) -> tuple[StartPlan, list[Outcome[Served]]]:
-    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link."""
+def bring_up(
+    app: App, group: str, nodes: Sequence[Node], package: Package, ended: Container[str]
+) -> tuple[StartPlan, list[Outcome[Served]]]:
+    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link.
+
+    Nothing is said of those that are ENDED meanwhile.
+    """
     head = plan_head(nodes)
     spread = make_spread(package, 1)  # whoever comes first need not wait for the others
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
-    start = plan_start(app, nodes, looked)
-    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    plan = plan_start(app, nodes, looked)
+    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
-    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, start, board), board)
+    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
     if spread:
         spread.sessions.close()
-    return start, outcomes
+    return plan, outcomes
 
 
-def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
+def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
     """Link the nodes that serve; ClusterError for what has failed. Any of them can be a new group's head."""
-    head = next(outcome for outcome in outcomes if outcome.node.id == start.head.id)
+    head = next(outcome for outcome in outcomes if outcome.node.id == plan.head.id)
     workers = [outcome for outcome in outcomes if outcome is not head]
     good = [outcome.node for outcome in workers if outcome.ok]
-    if head.ok or start.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
+    if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
         looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
-        return link_group(app, group, start, looked, workers)
+        return link_group(app, group, plan, looked, workers)
     start_group(app, group, good, force=False)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
     raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
@@ -5413,19 +5429,22 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
     from botocore.exceptions import BotoCoreError, ClientError
 
     where, group, count = app.where(request.group), request.group, request.number
-    say = result if dry_run else note
-    nodes = count_nodes(app.ec2, group)
+    tell = result if dry_run else note
+    look = functools.partial(make_plan, app, request, dry_run)
+    counting = functools.partial(count_nodes, app.ec2, group)
+    incomplete = len(counting(limit=0)) < count
+    nodes, plan = side_by_side(counting, look) if incomplete else (counting(), None)
     app.check_owner(group, nodes, request.others)
     if others := [node for node in nodes if node.type != request.type]:
         types = ", ".join(sorted({node.type for node in others}))
-        say(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
+        tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
     if len(nodes) >= count:
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
-        say(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
+        tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = make_plan(app, request._replace(number=count - len(nodes)), dry_run)
+    plan = (plan or look())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
     for line in describe(app, plan):
-        say(line)
+        tell(line)
     if dry_run:
         return [], "", ""
     ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
@@ -5435,14 +5454,17 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
         if not nodes:
             raise
         return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
-    return keep_count(app.ec2, group, count, launched, token), why, token
+    return [*nodes, *launched], why, token
 
 
 @cli.command("up")
 @launch_options
 @click.pass_obj
 def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
-    """Make GROUP a cluster of COUNT nodes that serves; run it again to complete or mend it."""
+    """Create, install and start what GROUP lacks of COUNT nodes.
+
+    Run it again to complete or mend the group, whatever became of the first run.
+    """
     again = command("up", machine, str(count), group)
     package = plan_package(app.settings)
     nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
@@ -5453,16 +5475,23 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
     if cidr:
         app.allow_access(groups, cidr)
     warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
+    ended: set[str] = set()
+    keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
-        start, outcomes = bring_up(app, group, mine, package)
-        nodes = keep_count(app.ec2, group, count, [], token) if token else nodes
-        kept = {node.id for node in nodes}
-        if (start.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}) or not token:
+        (plan, outcomes), nodes = side_by_side(
+            functools.partial(bring_up, app, group, mine, package, ended),
+            functools.partial(keep, nodes, least=LIST_LAG if token else 0),
+        )
+        nodes = keep(nodes, limit=0)
+        kept = {node.id for node in nodes if is_ours(node, app.identity)}
+        if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
     try:
-        link_up(app, group, start, [one for one in outcomes if one.node.id in kept or not one.ok])
+        link_up(
+            app, group, plan, [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
+        )
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
@@ -5730,7 +5759,10 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
-    """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
+    """Render each SCENE with the local mitsuba, again if nodes die.
+
+    After -- come Mitsuba's own options.
+    """
     request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")

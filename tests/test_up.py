@@ -122,7 +122,7 @@ def test_the_board_fits_a_small_terminal(cloud: LocalCloud, group: str) -> None:
             seen += block
         assert child.wait(LIMIT) == 0, seen
     os.close(terminal)
-    assert b": installing, " in seen
+    assert b": starting its server, " in seen
     assert re.search(rb"Up: 0/8 nodes, \d+s", seen)
     assert b"\x1b[8A\x1b[J" in seen  # nine lines, removed before others are drawn
 
