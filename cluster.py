@@ -4886,8 +4886,8 @@ printf '%s\n' "$program" > $library/guard.py
 printf '%s\n' "$guard" > $units/mitsuba-guard.service
 touch /run/mitsuba-cluster/in-use
 if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
+systemctl enable --quiet --no-reload mtssrv.service mitsuba-guard.service
 systemctl daemon-reload
-systemctl enable --quiet mtssrv.service mitsuba-guard.service
 if [ -n "$server" ]; then
   rm -f /run/mitsuba-cluster/replaced
   systemctl restart mtssrv.service
@@ -5509,6 +5509,7 @@ RENDER_POLL = 10  # seconds between two questions to the head beside a render
 RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
 HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
 HEAL_POLL = 2  # seconds between two looks at it
+FROZEN_LIMIT = 300  # of a head's silence, longer than a reboot, after which another node takes its place
 MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
 
@@ -5593,20 +5594,22 @@ class RenderCluster:
         self.app, self.group = app, group
         self.nodes = app.open_group(group)
         self.names: dict[str, str] = {}  # a node that has ended has no name any more
+        self.frozen: set[str] = set()  # ids of nodes that were given up
 
     def refresh(self) -> None:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
         app, group = self.app, self.group
         with tolerate(), contextlib.suppress(ClusterError):
-            self.nodes = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            ours = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            self.nodes = [node for node in ours if node.id not in self.frozen]
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
         """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if none does.
 
-        A head that is gone for good is replaced as start does it.
+        A head that is gone, or frozen for good, is replaced as start does it.
         """
-        deadline = time.monotonic() + HEAL_LIMIT
+        began = time.monotonic()
         progress = Progress("Waiting for the head", HEAL_LIMIT)
         while True:
             running = [node for node in self.nodes if node.state == "running"]
@@ -5616,16 +5619,26 @@ class RenderCluster:
                 if outcome.ok:
                     return heads[0], *outcome.value
                 problem = f"{heads[0].name}: {outcome.error}"
+                if outcome.silent and time.monotonic() - began > FROZEN_LIMIT and self.hears_others(heads[0]):
+                    note(f"{heads[0].name} is frozen; it costs money until {command('terminate', heads[0].id)}")
+                    with tolerate():
+                        tag_roles(self.app.ec2, None, heads[:1])
+                        self.frozen.add(heads[0].id)
             elif running:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
                     start_group(self.app, self.group, running, force=False)
-            if time.monotonic() > deadline or not running:
+            if time.monotonic() - began > HEAL_LIMIT or not running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
+
+    def hears_others(self, head: Node) -> bool:
+        """Tell whether nodes beside the HEAD answer, so that its silence is not this machine's own network."""
+        others = [node for node in self.nodes if node.state == "running" and node.id != head.id]
+        return any(outcome.ok for outcome in self.app.pool.each(others, fetch_facts, limit=LOOK_LIMIT))
 
     def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
         """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
@@ -5755,11 +5768,11 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.option("-o", "output", type=click.Path(path_type=Path), help="The picture, as Mitsuba's -o; of one scene.")
 @click.option("--group", type=GroupName(), default="default", show_default=True)
 @click.option("--tunnel", is_flag=True, help="Through SSH, even where port 7554 is open.")
-@click.option("--tries", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each scene.")
+@click.option("--tries", type=Number(1, 1000, whole=True), default=5, show_default=True, help="Of each scene.")
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
-    """Render each SCENE with the local mitsuba, again if nodes die.
+    """Render each SCENE with your mitsuba, again if nodes die.
 
     After -- come Mitsuba's own options.
     """
@@ -5777,7 +5790,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     find_head(app, request.group)
     cluster = RenderCluster(app, request.group)
     app.left = f"Only the render has ended. {app.left}"
-    missing = list(request.scenes)
+    missing, failure = list(request.scenes), None
     try:
         nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
         if local and local != nodes_version:
@@ -5787,12 +5800,12 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
                 missing.remove(scene)
     except NodeError as error:
         note(f"Given up: {error}")
-    except Exception:  # whatever it is, the nodes must not run on unattended
-        if then_terminate:
-            terminate_in(app, app.ec2, request.group, others=False)
-        raise
+    except Exception as error:  # whatever it is, the nodes must not run on unattended
+        failure = error
     if then_terminate:
         terminate_in(app, app.ec2, request.group, others=False)
+    if failure:
+        raise failure
     if missing:
         raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
