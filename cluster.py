@@ -115,8 +115,6 @@ NEW_CODES = (  # of calls that name what was made a moment ago
 # --- Errors and output -------------------------------------------------------
 # One error for the user, two for a node, one for SIGTERM; progress on stderr, results on stdout.
 
-LOG_LINES = 8  # of them, in lines, that are shown
-
 
 class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
@@ -126,7 +124,13 @@ class ClusterError(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Print the line."""
-        complain(self.message)
+        put(f"{paint('Error:', err=True, fg='red')} {self.message}", err=True)
+
+
+class WrongUsage(ClusterError):
+    """A command line that can't be understood: exit code 2."""
+
+    exit_code = 2
 
 
 class NodeError(Exception):
@@ -256,15 +260,9 @@ def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]
     return "\n".join(blocks)
 
 
-def format_bar(done: float, whole: float, width: int = 20) -> str:
-    """Return a progress bar: [######··············]."""
-    filled = int(width * min(done, whole) / whole) if whole else 0
-    return f"[{'#' * filled}{'·' * (width - filled)}]"
-
-
 def format_tail(output: str) -> str:
     """Return the last lines of a step's output, indented for its error message."""
-    lines = [line for line in output.splitlines() if line.strip()][-LOG_LINES:]
+    lines = [line for line in output.splitlines() if line.strip()][-8:]
     return "".join(f"\n    {printable(line)}" for line in lines)
 
 
@@ -273,23 +271,18 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
-def is_lively(stream: Any) -> bool:
-    """Tell whether a stream is a terminal for colours and cursor codes; see https://no-color.org."""
-    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+def is_terminal(stream: Any = None) -> bool:
+    """Tell whether what stands on a stream (stderr if none is named) can be drawn anew."""
+    return bool((stream or sys.stderr).isatty() and os.environ.get("TERM") != "dumb")
 
 
 def paint(text: str, err: bool = False, **look: Any) -> str:
-    """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if that has them."""
-    text = printable(text)
-    return click.style(text, **look) if is_lively(sys.stderr if err else sys.stdout) else text
+    """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if wanted: https://no-color.org."""
+    coloured = is_terminal(sys.stderr if err else sys.stdout) and not os.environ.get("NO_COLOR")
+    return click.style(printable(text), **look) if coloured else printable(text)
 
 
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
-
-
-def is_terminal() -> bool:
-    """Tell whether what stands on stderr can be drawn anew."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 DRAWN: list[str] = []  # the terminal's last lines, which the next output replaces
@@ -329,11 +322,6 @@ def result(text: str) -> None:
 def warn(text: str) -> None:
     """Say what went wrong and can be done without."""
     put(f"{paint('Warning:', err=True, fg='yellow')} {printable_lines(mask(text))}", err=True)
-
-
-def complain(text: str) -> None:
-    """Say what went wrong."""
-    put(f"{paint('Error:', err=True, fg='red')} {printable_lines(text)}", err=True)
 
 
 # --- Settings ----------------------------------------------------------------
@@ -389,26 +377,18 @@ def matches(pattern: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def is_number(value: Any, low: float, high: float) -> bool:
-    """Tell whether VALUE is a number (True is none) from LOW to HIGH."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def is_whole(value: Any, low: int, high: int) -> bool:
-    """Tell whether VALUE is a whole number from LOW to HIGH."""
-    return isinstance(value, int) and is_number(value, low, high)
+def between(low: float, high: float, *kinds: type) -> Callable[[Any], bool]:
+    """Return a check: a number from LOW to HIGH, of one of these KINDS (True is none)."""
+    return lambda value: type(value) in kinds and low <= value <= high
 
 
 def is_cidr(value: Any) -> bool:
     """Tell whether VALUE is empty or an IPv4 network."""
     import ipaddress
 
-    if not isinstance(value, str):
-        return False
-    try:
-        return not value or bool(ipaddress.IPv4Network(value))
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):
+        return isinstance(value, str) and (not value or bool(ipaddress.IPv4Network(value)))
+    return False
 
 
 def is_images(value: Any) -> bool:
@@ -425,16 +405,16 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "KEYPAIR_NAME": (matches(r"[ -~]{1,255}"), "a name of at most 255 ASCII characters"),
     "SSH_PRIVATE_KEY_FILE": (matches(r"[^\0]+"), 'a path such as "mitsuba-key.pem"'),
     "SSH_USER": (matches(r"[a-z_][a-z0-9_.-]*"), 'a user name such as "ubuntu"'),
-    "SSH_PORT": (lambda value: is_whole(value, 1, 65535), "a port from 1 to 65535"),
+    "SSH_PORT": (between(1, 65535, int), "a port from 1 to 65535"),
     "AMI_IDS": (is_images, 'a dict such as {"us-east-1": "ami-0123456789abcdef0"}'),
     "UBUNTU_RELEASE": (matches(r"22\.04|24\.04|26\.04"), '"22.04", "24.04" or "26.04"'),
     "SUBNET_ID": (matches(r"(subnet-[0-9a-f]+)?"), 'a subnet such as "subnet-0123abcd", or ""'),
     "CLIENT_CIDR": (is_cidr, 'an IPv4 network such as "203.0.113.7/32", or ""'),
-    "PUBLIC_SERVER_PORT": (lambda value: isinstance(value, bool), "True or False"),
-    "PRIVATE_NODES": (lambda value: isinstance(value, bool), "True or False"),
-    "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
-    "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
-    "IDLE_MINUTES": (lambda value: is_number(value, 0, 525600), "minutes, from 0 (no limit) to 525600"),
+    "PUBLIC_SERVER_PORT": (between(0, 1, bool), "True or False"),
+    "PRIVATE_NODES": (between(0, 1, bool), "True or False"),
+    "ROOT_VOLUME_GB": (between(8, 16384, int), "a whole number from 8 to 16384"),
+    "MAX_HOURS": (between(0, 8760, int, float), "hours, from 0 (no limit) to 8760"),
+    "IDLE_MINUTES": (between(0, 525600, int, float), "minutes, from 0 (no limit) to 525600"),
     "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
     "MITSUBA_PACKAGE": (
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
@@ -448,9 +428,6 @@ WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
-UNQUOTED = ' (is there a value without quotes? name = "value")'
-
-
 def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
     if path.is_dir():
@@ -459,29 +436,16 @@ def run_config(path: Path) -> dict[str, Any]:
         return runpy.run_path(str(path))
     except FileNotFoundError:
         raise ClusterError(f"there is no settings file {path}") from None
-    except SyntaxError as error:
-        raise ClusterError(f"{path.name}, line {error.lineno}: SyntaxError{UNQUOTED}") from None
     except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
         import traceback
 
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        lines = [error.lineno] if isinstance(error, SyntaxError) else lines
+        where = f"{path.name}, line {lines[-1]}" if lines else path.name
         # Not the error's text: a secret without quotes would be in it.
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = f", line {lines[-1]}" if lines else ""
-        raise ClusterError(f"{path.name}{line}: {type(error).__name__}{UNQUOTED}") from None
-
-
-def check_together(path: Path, settings: Settings) -> None:
-    """Refuse values that are wrong only together."""
-    import ipaddress
-
-    if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
-        raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
-    wide = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen < WIDEST_PREFIX
-    if wide and settings.PUBLIC_SERVER_PORT:
-        raise ClusterError(
-            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
-            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
-        )
+        hint = '(is there a value without quotes? name = "value")'
+        raise ClusterError(f"{where}: {type(error).__name__} {hint}") from None
 
 
 def load_settings(path: Path) -> Settings:
@@ -500,10 +464,19 @@ def load_settings(path: Path) -> Settings:
     for name in SECRETS:
         if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
             values[name] = ""
+    wide = False
     if cidr := values.get("CLIENT_CIDR"):
-        values["CLIENT_CIDR"] = str(ipaddress.IPv4Network(cidr))  # EC2 takes ADDRESS/BITS only
+        network = ipaddress.IPv4Network(cidr)
+        values["CLIENT_CIDR"] = str(network)  # EC2 takes ADDRESS/BITS only
+        wide = network.prefixlen < WIDEST_PREFIX
     settings = Settings(**values, folder=path.resolve().parent)
-    check_together(path, settings)
+    if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
+        raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
+    if wide and settings.PUBLIC_SERVER_PORT:
+        raise ClusterError(
+            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
+            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
+        )
     return settings
 
 
@@ -1758,9 +1731,9 @@ class Progress:
         """Draw the bar anew."""
         with OUTPUT:
             if is_terminal():
-                moved = sum(self.moved.values())
-                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
-                draw(f"{self.label} {bar} {self.describe()}")
+                done, whole = (sum(self.moved.values()), self.size) if self.size else (self.done, self.total)
+                filled = int(20 * min(done, whole) / whole) if whole else 0
+                draw(f"{self.label} [{'#' * filled:·<20}] {self.describe()}")
             elif time.monotonic() - self.told > 60:
                 self.told = time.monotonic()
                 note(f"{self.label}: {self.describe()}")
@@ -2150,7 +2123,7 @@ def read_report(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):  # an error message of Python's, say
         return {}
     if isinstance(report, dict) and all(
-        isinstance(value, str) if name == "error" else is_whole(value, 0, REPORT_LIMIT)
+        isinstance(value, str) if name == "error" else between(0, REPORT_LIMIT, int)(value)
         for name, value in report.items()
     ):
         return report
@@ -2634,44 +2607,34 @@ def on_terminate(*_: object) -> None:
     raise Terminated
 
 
-class WrongUsage(click.UsageError):
-    """A command line that can't be understood: its usage and one line on stderr, exit code 2."""
-
-    def show(self, file: Any = None) -> None:
-        """Say what is wrong, and where the help is."""
-        if self.ctx:
-            note(f"{self.ctx.get_usage()}\nTry {self.ctx.command_path} --help\n")
-        complain(self.format_message())
-
-
 @contextlib.contextmanager
 def plain_usage() -> Iterator[None]:
-    """Let click's errors of usage say what else could be meant."""
+    """Show click's errors of usage as our own, with what else could be meant; exit code 2."""
     try:
         yield
     except click.UsageError as error:
-        advice, name = "", error.ctx.info_name if error.ctx else ""
-        if name == "runCommand" and not isinstance(error, click.MissingParameter):
-            advice = f"; quote the command, or put -- before it: {command('runCommand', '--', 'ls', '-la', '/mnt')}"
-        elif unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", error.format_message()):
-            advice = did_you_mean(unknown[1], cli.commands)
-            raise WrongUsage(f"{unknown[0]}{advice}", error.ctx) from None
-        raise WrongUsage(error.format_message().rstrip(".") + advice, error.ctx) from None
+        ctx, text = error.ctx, error.format_message().rstrip(".")
+        if unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", text):
+            text = unknown[0] + did_you_mean(unknown[1], cli.commands)
+        elif ctx and ctx.info_name == "runCommand" and not isinstance(error, click.MissingParameter):
+            text += f"; quote the command, or put -- before it: {command('runCommand', '--', 'ls', '-la', '/mnt')}"
+        if ctx:
+            note(f"{ctx.get_usage()}\nTry {ctx.command_path} --help\n")
+        raise WrongUsage(text) from None
 
 
-DAY = "createNodes install start up status syncData render terminateAll".split()
-
-
+# Command -> the arguments of the example in its help; --help lists the user's day first.
 EXAMPLES = {
     "createNodes": "c1.xlarge 8",
-    "addSpotNodes": "c1.xlarge 8 0.20",
     "install": "",
     "start": "",
+    "up": "c1.xlarge 8",
     "status": "--watch",
     "syncData": "myHugeVolumeDataFile.vol",
-    "terminateAll": "",
-    "tunnel": "",
     "render": "scenes/*.xml --then-terminate -- -p 0",
+    "terminateAll": "",
+    "addSpotNodes": "c1.xlarge 8 0.20",
+    "tunnel": "",
     "systemLoad": "--watch",
     "terminate": "4-17",
     "spotPrices": "c7a.2xlarge",
@@ -2684,7 +2647,6 @@ EXAMPLES = {
     "completion": "bash",
     "extend": "2.5",
     "policy": "> policy.json",
-    "up": "c1.xlarge 8",
 }
 
 
@@ -2692,8 +2654,8 @@ class Tool(click.Group):
     """The boundary: known errors become one line and an exit code; the rest is a bug's traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Begin with the user's day; the rest stays in the order of the file."""
-        return sorted(self.commands, key=lambda name: DAY.index(name) if name in DAY else len(DAY))
+        """Begin with the user's day, not with A."""
+        return list(EXAMPLES)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take --config from anywhere before a "--"."""
@@ -2721,10 +2683,9 @@ class Tool(click.Group):
         try:
             with plain_usage():
                 return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort):
-            self.interrupted(ctx, 130)
-        except Terminated:
-            self.interrupted(ctx, 143)
+        except (KeyboardInterrupt, click.Abort, Terminated) as error:
+            note(f"Interrupted. {ctx.obj.left if isinstance(ctx.obj, App) else ''}".strip())
+            os._exit(143 if isinstance(error, Terminated) else 130)  # at once: threads may still wait for nodes
         except ModuleNotFoundError as error:
             raise ClusterError(MISSING.format(name=error.name)) from error
         except BrokenPipeError:
@@ -2737,13 +2698,6 @@ class Tool(click.Group):
             raise ClusterError(ctx.obj.explain(error) if isinstance(ctx.obj, App) else explain(error)) from error
         finally:
             draw()
-
-    @staticmethod
-    def interrupted(ctx: click.Context, code: int) -> None:
-        """Say what is left running and leave."""
-        left = ctx.obj.left if isinstance(ctx.obj, App) else ""
-        note(f"Interrupted. {left}".strip())
-        os._exit(code)  # at once: threads may still wait for nodes
 
 
 def log_folder(group: str) -> Path:
@@ -4953,8 +4907,8 @@ printf '%s\n' "$program" > $library/guard.py
 printf '%s\n' "$guard" > $units/mitsuba-guard.service
 touch /run/mitsuba-cluster/in-use
 if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
+systemctl enable --quiet --no-reload mtssrv.service mitsuba-guard.service
 systemctl daemon-reload
-systemctl enable --quiet mtssrv.service mitsuba-guard.service
 if [ -n "$server" ]; then
   rm -f /run/mitsuba-cluster/replaced
   systemctl restart mtssrv.service
@@ -5576,6 +5530,7 @@ RENDER_POLL = 10  # seconds between two questions to the head beside a render
 RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
 HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
 HEAL_POLL = 2  # seconds between two looks at it
+FROZEN_LIMIT = 300  # of a head's silence, longer than a reboot, after which another node takes its place
 MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
 
@@ -5660,20 +5615,22 @@ class RenderCluster:
         self.app, self.group = app, group
         self.nodes = app.open_group(group)
         self.names: dict[str, str] = {}  # a node that has ended has no name any more
+        self.frozen: set[str] = set()  # ids of nodes that were given up
 
     def refresh(self) -> None:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
         app, group = self.app, self.group
         with tolerate(), contextlib.suppress(ClusterError):
-            self.nodes = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            ours = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            self.nodes = [node for node in ours if node.id not in self.frozen]
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
         """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if none does.
 
-        A head that is gone for good is replaced as start does it.
+        A head that is gone, or frozen for good, is replaced as start does it.
         """
-        deadline = time.monotonic() + HEAL_LIMIT
+        began = time.monotonic()
         progress = Progress("Waiting for the head", HEAL_LIMIT)
         while True:
             running = [node for node in self.nodes if node.state == "running"]
@@ -5683,16 +5640,26 @@ class RenderCluster:
                 if outcome.ok:
                     return heads[0], *outcome.value
                 problem = f"{heads[0].name}: {outcome.error}"
+                if outcome.silent and time.monotonic() - began > FROZEN_LIMIT and self.hears_others(heads[0]):
+                    note(f"{heads[0].name} is frozen; it costs money until {command('terminate', heads[0].id)}")
+                    with tolerate():
+                        tag_roles(self.app.ec2, None, heads[:1])
+                        self.frozen.add(heads[0].id)
             elif running:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
                     start_group(self.app, self.group, running, force=False)
-            if time.monotonic() > deadline or not running:
+            if time.monotonic() - began > HEAL_LIMIT or not running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
+
+    def hears_others(self, head: Node) -> bool:
+        """Tell whether nodes beside the HEAD answer, so that its silence is not this machine's own network."""
+        others = [node for node in self.nodes if node.state == "running" and node.id != head.id]
+        return any(outcome.ok for outcome in self.app.pool.each(others, fetch_facts, limit=LOOK_LIMIT))
 
     def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
         """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
@@ -5822,11 +5789,11 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.option("-o", "output", type=click.Path(path_type=Path), help="The picture, as Mitsuba's -o; of one scene.")
 @click.option("--group", type=GroupName(), default="default", show_default=True)
 @click.option("--tunnel", is_flag=True, help="Through SSH, even where port 7554 is open.")
-@click.option("--tries", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each scene.")
+@click.option("--tries", type=Number(1, 1000, whole=True), default=5, show_default=True, help="Of each scene.")
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
-    """Render each SCENE with the local mitsuba, again if nodes die.
+    """Render each SCENE with your mitsuba, again if nodes die.
 
     After -- come Mitsuba's own options.
     """
@@ -5844,7 +5811,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     find_head(app, request.group)
     cluster = RenderCluster(app, request.group)
     app.left = f"Only the render has ended. {app.left}"
-    missing = list(request.scenes)
+    missing, failure = list(request.scenes), None
     try:
         nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
         if local and local != nodes_version:
@@ -5854,12 +5821,12 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
                 missing.remove(scene)
     except NodeError as error:
         note(f"Given up: {error}")
-    except Exception:  # whatever it is, the nodes must not run on unattended
-        if then_terminate:
-            terminate_in(app, app.ec2, request.group, others=False)
-        raise
+    except Exception as error:  # whatever it is, the nodes must not run on unattended
+        failure = error
     if then_terminate:
         terminate_in(app, app.ec2, request.group, others=False)
+    if failure:
+        raise failure
     if missing:
         raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
@@ -6062,7 +6029,7 @@ def fetch_shown(ec2: Client, group: str | None) -> tuple[list[str], Overview]:
 
 def redraw_screen(text: str) -> None:
     """Show TEXT alone on the terminal, as far as it has room; in a pipe after what was there."""
-    if is_lively(sys.stdout):
+    if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
         height = shutil.get_terminal_size().lines - 1
         text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
     put(text)
