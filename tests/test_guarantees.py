@@ -7,6 +7,7 @@ import os
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,27 +34,31 @@ class Ec2:
         }
 
 
-def launch(count: int) -> cluster.Launch:
-    """Return a launch of COUNT nodes that lacks nothing."""
+def plan(count: int) -> cluster.Plan:
+    """Return a plan for COUNT nodes that lacks nothing."""
     kind = cluster.InstanceType("c1.xlarge", ("x86_64",), ("legacy-bios",), ("hvm",), 8, True, False)
     image = cluster.Image("ami-1", "x86_64", "legacy-bios", "hvm", "/dev/sda1", 8, "ubuntu")
     subnets = [cluster.Subnet("us-east-1a", "subnet-1", "vpc-1", True)]
     request = cluster.LaunchRequest("c1.xlarge", count, "default")
-    plan = cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", 0, None, {}, "", 0, 0, None)
-    return cluster.Launch(plan, "key", "sg-1", "#cloud-config", {}, 16, False)
+    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", 0, None, {}, "", 0, 0, None)
 
 
 def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -> None:
     ec2 = Ec2()
-    nodes, why = cluster.launch_nodes(ec2, launch(250))
+    app: Any = SimpleNamespace(ec2=ec2)
+    nodes, why = cluster.launch_nodes(app, plan(250), {"NetworkInterfaces": [{}], "TagSpecifications": []}, "token")
     assert len(nodes) == 250, why
     assert [one["MaxCount"] for one in ec2.requests] == [100, 100, 50]
     assert len({one["ClientToken"] for one in ec2.requests}) == 3
 
 
-def test_nodes_give_their_metadata_to_sessions_only() -> None:
-    order = launch(1)
-    asked = cluster.launch_parameters(order, order.plan.subnets[0], 1, "token")
+def test_nodes_give_their_metadata_to_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ensure_key", "check_rules", "repair_rules", "rule_owner"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+    monkeypatch.setattr(cluster, "ensure_security_group", lambda *_: cluster.SecurityGroup("sg-1", "g", "n", "vpc-1"))
+    monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
+    app: Any = SimpleNamespace(ec2=Ec2(), settings=SETTINGS, identity=None)
+    asked = cluster.prepare(app, plan(1))
     assert asked["MetadataOptions"]["HttpTokens"] == "required"
     assert asked["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
     assert asked["InstanceInitiatedShutdownBehavior"] == "terminate"

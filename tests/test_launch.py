@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import paramiko
 import pytest
+from botocore.exceptions import ClientError
 
 import cluster
 from tests.support import LocalCloud, free_port
@@ -28,7 +30,7 @@ def security_groups(cloud: LocalCloud, group: str) -> list[Any]:
 
 
 def test_a_dry_run_says_what_a_launch_says_and_makes_nothing(cloud: LocalCloud, group: str) -> None:
-    key = {"SSH_PRIVATE_KEY_FILE": str(cloud.where.root / "never-made.pem")}
+    key = {"SSH_PRIVATE_KEY_FILE": str(cloud.where.root / "never-made.pem"), "KEYPAIR_NAME": group}
     dry = cloud.cluster(*CREATE, group, "--dry-run", settings=key)
     assert (dry.code, dry.err) == (0, "")
     assert not (cloud.where.root / "never-made.pem").exists()
@@ -43,6 +45,16 @@ def test_a_dry_run_says_what_a_launch_says_and_makes_nothing(cloud: LocalCloud, 
     assert made.code == 0, made.err
     own = [line for line in dry.out.splitlines() if not line.startswith(("An hour of a spot node", "vCPUs: "))]
     assert made.err.splitlines()[: len(own)] == own
+
+
+def test_a_dry_run_foresees_a_key_of_the_same_name(cloud: LocalCloud, group: str) -> None:
+    other = cluster.make_ed25519()[1].encode()
+    with cloud.options(pace="none"):
+        cloud.client("ec2").import_key_pair(KeyName=group, PublicKeyMaterial=other)
+        dry = cloud.cluster(*CREATE, group, "--dry-run", settings={"KEYPAIR_NAME": group})
+    cloud.client("ec2").delete_key_pair(KeyName=group)
+    assert (dry.code, dry.out) == (1, "")
+    assert f"EC2 has another key under the name '{group}': choose another KEYPAIR_NAME" in dry.last_line
 
 
 def test_a_dry_run_of_spot_nodes_asks_for_their_quota(cloud: LocalCloud) -> None:
@@ -80,6 +92,47 @@ def test_quota_that_is_used_up(cloud: LocalCloud, group: str) -> None:
         made = cloud.cluster(*CREATE, group)
     assert "\n16 vCPUs asked, your quota is 5 (Running On-Demand Standard" in made.err
     assert (made.code, "quota is used up" in made.last_line) == (1, True)
+
+
+def test_quota_that_is_used_up_half_way(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(vcpu_limit=8, pace="none"):
+        made = cloud.cluster(*CREATE, group, limits={"LAUNCH_BATCH": 1})
+    assert "\n16 vCPUs asked, your quota is 8 (Running On-Demand Standard" in made.err
+    assert made.code == 1
+    assert "1 of 2 nodes are ready" in made.last_line
+    assert "quota is used up" in made.last_line
+    assert "Raise 'Running On-Demand Standard instances'" in made.last_line
+
+
+@pytest.mark.parametrize(
+    ("partition", "owner"), [("aws", "099720109477"), ("aws-cn", "837727238323"), ("aws-us-gov", "513442679011")]
+)
+def test_canonical_has_an_account_in_each_partition(partition: str, owner: str) -> None:
+    image = {"ImageId": "ami-1", "CreationDate": "2026-01-01"}
+    ec2 = MagicMock()
+    ec2.describe_images.return_value = {"Images": [image]}
+    ec2.meta.partition = partition
+    assert cluster.fetch_ubuntu(ec2, no_parameter(), "24.04") == "ami-1"
+    assert ec2.describe_images.call_args.kwargs["Owners"] == [owner]
+
+
+def test_a_partition_without_known_images() -> None:
+    ec2 = MagicMock()
+    ec2.meta.partition, ec2.meta.region_name = "aws-eusc", "eusc-de-east-1"
+    with pytest.raises(cluster.ClusterError, match="was found in eusc-de-east-1; name one in AMI_IDS"):
+        cluster.fetch_ubuntu(ec2, no_parameter(), "24.04")
+
+
+def no_parameter() -> MagicMock:
+    """Return an SSM client that knows no image."""
+    unknown = ClientError({"Error": {"Code": "ParameterNotFound", "Message": "no"}}, "GetParameter")
+    return MagicMock(get_parameter=MagicMock(side_effect=unknown))
+
+
+@pytest.mark.parametrize("region", ["us-gov-west-1", "cn-north-1"])
+def test_prices_of_other_partitions_are_not_asked_for(monkeypatch: pytest.MonkeyPatch, region: str) -> None:
+    monkeypatch.setattr(cluster, "open_client", None)
+    assert cluster.fetch_on_demand_price(cluster.Settings(AWS_REGION=region), "c5.large") is None
 
 
 @contextmanager

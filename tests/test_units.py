@@ -33,11 +33,6 @@ def node(name: str, minutes: int = 0, **changes: Any) -> cluster.Node:
     return cluster.Node(name, "g", "c1.xlarge", "running", LAUNCHED + timedelta(minutes=minutes), **changes)
 
 
-@pytest.mark.parametrize(("count", "expected"), [(0, []), (1, [1]), (100, [100]), (250, [100, 100, 50])])
-def test_plan_batches(count: int, expected: list[int]) -> None:
-    assert cluster.plan_batches(count, 100) == expected
-
-
 def test_plan_head_prefers_the_old_head_then_on_demand_then_age() -> None:
     spot, old, young = node("i-spot", 0, market="spot"), node("i-old", 1), node("i-young", 2)
     assert cluster.plan_head([young, spot, old]) is old
