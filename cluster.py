@@ -24,8 +24,8 @@ sees and ends the cluster, whatever happened to this one.
 Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
 a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
 
-Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, and then a chapter for each
-part of the day: createNodes, install, start, status, syncData, terminateAll, Spot, Small commands.
+Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, Guard, and then a chapter for
+each part of the day: createNodes, install, start, up, render, status, syncData, terminateAll, Spot, Small commands.
 """
 
 from __future__ import annotations
@@ -158,15 +158,6 @@ def command(name: str, *arguments: str) -> str:
     return " ".join([Call.program, *Call.options, name, *words])
 
 
-def called_as(path: str) -> str:
-    """Return how to call the program at PATH again: by its name where PATH finds it, else by its path."""
-    name = os.path.basename(path)
-    found = shutil.which(name)
-    if found and os.path.realpath(found) == os.path.realpath(path):
-        return shlex.quote(name)
-    return shlex.quote(path if os.sep in path else f"./{path}")
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" where WORD is nearly one of those that are KNOWN, else ""."""
     import difflib
@@ -197,9 +188,20 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes % 60:02}m" if not days else f"{days}d{hours % 24:02}h"
 
 
-def format_count(count: int, noun: str) -> str:
-    """Return "1 node" or "3 nodes"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def format_time(moment: datetime) -> str:
+    """Return "2026-11-30 21:05:09 (19:05:09 UTC)": this machine's time beside UTC, where they differ."""
+    here, utc = moment.astimezone(), moment.astimezone(timezone.utc)
+    return f"{here:%F %T} ({utc:%T} UTC)" if here.utcoffset() else f"{utc:%F %T} UTC"
+
+
+def to_moment(seconds: str) -> datetime:
+    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
+    return datetime.fromtimestamp(int(seconds), timezone.utc)
+
+
+def format_count(count: float, noun: str) -> str:
+    """Return "1 node", "3 nodes" or "2.5 hours"."""
+    return f"{count:.10g} {noun}" if count == 1 else f"{count:.10g} {noun}s"
 
 
 def format_exit(code: int) -> str:
@@ -210,8 +212,8 @@ def format_exit(code: int) -> str:
 def format_size(size: float) -> str:
     """Return "12 B", "3.4 MB" … in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.95 else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
 
@@ -254,15 +256,10 @@ def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]
     return "\n".join(blocks)
 
 
-def format_bar(done: float, total: float, width: int = 20) -> str:
+def format_bar(done: float, whole: float, width: int = 20) -> str:
     """Return a progress bar: [######··············]."""
-    filled = int(width * min(done, total) / total) if total else 0
+    filled = int(width * min(done, whole) / whole) if whole else 0
     return f"[{'#' * filled}{'·' * (width - filled)}]"
-
-
-def first_line(text: str) -> str:
-    """Return the first line of TEXT that says something."""
-    return next((printable(line.strip()) for line in text.splitlines() if line.strip()), "")
 
 
 def format_tail(output: str) -> str:
@@ -295,76 +292,16 @@ def is_terminal() -> bool:
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class Progress:
-    """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
+DRAWN: list[str] = []  # the terminal's last lines, which the next output replaces
 
-    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
-    """
 
-    shown = 0  # characters of a bar that stand on the terminal's last line
-    above = 0  # lines above that one
-
-    def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
-        self.label, self.total, self.say, self.size = label, total, say, size
-        self.done = 0
-        self.detail = ""
-        self.steps: dict[str, str] = {}  # node id -> what it does now
-        self.moved: dict[str, int] = collections.defaultdict(int)  # node id, or "all" -> bytes
-        self.began = self.told = time.monotonic()
-
-    def step(self, node: Node, text: str) -> None:
-        """Note what NODE does now, in a word or two: "booting", "unpacking"."""
-        with OUTPUT:
-            self.steps[node.id] = text
-
-    @staticmethod
-    def clear() -> None:
-        """Remove the bar, so that a line can be printed; the caller holds OUTPUT."""
-        if Progress.shown:
-            up = f"\033[{Progress.above}A\033[J" if Progress.above else ""
-            click.echo(f"\r{' ' * Progress.shown}\r{up}", nl=False, err=True)
-            Progress.shown = Progress.above = 0
-
-    def describe(self) -> str:
-        """Return what stands beside the bar: nodes, bytes, rate, time left, the nodes' steps, the time gone."""
-        gone, moved = time.monotonic() - self.began, sum(self.moved.values())
-        parts = [f"{self.done}/{self.total}"] if self.total else []
-        if self.size:
-            parts.append(f"{format_size(moved)} of {format_size(self.size)}")
-            if moved and gone > 1:
-                rate = moved / gone
-                parts.append(f"{format_size(rate)}/s, {format_duration(max(0, self.size - moved) / rate)} left")
-        steps = sorted(self.steps.values())
-        parts += [self.detail] if self.detail else [f"{steps.count(step)} {step}" for step in dict.fromkeys(steps)]
-        return ", ".join([*parts, format_duration(gone)])
-
-    def redraw(self) -> None:
-        """Draw the bar anew."""
-        with OUTPUT:
-            if is_terminal():
-                moved = sum(self.moved.values())
-                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
-                text = f"{self.label} {bar} {self.describe()}"[: shutil.get_terminal_size().columns - 1]
-                click.echo("\r" + text.ljust(Progress.shown), nl=False, err=True)
-                Progress.shown = len(text)
-            elif time.monotonic() - self.told > 60:
-                self.told = time.monotonic()
-                note(f"{self.label}: {self.describe()}")
-
-    def show(self, detail: str) -> None:
-        """Show a detail beside the bar, in place of the nodes' steps."""
-        self.detail = detail
-        self.redraw()
-
-    def finished(self, outcome: Outcome[Any]) -> None:
-        """Count a node, and print its line: success to stdout, failure to stderr."""
-        with OUTPUT:
-            self.done += 1
-            self.steps.pop(outcome.node.id, None)
-            if outcome.error:
-                put(f"{paint(outcome.node.name, err=True, fg='red')}: {printable_lines(outcome.error)}", err=True)
-            elif self.say and (line := self.say(outcome)):
-                result(line)
+def draw(*lines: str) -> None:
+    """Show LINES, cut to the terminal's width, until the next output; with none, only remove those that are shown."""
+    with OUTPUT:
+        if lines or DRAWN:  # one line is wiped with spaces, which every terminal knows
+            wipe = f"\r\033[{len(DRAWN) - 1}A\033[J" if len(DRAWN) > 1 else f"\r{' ' * len(''.join(DRAWN))}\r"
+            DRAWN[:] = [line[: shutil.get_terminal_size().columns - 1] for line in lines]
+            click.echo(wipe + "\n".join(DRAWN), nl=False, err=True)
 
 
 def printable_lines(text: str) -> str:
@@ -375,7 +312,7 @@ def printable_lines(text: str) -> str:
 def put(text: str | bytes, err: bool = False) -> None:
     """Print what is printable or painted already, past the bar; any thread may."""
     with OUTPUT:
-        Progress.clear()
+        draw()
         click.echo(text, nl=isinstance(text, str), err=err)
 
 
@@ -397,28 +334,6 @@ def warn(text: str) -> None:
 def complain(text: str) -> None:
     """Say what went wrong."""
     put(f"{paint('Error:', err=True, fg='red')} {printable_lines(text)}", err=True)
-
-
-class Lines:
-    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
-
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix, self.rest = prefix.encode(), b""
-
-    def __call__(self, block: bytes) -> None:
-        """Print the lines that BLOCK completes; what does not end is cut into long ones."""
-        *lines, self.rest = (self.rest + block).split(b"\n")
-        if len(self.rest) > MIB:
-            lines, self.rest = [*lines, self.rest], b""
-        if lines and sys.stdout.isatty():
-            result("\n".join((self.prefix + line.rstrip(b"\r")).decode("utf-8", "replace") for line in lines))
-        elif lines:
-            put(b"".join(self.prefix + line + b"\n" for line in lines))
-
-    def end(self) -> None:
-        """Print what came after the last line."""
-        if self.rest:
-            self(b"\n")
 
 
 # --- Settings ----------------------------------------------------------------
@@ -606,7 +521,6 @@ SOURCES = {
     "UserIdGroupPairs": "GroupId",
 }
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
-TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 NEW_LIMIT = 60  # for all of AWS to know what was just made
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
@@ -919,15 +833,6 @@ class SecurityGroup(NamedTuple):
     rules: tuple[Rule, ...] = ()
 
 
-class Overview(NamedTuple):
-    """Everything of ours in a region."""
-
-    nodes: list[Node]
-    requests: list[SpotRequest]
-    security_groups: list[SecurityGroup]
-    region: str
-
-
 def to_utc(value: Any) -> datetime:
     """Return boto3's datetime, or now where it is missing."""
     return value.astimezone(timezone.utc) if isinstance(value, datetime) else datetime.now(timezone.utc)
@@ -1036,16 +941,6 @@ def fetch_security_groups(ec2: Client, group: str | None = None) -> list[Securit
     return [one for one in groups if one.name == f"mitsuba-{one.group}"]
 
 
-def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
-    """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
-    nodes, requests, security_groups = side_by_side(
-        lambda: fetch_nodes(ec2, group),
-        lambda: fetch_spot_requests(ec2, group),
-        lambda: fetch_security_groups(ec2, group),
-    )
-    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
-
-
 def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
     """Return those of REQUESTS that can still launch something, or have."""
     return [request for request in requests if request.state in ("open", "active")]
@@ -1059,7 +954,7 @@ def spent(node: Node, now: datetime) -> float | None:
     return hours * (node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0))
 
 
-def total(values: Iterable[float | None]) -> float | None:
+def sum_known(values: Iterable[float | None]) -> float | None:
     """Add up VALUES; None where none is known."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
@@ -1083,8 +978,10 @@ def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
     with tolerate("InvalidInstanceType", "InvalidParameterValue"):
         types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
     if not types:
-        region = ec2.meta.region_name
-        raise ClusterError(f"{region} has no instance type {machine!r}; see https://aws.amazon.com/ec2/instance-types/")
+        offered = fetch_pages(ec2, "describe_instance_type_offerings", "InstanceTypeOfferings")
+        near = did_you_mean(machine, (one["InstanceType"] for one in offered))
+        advice = near or "; see https://aws.amazon.com/ec2/instance-types/"
+        raise ClusterError(f"{ec2.meta.region_name} has no instance type {machine!r}{advice}")
     raw = types[0]
     return InstanceType(
         type=machine,
@@ -1355,22 +1252,6 @@ def signed_text(group: str, host_key: str) -> bytes:
     return f"mitsuba-cluster\ngroup {group}\nhost key {host_key}\n".encode()
 
 
-def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]:
-    """Return the tags of nodes that the user's key (or ssh-agent) vouches for."""
-    import base64
-
-    import paramiko
-
-    algorithm = "rsa-sha2-512" if identity.public.startswith("ssh-rsa ") else None
-    try:
-        signed = identity.key.sign_ssh_data(signed_text(group, host_key), algorithm)
-    except paramiko.SSHException as error:
-        raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
-    text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
-    parts = (text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH))
-    return dict(zip(SIGNATURE_TAGS, parts))
-
-
 @functools.cache
 def is_signed(public: str, group: str, host_key: str, signature: str) -> bool:
     """Tell whether the key with this PUBLIC half made SIGNATURE; checked once for all nodes of a launch."""
@@ -1409,6 +1290,11 @@ def not_ours(node: Node) -> str:
     return f"not launched with this key, {what}"
 
 
+def first_line(text: str) -> str:
+    """Return the first line of TEXT that says something."""
+    return next((printable(line.strip()) for line in text.splitlines() if line.strip()), "")
+
+
 def hide_from_git(path: Path) -> str:
     """Keep git from picking up what replaces a tracked placeholder; return why it still would, or ""."""
     import subprocess
@@ -1433,61 +1319,10 @@ def hide_from_git(path: Path) -> str:
     return ""
 
 
-def write_secret(path: Path, text: str) -> None:
-    """Write a file that only the user can read, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def make_ed25519() -> tuple[str, str]:
-    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-    key = Ed25519PrivateKey.generate()
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    form = serialization.PublicFormat.OpenSSH
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
-    return private.decode(), public.decode()
-
-
 def has_key(path: Path) -> bool:
     """Tell whether a file is there and holds a key: not the placeholder."""
     text = path.read_text("latin-1") if path.exists() else ""
     return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
-
-
-def ensure_key_file(path: Path) -> None:
-    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
-    if has_key(path):
-        return
-    text = path.read_text("latin-1") if path.exists() else ""
-    if text and "placeholder" not in text:
-        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
-    if why := hide_from_git(path):
-        raise ClusterError(
-            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
-            "path outside of the repository"
-        )
-    private, _ = make_ed25519()
-    try:
-        write_secret(path, private)
-    except OSError as error:
-        raise ClusterError(
-            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
-            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
-        ) from error
-    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def user_command(name: str, script: str, *arguments: str) -> str:
@@ -1502,7 +1337,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, json, os, re, socket, stat, sys, threading, time
+import concurrent.futures, contextlib, json, os, re, socket, stat, subprocess, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
@@ -1569,7 +1404,6 @@ class Facts(NamedTuple):
     idle: float | None = None  # seconds since its last use; None: no guard is there
     idle_limit: float = 0  # seconds after which it ends; 0: never
     clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
-    offered: int | None = None  # cores that a head's guard last heard its server offer; 0: no answer
     boot: str = ""  # changes with each boot of the node
     started: str = ""  # changes with each start of its server
     clock: str = ""  # seconds since 1970
@@ -1749,7 +1583,7 @@ def fetch_facts(remote: Remote) -> Facts:
         if not re.fullmatch(pattern, pairs.get(name, "")):
             raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
     try:
-        guard = {"idle": None, "limit": 0, "clients": {}, "offered": None} | json.loads(pairs.get("guard") or "{}")
+        guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
             version=pairs.get("version", ""),
@@ -1758,7 +1592,6 @@ def fetch_facts(remote: Remote) -> Facts:
             idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
             idle_limit=to_seconds(guard["limit"]),
             clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
-            offered=None if guard["offered"] is None else int(to_seconds(guard["offered"])),
             boot=pairs.get("boot", ""),
             started=pairs.get("started", ""),
             clock=pairs.get("clock", ""),
@@ -1872,6 +1705,65 @@ def raise_limits() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     threading.stack_size(512 * 1024)  # a thousand nodes are two thousand threads
     logging.getLogger("paramiko").setLevel(logging.CRITICAL + 1)  # errors reach the user by us
+
+
+class Progress:
+    """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
+
+    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
+    """
+
+    def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
+        self.label, self.total, self.say, self.size = label, total, say, size
+        self.done = 0
+        self.detail = ""
+        self.steps: dict[str, str] = {}  # node id -> what it does now
+        self.moved: dict[str, int] = collections.defaultdict(int)  # node id, or "all" -> bytes
+        self.began = self.told = time.monotonic()
+
+    def step(self, node: Node, text: str) -> None:
+        """Note what NODE does now, in a word or two: "booting", "unpacking"."""
+        with OUTPUT:
+            self.steps[node.id] = text
+
+    def describe(self) -> str:
+        """Return what stands beside the bar: nodes, bytes, rate, time left, the nodes' steps, the time gone."""
+        gone, moved = time.monotonic() - self.began, sum(self.moved.values())
+        parts = [f"{self.done}/{self.total}"] if self.total else []
+        if self.size:
+            parts.append(f"{format_size(moved)} of {format_size(self.size)}")
+            if moved and gone > 1:
+                rate = moved / gone
+                parts.append(f"{format_size(rate)}/s, {format_duration(max(0, self.size - moved) / rate)} left")
+        steps = sorted(self.steps.values())
+        parts += [self.detail] if self.detail else [f"{steps.count(step)} {step}" for step in dict.fromkeys(steps)]
+        return ", ".join([*parts, format_duration(gone)])
+
+    def redraw(self) -> None:
+        """Draw the bar anew."""
+        with OUTPUT:
+            if is_terminal():
+                moved = sum(self.moved.values())
+                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
+                draw(f"{self.label} {bar} {self.describe()}")
+            elif time.monotonic() - self.told > 60:
+                self.told = time.monotonic()
+                note(f"{self.label}: {self.describe()}")
+
+    def show(self, detail: str) -> None:
+        """Show a detail beside the bar, in place of the nodes' steps."""
+        self.detail = detail
+        self.redraw()
+
+    def finished(self, outcome: Outcome[Any]) -> None:
+        """Count a node, and print its line: success to stdout, failure to stderr."""
+        with OUTPUT:
+            self.done += 1
+            self.steps.pop(outcome.node.id, None)
+            if outcome.error:
+                put(f"{paint(outcome.node.name, err=True, fg='red')}: {printable_lines(outcome.error)}", err=True)
+            elif self.say and (line := self.say(outcome)):
+                result(line)
 
 
 class NodePool:
@@ -2149,7 +2041,7 @@ class Fetcher:
         disk = os.fstatvfs(self.folder)
         need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
         if need > free:
-            raise FetchFailed(f"{need // MIB} MB are needed, {free // MIB} MB are free")
+            raise FetchFailed(f"{format_size(need)} needed, {format_size(free)} free")
         return need
 
     def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
@@ -2220,7 +2112,7 @@ def fetch_files(arguments: list[str]) -> None:
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
     names = "MARK_PATH FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
-    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
+    return node_program(names, format_size, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
 
 
 class Fetched(NamedTuple):
@@ -2530,7 +2422,6 @@ class Spread:
 # The one error boundary, what a run holds, and what the commands share.
 
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
-LIMITS_VARIABLE = "MITSUBA_CLUSTER_LIMITS"
 
 
 def warn_of_git(path: Path) -> None:
@@ -2720,10 +2611,8 @@ class App:
         """End with a summary on stderr, and with exit code 1 if any node failed."""
         failed = [outcome for outcome in outcomes if not outcome.ok]
         if failed:
-            good = len(outcomes) - len(failed)
-            raise ClusterError(
-                f"{what} on {good} of {len(outcomes)} nodes; failed: {', '.join(o.node.name for o in failed)}"
-            )
+            good = f"{len(outcomes) - len(failed)} of {format_count(len(outcomes), 'node')}"
+            raise ClusterError(f"{what} on {good}; failed: {', '.join(outcome.node.name for outcome in failed)}")
         note(f"{what} on {format_count(len(outcomes), 'node')}")
 
 
@@ -2757,7 +2646,7 @@ def plain_usage() -> Iterator[None]:
         raise WrongUsage(error.format_message().rstrip(".") + advice, error.ctx) from None
 
 
-DAY = "createNodes install start status syncData terminateAll".split()
+DAY = "createNodes install start up status syncData render terminateAll".split()
 
 
 EXAMPLES = {
@@ -2834,7 +2723,7 @@ class Tool(click.Group):
                 raise
             raise ClusterError(ctx.obj.explain(error) if isinstance(ctx.obj, App) else explain(error)) from error
         finally:
-            Progress.clear()
+            draw()
 
     @staticmethod
     def interrupted(ctx: click.Context, code: int) -> None:
@@ -2988,15 +2877,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 
 others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
-count_argument = click.argument("count", type=Number(1, 5000, whole=True))
 type_argument = click.argument("machine", metavar="TYPE")
-hours_option = click.option(
-    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
-)
-idle_option = click.option(
-    "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
-)
-node_argument = click.argument("name", type=NodeName(), metavar="NODE")
 
 
 def in_order(nodes: Iterable[Node]) -> list[Node]:
@@ -3092,6 +2973,7 @@ JOIN_DOUBLINGS = 7
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
+HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a scene is more
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
@@ -3282,13 +3164,32 @@ def find_joining(links: Links, now: float, quiet: float) -> list[str]:
     return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
 
 
+def watch_ends() -> subprocess.Popen[bytes]:
+    """Begin to note the connections to mtssrv that end: a short render comes and goes between two looks."""
+    import subprocess
+
+    words = ["stdbuf", "--output=L", "ss", "-HtniOE", f"sport = :{SERVER_PORT}"]
+    ends = subprocess.Popen(words, stdout=subprocess.PIPE, bufsize=0)
+    if ends.stdout:
+        os.set_blocking(ends.stdout.fileno(), False)
+    return ends
+
+
+def has_left(ends: subprocess.Popen[bytes]) -> bool:
+    """Tell whether a connection has ended, since this was asked last, that brought more than a handshake."""
+    text = ends.stdout.read() if ends.stdout else b""
+    if text == b"":
+        sys.exit("ss has ended")  # systemd starts this program again
+    return any(int(count) > HANDSHAKE_BYTES for count in re.findall(rb"bytes_received:(\d+)", text or b""))
+
+
 class Look(NamedTuple):
     """What one look at a node shows."""
 
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
-    opened: int | None  # connections to the head's server so far, but for the guard's own; None: can't be counted
-    servers: dict[str, int]  # peer -> bytes moved, of the connections to mtssrv
+    left: bool  # of a head: a client has left since the look before
+    servers: dict[str, int]  # of a head: peer -> bytes moved, of the connections to mtssrv
     logins: dict[str, int]  # the same of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
     working: bool = False  # a command of cluster.py is at work
@@ -3340,12 +3241,11 @@ def run_quietly(*words: str) -> str:
         return ""
 
 
-def take_look(own_connections: int) -> Look:
-    """Look at this node."""
+def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
+    """Look at this node; ENDS: of a head, see watch_ends."""
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    counted = re.search(r"counter packets (\d+)", run_quietly("nft", "list", "table", "inet", "mitsuba_guard"))
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
@@ -3355,8 +3255,8 @@ def take_look(own_connections: int) -> Look:
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        int(counted[1]) - own_connections if counted else None,
-        servers,
+        ends is not None and has_left(ends),
+        servers if ends else {},
         logins,
         touched,
         is_held(MARK_PATH),
@@ -3379,8 +3279,6 @@ class Memory(NamedTuple):
     used: float  # when the node was last used, and
     how: str  # by what
     quiet: float  # since when nobody has connected to mtssrv, as far as is known
-    left: float  # when a client was last there
-    opened: int | None
     connections: dict[str, Connection]
 
 
@@ -3408,24 +3306,20 @@ def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int
 def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     """Carry MEMORY on with one more LOOK."""
     if not memory:
-        memory = Memory(look.at, look, look.at, "the node booted", look.at, look.at, look.opened, {})
+        memory = Memory(look.at, look, look.at, "the node booted", look.at, {})
     seen = {}
     for peer, count in look.servers.items():
         old = memory.connections.get(peer)
         if not old or count < old.total:
             old = Connection(look.at, look.at, count)
         seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
-    opened = look.opened is None or look.opened > (memory.opened or 0)
-    quiet = look.at if seen or opened else memory.quiet
-    memory = memory._replace(at=look.at, quiet=quiet, opened=look.opened, connections=seen)
-    clients = find_clients(memory)
-    if clients:
-        memory = memory._replace(left=look.at)
+    how = "a client left" if look.left or find_clients(memory).keys() - seen.keys() else ""
+    quiet = look.at if seen or how else memory.quiet
+    memory = memory._replace(at=look.at, quiet=quiet, connections=seen)
     if look.at - memory.base.at >= USE_LOOK:
-        how = find_use(memory.base, look, clients.values(), workers)
+        how = find_use(memory.base, look, find_clients(memory).values(), workers) or how
         memory = memory._replace(base=look)
-        memory = memory._replace(used=look.at, how=how) if how else memory
-    return memory
+    return memory._replace(used=look.at, how=how) if how else memory
 
 
 def judge_idleness(memory: Memory, role: str, limit: float) -> str:
@@ -3433,14 +3327,10 @@ def judge_idleness(memory: Memory, role: str, limit: float) -> str:
 
     Use is known only up to the last look over which it was judged.
     """
-    idle = memory.at - memory.used
-    if not limit or idle < limit or memory.at != memory.base.at:
+    patience = max(limit, CLIENT_SILENCE) if find_clients(memory) else limit
+    if not limit or memory.at - memory.used < patience or memory.at != memory.base.at:
         return ""
-    if role == "worker":
-        return "ask"
-    if role == "head" and find_clients(memory):
-        return "end" if idle >= max(limit, CLIENT_SILENCE) else ""
-    return "end" if role != "head" or memory.at - memory.left >= limit else ""
+    return "ask" if role == "worker" else "end"
 
 
 def restore_memory(text: str) -> Memory | None:
@@ -3454,13 +3344,11 @@ def restore_memory(text: str) -> Memory | None:
         return None
 
 
-def report(memory: Memory, limit: float, offered: int | None = None) -> dict[str, Any]:
-    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent); and the
-    cores that a head OFFERED last (0: it does not answer).
-    """
+def report(memory: Memory, limit: float) -> dict[str, Any]:
+    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
     idle = memory.at - memory.used
-    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients, "offered": offered}
+    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients}
 
 
 def restart_head(why: str) -> None:
@@ -3469,8 +3357,8 @@ def restart_head(why: str) -> None:
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
-def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Links, Answer]:
-    """Shake hands with all servers once, and restart the head where that helps; return the head's own answer, too."""
+def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
+    """Shake hands with all servers once, and restart the head where that helps."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["version"])
     for one in workers:
@@ -3484,18 +3372,7 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> tuple[Link
     elif joining := find_joining(links, time.monotonic(), quiet):
         restart_head(f"to link {' '.join(joining)}")
         links = links._replace(answering={})
-    return links, answers[own]
-
-
-def count_connections(workers: Iterable[str]) -> None:
-    """Let the kernel count the connections to the head's server: a short render comes and goes between two looks."""
-    others = f"ip saddr != {{ {', '.join(workers)} }}" if workers else ""  # idle workers ask their head
-    rule = f"tcp dport {SERVER_PORT} {others} tcp flags & (fin | syn | rst | ack) == syn counter"
-    chain = f"chain input {{ type filter hook input priority 0; {rule}; }}"
-    table = "table inet mitsuba_guard"
-    run_quietly("nft", f"add {table}\ndelete {table}\n{table} {{\n{chain}\n}}\n")
-    if not run_quietly("nft", "list", "table", "inet", "mitsuba_guard"):
-        say("links no node that comes back, since nft does not count the connections: a restart might end a render")
+    return links
 
 
 def guard_node(arguments: list[str]) -> None:
@@ -3505,21 +3382,18 @@ def guard_node(arguments: list[str]) -> None:
     plan = read_plan()
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
-    links, own_connections, refused, offered = Links(), 0, 0, None
+    links, refused = Links(), 0
     say(f"guards a node with role {role}; it may be idle for {limit:g} s")
-    if role == "head":
-        count_connections(workers)
+    ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
-        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(0))
+        memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
     while True:
         if role == "head":
-            links, answer = keep_serving(plan, links, memory.quiet)
-            own_connections += answer.connections
-            offered = answer.cores
+            links = keep_serving(plan, links, memory.quiet)
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
-            memory = remember(memory, take_look(own_connections), len(workers))
+            memory = remember(memory, take_look(ends), len(workers))
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
-            write_file(STATE_PATH, json.dumps(report(memory, limit, offered)))
+            write_file(STATE_PATH, json.dumps(report(memory, limit)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
                 refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
@@ -3574,13 +3448,13 @@ def guard_program() -> str:
     names = (
         "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
         "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
-        "HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
+        "HANDSHAKE_BYTES HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
     )
     parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
     parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
-    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, take_look, Connection, Memory]
-    parts += [find_clients, find_use, remember, judge_idleness, restore_memory, report, restart_head]
-    parts += [keep_serving, count_connections]
+    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, watch_ends, has_left]
+    parts += [take_look, Connection, Memory, find_clients, find_use, remember, judge_idleness, restore_memory]
+    parts += [report, restart_head, keep_serving]
     return node_program(names, *parts, guard_node)
 
 
@@ -3622,6 +3496,7 @@ QUOTAS = {
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
+TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
@@ -3903,8 +3778,8 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
 
 def format_limits(hours: float, idle: float) -> str:
     """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
-    limits = [f"{hours:g} hours"] if hours else []
-    limits += [f"{idle:g} minutes without use"] if idle else []
+    limits = [format_count(hours, "hour")] if hours else []
+    limits += [f"{format_count(idle, 'minute')} without use"] if idle else []
     return f"Each ends itself after {', or '.join(limits)}." if limits else ""
 
 
@@ -3968,7 +3843,7 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     request, settings, cores = plan.request, app.settings, plan.type.cores * plan.request.number
     if plan.present:
         group = app.where(request.group)
-        yield f"{group} has {format_count(plan.present, 'node')} already; {request.number} more are added"
+        yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
     yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
     if plan.spot:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
@@ -3998,6 +3873,57 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     if plan.quota is not None:
         quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
         yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
+
+
+def write_secret(path: Path, text: str) -> None:
+    """Write a file that only the user can read, whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def make_ed25519() -> tuple[str, str]:
+    """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    key = Ed25519PrivateKey.generate()
+    openssh = serialization.PrivateFormat.OpenSSH
+    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
+    form = serialization.PublicFormat.OpenSSH
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    return private.decode(), public.decode()
+
+
+def ensure_key_file(path: Path) -> None:
+    """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    if has_key(path):
+        return
+    text = path.read_text("latin-1") if path.exists() else ""
+    if text and "placeholder" not in text:
+        raise ClusterError(f"{path} is no SSH private key; move it away, and createNodes makes one")
+    if why := hide_from_git(path):
+        raise ClusterError(
+            f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
+            "path outside of the repository"
+        )
+    private, _ = make_ed25519()
+    try:
+        write_secret(path, private)
+    except OSError as error:
+        raise ClusterError(
+            f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
+            f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
+        ) from error
+    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def ensure_key(app: App) -> None:
@@ -4040,6 +3966,22 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
         "bootcmd": ["set -e", ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
     }
     return "#cloud-config\n" + json.dumps(config)
+
+
+def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]:
+    """Return the tags of nodes that the user's key (or ssh-agent) vouches for."""
+    import base64
+
+    import paramiko
+
+    algorithm = "rsa-sha2-512" if identity.public.startswith("ssh-rsa ") else None
+    try:
+        signed = identity.key.sign_ssh_data(signed_text(group, host_key), algorithm)
+    except paramiko.SSHException as error:
+        raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
+    text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
+    parts = (text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH))
+    return dict(zip(SIGNATURE_TAGS, parts))
 
 
 def prepare(app: App, plan: Plan) -> dict[str, Any]:
@@ -4142,7 +4084,7 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
                     break
             if len(nodes) == request.number:
                 return nodes, ""
-            note(f"{zone} gave {len(nodes)} of {request.number} nodes")
+            note(f"{zone} gave {len(nodes)} of {format_count(request.number, 'node')}")
         except (BotoCoreError, ClientError) as error:
             code, why = error_code(error), f"{zone}: {explain(error)}"
             if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
@@ -4250,7 +4192,7 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
-    note(f"{len(nodes)} of {request.number} nodes launched; waiting until each answers")
+    note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
     return nodes, why, token
 
 
@@ -4273,9 +4215,22 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
-        good = f"{len(outcomes) - len(failed)} of {request.number} nodes"
-        raise ClusterError(f"{good} are ready in {where}{f' ({why})' if why else ''}; {ways}")
+        good = f"{len(outcomes) - len(failed)} of {format_count(request.number, 'node')}"
+        raise ClusterError(f"{good} ready in {where}{f' ({why})' if why else ''}; {ways}")
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
+
+
+count_argument = click.argument("count", type=Number(1, 5000, whole=True))
+
+
+hours_option = click.option(
+    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
+)
+
+
+idle_option = click.option(
+    "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
+)
 
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
@@ -4740,7 +4695,7 @@ def pack_build(folder: Path, settings: Settings) -> Package:
         write_package(target, files)
         for old in sorted(cache.glob("mitsuba-*.tar.gz"), key=lambda path: path.stat().st_mtime)[:-PACKED_KEPT]:
             old.unlink(missing_ok=True)
-    title = f"the build in {folder} ({count} files, and {len(libraries)} libraries that they need; "
+    title = f"the build in {folder} ({format_count(count, 'file')} and the libraries that they need; "
     return Package(title + format_size(target.stat().st_size) + ")", str(target), digest_file(target, "sha256"), True)
 
 
@@ -5104,7 +5059,7 @@ def await_server(remote: Remote, version: str, cores: int | None = None, workers
             offered = ask_server(remote, version)
             if cores in (None, offered):
                 return offered
-            problem = f"its mtssrv offers {offered} cores, not {cores}"
+            problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
         except NodeError as error:
             problem = str(error)
         if time.monotonic() > deadline:
@@ -5202,7 +5157,9 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
     else:
         configure_node(remote, start.guard, plan)
     if not 0 < cores <= start.most_cores(node):
-        raise NodeError(f"its mtssrv announces {cores} cores, and {node.type} has {start.most_cores(node)}")
+        raise NodeError(
+            f"its mtssrv announces {format_count(cores, 'core')}, and {node.type} has {start.most_cores(node)}"
+        )
     return Served(facts, cores, action)
 
 
@@ -5286,7 +5243,9 @@ def link_group(
     say_how_to_connect(app, group, head, ready.value)
     if failed:
         count = len(workers) + 1
-        raise ClusterError(f"{count - len(failed)} of {count} nodes serve; failed: {', '.join(failed)}")
+        raise ClusterError(
+            f"{count - len(failed)} of {format_count(count, 'node')} serving; failed: {', '.join(failed)}"
+        )
     if ready.value.waiting:
         raise ClusterError(
             f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
@@ -5373,29 +5332,36 @@ def tunnel(app: App, group: str, port: int) -> None:
 # its own launch.
 
 COUNT_LIMIT = 60  # seconds for two polls to agree, and to show the nodes of a launch
+LIST_LAG = 5  # seconds after a launch until lists show all of it: users report 1 to 5
 BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
 
 
 class Board(Progress):
     """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
 
-    def __init__(self, nodes: Sequence[Node], say: Callable[[Outcome[Any]], str]) -> None:
-        super().__init__("Up", len(nodes), say)
+    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str], ended: Container[str] = ()) -> None:
+        super().__init__("Up", len(nodes), line)
+        self.ended = ended  # ids of nodes of which nothing is said any more
         self.at = {node.id: (self.began, node.name, "waiting for its address") for node in nodes}
 
-    def step(self, node: Node, text: str, ended: str = "") -> None:
-        """Note what NODE does now, and what its step before has come to."""
+    def step(self, node: Node, text: str) -> None:
+        """Note what NODE does now."""
         with OUTPUT:
+            if node.id not in self.at:
+                return
+            if self.at[node.id][2] == "booting" and text != "booting" and not is_terminal():
+                note(f"{node.name}: has booted")
             self.at[node.id] = (time.monotonic(), node.name, text)
-            if ended and not is_terminal():
-                note(f"{node.name}: {ended}")
         self.redraw()
 
     def finished(self, outcome: Outcome[Any]) -> None:
         """Count a node, and print its line in place of the board's."""
         with OUTPUT:
             self.at.pop(outcome.node.id, None)
-            super().finished(outcome)
+            if outcome.node.id in self.ended:
+                self.total -= 1
+            else:
+                super().finished(outcome)
 
     def lines(self) -> list[str]:
         """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
@@ -5404,7 +5370,10 @@ class Board(Progress):
         lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
         steps = [step for _, _, step in waiting[room:]]
         more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
-        return [*lines, f"Up: {self.done}/{self.total} nodes{more}, {format_duration(now - self.began)}"]
+        return [
+            *lines,
+            f"Up: {self.done}/{format_count(self.total, 'node')}{more}, {format_duration(now - self.began)}",
+        ]
 
     def redraw(self) -> None:
         """Draw the board anew."""
@@ -5412,77 +5381,85 @@ class Board(Progress):
             super().redraw()  # a line a minute
             return
         with OUTPUT:
-            Progress.clear()
-            lines = [line[: shutil.get_terminal_size().columns - 1] for line in self.lines()]
-            click.echo("\n".join(lines), nl=False, err=True)
-            Progress.shown, Progress.above = len(lines[-1]), len(lines) - 1
+            draw(*self.lines())
 
 
-def count_nodes(ec2: Client, group: str, launched: Sequence[Node] = ()) -> list[Node]:
-    """Return GROUP's nodes that run or will, oldest first, once two polls agree and know the LAUNCHED: lists lag."""
-    deadline = time.monotonic() + COUNT_LIMIT
+def count_nodes(
+    ec2: Client, group: str, known: Sequence[Node] = (), least: float = 0, limit: float = COUNT_LIMIT
+) -> list[Node]:
+    """Return GROUP's nodes that run or will, oldest first, with those KNOWN that no list shows yet.
+
+    Lists lag: polls until two agree and show all that are KNOWN, for LEAST to LIMIT seconds (0: once).
+    """
+    began = time.monotonic()
     before: set[str] | None = None
     while True:
         listed = {node.id: node for node in fetch_nodes(ec2, group)}
         nodes = [node for node in listed.values() if node.is_inside and node.state in ("pending", "running")]
-        unseen = [node for node in launched if node.id not in listed]
+        unseen = [node for node in known if node.id not in listed]
         found = {node.id for node in nodes}
-        if (found == before and not unseen) or time.monotonic() > deadline:
+        gone = time.monotonic() - began
+        if gone >= limit or (gone >= least and found == before and not unseen):
             return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
         before = found
         time.sleep(POLL)
 
 
-def keep_count(ec2: Client, group: str, count: int, launched: Sequence[Node], token: str) -> list[Node]:
+def keep_count(
+    ec2: Client, group: str, count: int, token: str, ended: set[str], known: Sequence[Node], **how: float
+) -> list[Node]:
     """Return the COUNT oldest nodes of GROUP; end those of this launch, known by their TOKEN, that are more.
 
     Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
-    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain. ENDED gets the ids.
     """
-    nodes = count_nodes(ec2, group, launched)
-    excess = [node for node in nodes[count:] if node.token.startswith(token)]
-    if excess:
+    nodes = count_nodes(ec2, group, known, **how)
+    if excess := [node for node in nodes[count:] if token and node.token.startswith(token)]:
+        ended.update(node.id for node in excess)
         terminate_young(ec2, excess)
         note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
     return nodes[:count]
 
 
-def up_step(install_one: Callable[[Remote], str], start: StartPlan, board: Board, remote: Remote) -> Served:
+def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board, remote: Remote) -> Served:
     """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
-    node = remote.node
-    board.step(node, "booting")
-    boot_step(remote)
-    board.step(node, "installing", "has booted")
     version = install_one(remote)
-    board.step(node, "starting its server", f"Mitsuba {version}")
-    return Served(look_step(remote), 0, "") if node.id == start.head.id else worker_step(start, remote)
+    if not is_terminal():
+        note(f"{remote.node.name}: Mitsuba {version}")
+    board.step(remote.node, "starting its server")
+    return Served(look_step(remote), 0, "") if remote.node.id == plan.head.id else worker_step(plan, remote)
 
 
-def bring_up(app: App, group: str, nodes: Sequence[Node], package: Package) -> tuple[StartPlan, list[Outcome[Served]]]:
-    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link."""
+def bring_up(
+    app: App, group: str, nodes: Sequence[Node], package: Package, ended: Container[str]
+) -> tuple[StartPlan, list[Outcome[Served]]]:
+    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link.
+
+    Nothing is said of those that are ENDED meanwhile.
+    """
     head = plan_head(nodes)
     spread = make_spread(package, 1)  # whoever comes first need not wait for the others
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
-    start = plan_start(app, nodes, looked)
-    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    plan = plan_start(app, nodes, looked)
+    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
-    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, start, board), board)
+    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
     if spread:
         spread.sessions.close()
-    return start, outcomes
+    return plan, outcomes
 
 
-def link_up(app: App, group: str, start: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
+def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
     """Link the nodes that serve; ClusterError for what has failed. Any of them can be a new group's head."""
-    head = next(outcome for outcome in outcomes if outcome.node.id == start.head.id)
+    head = next(outcome for outcome in outcomes if outcome.node.id == plan.head.id)
     workers = [outcome for outcome in outcomes if outcome is not head]
     good = [outcome.node for outcome in workers if outcome.ok]
-    if head.ok or start.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
+    if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
         looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
-        return link_group(app, group, start, looked, workers)
+        return link_group(app, group, plan, looked, workers)
     start_group(app, group, good, force=False)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
-    raise ClusterError(f"{len(good)} of {len(outcomes)} nodes serve; failed: {failed}")
+    raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
 
 
 def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
@@ -5490,19 +5467,22 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
     from botocore.exceptions import BotoCoreError, ClientError
 
     where, group, count = app.where(request.group), request.group, request.number
-    say = result if dry_run else note
-    nodes = count_nodes(app.ec2, group)
+    tell = result if dry_run else note
+    look = functools.partial(make_plan, app, request, dry_run)
+    counting = functools.partial(count_nodes, app.ec2, group)
+    incomplete = len(counting(limit=0)) < count
+    nodes, plan = side_by_side(counting, look) if incomplete else (counting(), None)
     app.check_owner(group, nodes, request.others)
     if others := [node for node in nodes if node.type != request.type]:
         types = ", ".join(sorted({node.type for node in others}))
-        say(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
+        tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
     if len(nodes) >= count:
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
-        say(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
+        tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = make_plan(app, request._replace(number=count - len(nodes)), dry_run)
+    plan = (plan or look())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
     for line in describe(app, plan):
-        say(line)
+        tell(line)
     if dry_run:
         return [], "", ""
     ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
@@ -5512,14 +5492,17 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
         if not nodes:
             raise
         return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
-    return keep_count(app.ec2, group, count, launched, token), why, token
+    return [*nodes, *launched], why, token
 
 
 @cli.command("up")
 @launch_options
 @click.pass_obj
 def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
-    """Make GROUP a cluster of COUNT nodes that serves; run it again to complete or mend it."""
+    """Create, install and start what GROUP lacks of COUNT nodes.
+
+    Run it again to complete or mend the group, whatever became of the first run.
+    """
     again = command("up", machine, str(count), group)
     package = plan_package(app.settings)
     nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
@@ -5530,21 +5513,30 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
     if cidr:
         app.allow_access(groups, cidr)
     warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
+    ended: set[str] = set()
+    keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
-        start, outcomes = bring_up(app, group, mine, package)
-        nodes = keep_count(app.ec2, group, count, [], token) if token else nodes
-        kept = {node.id for node in nodes}
-        if (start.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}) or not token:
+        (plan, outcomes), nodes = side_by_side(
+            functools.partial(bring_up, app, group, mine, package, ended),
+            functools.partial(keep, nodes, least=LIST_LAG if token else 0),
+        )
+        nodes = keep(nodes, limit=0)
+        kept = {node.id for node in nodes if is_ours(node, app.identity)}
+        if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
     try:
-        link_up(app, group, start, [one for one in outcomes if one.node.id in kept or not one.ok])
+        link_up(
+            app, group, plan, [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
+        )
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
         reason = f" ({why})" if why else ""
-        raise ClusterError(f"the group has {len(nodes)} of {count} nodes{reason}; {again} makes the others")
+        raise ClusterError(
+            f"the group has {len(nodes)} of {format_count(count, 'node')}{reason}; {again} makes the others"
+        )
 
 
 # --- render ------------------------------------------------------------------
@@ -5725,8 +5717,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
                 click.echo(block, nl=False, err=True)
             tail[:] = (tail + block)[-RENDER_TAIL:]
 
-    with OUTPUT:
-        Progress.clear()
+    draw()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
         ["mitsuba", *words], env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
@@ -5806,7 +5797,10 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
-    """Render each SCENE with this machine's mitsuba, again when nodes die; after -- come Mitsuba's own options."""
+    """Render each SCENE with the local mitsuba, again if nodes die.
+
+    After -- come Mitsuba's own options.
+    """
     request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
@@ -5852,14 +5846,33 @@ WATCH_SECONDS = 3  # between two looks of --watch
 SERVER_LOOKS = {"serving": "green", "unlinked": "yellow", "down": "red", "silent": "red"}
 
 
+class Overview(NamedTuple):
+    """Everything of ours in a region."""
+
+    nodes: list[Node]
+    requests: list[SpotRequest]
+    security_groups: list[SecurityGroup]
+    region: str
+
+
+def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
+    """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
+    nodes, requests, security_groups = side_by_side(
+        lambda: fetch_nodes(ec2, group),
+        lambda: fetch_spot_requests(ec2, group),
+        lambda: fetch_security_groups(ec2, group),
+    )
+    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
+
+
 def totals(nodes: Sequence[Node]) -> dict[str, Any]:
     """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
-    hourly = total(
+    hourly = sum_known(
         node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
         for node in nodes
         if node.price is not None and node.state in BILLED
     )
-    cost = total(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in nodes)
     rounded = {"hourly": hourly, "cost": cost}
     return {"nodes": len(nodes)} | {key: round(x, 4) if x is not None else None for key, x in rounded.items()}
 
@@ -5918,14 +5931,9 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[st
     return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
 
 
-def server_step(again: bool, remote: Remote) -> tuple[Facts, int | None, str]:
-    """Return (facts, cores that the server offers, or None, and why not).
-
-    AGAIN and again, a head's guard is asked instead: handshakes with a head keep nodes from being linked to it.
-    """
+def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
+    """Return (facts, cores that the server offers, or None, and why not)."""
     facts = fetch_facts(remote)
-    if again and facts.role == "head" and facts.offered is not None:
-        return facts, facts.offered or None, "its mtssrv does not answer its guard"
     try:
         return facts, ask_server(remote, facts.version), ""
     except NodeError as error:
@@ -5947,9 +5955,9 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
     return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
 
 
-def ask_servers(app: App, nodes: Sequence[Node], again: bool = False) -> dict[str, Asked]:
-    """Return node id -> what its server says, of the running NODES; AGAIN: see server_step."""
-    outcomes = ask_briefly(app, nodes, functools.partial(server_step, again))
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
+    """Return node id -> what its server says, of the running NODES."""
+    outcomes = ask_briefly(app, nodes, server_step)
     facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
     linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
@@ -6035,10 +6043,10 @@ def watch_status(app: App, group: str | None, wide: bool) -> None:
     """Renew status, with servers, load and clients, until Ctrl-C."""
     while True:
         groups, overview = fetch_shown(app.ec2, group)
-        asked = ask_servers(app, overview.nodes, again=True) if overview.nodes else {}
+        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
         blocks = [format_group(app, name, overview, wide, asked) for name in groups]
-        when = datetime.now().strftime("%H:%M:%S")
-        redraw_screen("\n\n".join([*blocks, f"At {when}; every {WATCH_SECONDS} s until Ctrl-C"]))
+        now = format_time(datetime.now(timezone.utc))
+        redraw_screen("\n\n".join([*blocks, f"{now}; every {WATCH_SECONDS} s until Ctrl-C"]))
         time.sleep(WATCH_SECONDS)
 
 
@@ -6128,7 +6136,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
         good = [outcome for outcome in outcomes if outcome.ok]
         for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
             facts = outcome.value
-            used = " of ".join(f"{value / 1024:.1f}" for value in facts.memory_mb) + " GiB"
+            used = " of ".join(format_size(value * MIB) for value in facts.memory_mb)
             load = (f"{value:.2f}" for value in facts.load)
             rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
         if as_json:
@@ -6144,7 +6152,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     for outcome in bad:
         note(f"{outcome.node.name}: {outcome.error}")
     if bad:
-        raise ClusterError(f"{len(bad)} of {len(nodes)} nodes did not answer")
+        raise ClusterError(f"{len(bad)} of {format_count(len(nodes), 'node')} did not answer")
 
 
 # --- syncData ----------------------------------------------------------------
@@ -6667,7 +6675,7 @@ def end_group(
                 f"{group!r}; {again}, and look at it in the EC2 console"
             )
         held_up = "; the security group is still in use" if waiting else ""
-        show(f"{len(seen) - len(living)} of {len(seen)} nodes have ended{held_up}")
+        show(f"{len(seen) - len(living)} of {format_count(len(seen), 'node')} ended{held_up}")
         time.sleep(POLL)
 
 
@@ -6697,7 +6705,7 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool, begun: Sequenc
         note(f"{', '.join(parts)} in {region}")
         raise protected_error(ec2, done.protected)
     if done.found:
-        cost = total(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
+        cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
         paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
         end = "" if done.left else f", security group removed: nothing of group {group!r} is left in {region}"
         note(f"{', '.join(parts)}{end}.{paid}")
@@ -6732,7 +6740,7 @@ def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
     nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
     for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
         same = [node for node in nodes if node.group == group]
-        price = total(node.price for node in same)
+        price = sum_known(node.price for node in same)
         cost = f", {at_least(same)}{format_money(price)} an hour" if price else ""
         region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
         note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost}")
@@ -6797,7 +6805,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
 
 
 @cli.command("terminate")
-@node_argument
+@click.argument("name", type=NodeName(), metavar="NODE")
 @others_option
 @click.option("--force", is_flag=True, help="Even if a client's render is lost by it.")
 @click.pass_obj
@@ -6889,6 +6897,28 @@ def cancel_all_spot(app: App) -> None:
 # login, runCommand, logs, regions, completion, extend, policy.
 
 
+class Lines:
+    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix, self.rest = prefix.encode(), b""
+
+    def __call__(self, block: bytes) -> None:
+        """Print the lines that BLOCK completes; what does not end is cut into long ones."""
+        *lines, self.rest = (self.rest + block).split(b"\n")
+        if len(self.rest) > MIB:
+            lines, self.rest = [*lines, self.rest], b""
+        if lines and sys.stdout.isatty():
+            result("\n".join((self.prefix + line.rstrip(b"\r")).decode("utf-8", "replace") for line in lines))
+        elif lines:
+            put(b"".join(self.prefix + line + b"\n" for line in lines))
+
+    def end(self) -> None:
+        """Print what came after the last line."""
+        if self.rest:
+            self(b"\n")
+
+
 @cli.command("login")
 @click.argument("name", metavar="[NODE]", required=False)
 @click.pass_obj
@@ -6966,7 +6996,7 @@ def run_command(
 # each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
 set -o pipefail
-journalctl --no-pager --quiet --output short-iso --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
+journalctl --no-pager --quiet --output short-unix --show-cursor --lines "$1" ${2:+--after-cursor "$2"} \
   --unit mtssrv.service --unit mitsuba-guard.service |
   sed '/ Incoming connection from /d; / Closing connection to /d' | tail -n "$3"
 """
@@ -7000,7 +7030,7 @@ def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
         if not outcome.ok:
             raise ClusterError(f"{node.name}: {outcome.error}")
         text, cursor = outcome.value
-        Lines()(text.encode())
+        Lines()(re.sub(r"(?m)^(\d{10})\.\d+ \S+", lambda at: format_time(to_moment(at[1])), text).encode())
         if not follow:
             return None
         time.sleep(1)
@@ -7050,17 +7080,18 @@ at=$(date -u -d "@$(($(date -u -d "$old" +%s) + $1))" '+%Y-%m-%d %H:%M:%S UTC')
 sed -i "s/^OnCalendar=.*/OnCalendar=$at/" $unit.timer
 systemctl daemon-reload
 systemctl restart mitsuba-deadline.timer
-echo "ends at $at"
+date -d "$at" +%s
 """
 
 
 def extend_step(hours: float, remote: Remote) -> str:
-    """Move one node's own timer, and begin its idle time anew; return what that means."""
-    lines = remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))).strip().splitlines()
-    if remote.node.max_hours and not lines:
+    """Move one node's own timer, and begin its idle time anew; return when it ends."""
+    seconds = first_line(remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))))
+    if remote.node.max_hours and not seconds.isdigit():
         raise NodeError("has lost its time limit")
-    idle = f"may be idle for {remote.node.idle_minutes:g} minutes from now on" if remote.node.idle_minutes else ""
-    return ", ".join(filter(None, [*lines[-1:], idle]))
+    ends = f"ends at {format_time(to_moment(seconds))}" if seconds else "has no time limit"
+    idle = remote.node.idle_minutes
+    return f"{ends}, may be idle for {format_count(idle, 'minute')} from now on" if idle else ends
 
 
 @cli.command("extend")
@@ -7074,13 +7105,11 @@ def extend(app: App, hours: float, group: str) -> None:
         raise ClusterError(f"no running node of {app.where(group)} has a time limit")
     progress = Progress("Extending", len(nodes), lambda outcome: f"{outcome.node.name}: {outcome.value}")
     outcomes = app.pool.each(nodes, functools.partial(extend_step, hours), progress)
-    by_hours: dict[float, list[Node]] = {}
-    for outcome in outcomes:
-        if outcome.ok and outcome.node.max_hours:
-            by_hours.setdefault(outcome.node.max_hours + hours, []).append(outcome.node)
-    for total_hours, same in by_hours.items():
-        tag_nodes(app.ec2, same, TAG_HOURS, f"{total_hours:g}")
-    app.report(outcomes, f"Extended by {hours:g} hours")
+    moved = [outcome.node for outcome in outcomes if outcome.ok and outcome.node.max_hours]
+    for before in {node.max_hours or 0 for node in moved}:
+        same = [node for node in moved if node.max_hours == before]
+        tag_nodes(app.ec2, same, TAG_HOURS, f"{before + hours:g}")
+    app.report(outcomes, "Extended")
 
 
 LOOKS = (
@@ -7140,6 +7169,18 @@ def policy(app: App) -> None:
 
 
 # --- main --------------------------------------------------------------------
+
+
+LIMITS_VARIABLE = "MITSUBA_CLUSTER_LIMITS"
+
+
+def called_as(path: str) -> str:
+    """Return how to call the program at PATH again: by its name where PATH finds it, else by its path."""
+    name = os.path.basename(path)
+    found = shutil.which(name)
+    if found and os.path.realpath(found) == os.path.realpath(path):
+        return shlex.quote(name)
+    return shlex.quote(path if os.sep in path else f"./{path}")
 
 
 def override_limits() -> None:

@@ -47,8 +47,12 @@ def render(raw: str) -> list[str]:
             column = 0 if code["control"] == "\r" else max(0, column - 1)
         elif code["name"] == "K":
             lines[row] = lines[row][:column]
+        elif code["name"] == "J" and code["arguments"] == "2":
+            lines = [""] * (row + 1)
         elif code["name"] == "J":
-            lines, row, column = [""], 0, 0
+            lines[row:] = [lines[row][:column]]
+        elif code["name"] == "A":
+            row -= int(code["arguments"] or 1)
         elif code["name"] == "H":
             row, column = 0, 0
     return [line.rstrip() for line in lines]

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +236,25 @@ def interrupt(child: subprocess.Popen[str], number: int = signal.SIGINT) -> Resu
     os.kill(child.pid, number)
     out, err = child.communicate(timeout=LIMIT)
     return Result(child.returncode, out, err)
+
+
+LAUNCHED = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def make_node(name: str, minutes: int = 0, **changes: Any) -> cluster.Node:
+    """Return a running node that was launched MINUTES after the first."""
+    return cluster.Node(name, "g", "c1.xlarge", "running", LAUNCHED + timedelta(minutes=minutes), **changes)
+
+
+def create(cloud: LocalCloud, group: str, count: int = 2) -> None:
+    """Create COUNT nodes and see it succeed."""
+    made = cloud.cluster("createNodes", "c1.xlarge", str(count), group)
+    assert made.code == 0, made.err
+
+
+def serve(cloud: LocalCloud, group: str, count: int = 2) -> None:
+    """Create COUNT nodes with running servers."""
+    create(cloud, group, count)
+    for command in ("install", "start"):
+        done = cloud.cluster(command, group)
+        assert done.code == 0, done.err

@@ -106,7 +106,7 @@ def test_start_with_a_bad_worker(eight: LocalCloud, bad: dict[str, Any], fault: 
         eight.fault("server-gone", bad)
     done = eight.cluster("start", GROUP, limits=QUICK)
     assert done.code == 1
-    assert done.last_line == f"Error: 7 of 8 nodes serve; failed: {bad['name']}"
+    assert done.last_line == f"Error: 7 of 8 nodes serving; failed: {bad['name']}"
     (line,) = (line for line in done.err.splitlines() if line.startswith(f"{bad['name']}: "))
     assert reason in line
     assert done.out.splitlines()[-1].startswith("Head node: ")
@@ -185,7 +185,7 @@ def test_create_with_bad_nodes(cloud: LocalCloud, group: str) -> None:
         made = cloud.cluster("createNodes", "c1.xlarge", str(len(faults)), group, limits=QUICK)
         assert time.monotonic() - start < QUICK["BOOT_LIMIT"] + QUICK["EXCHANGE_LIMIT"] + 2 * SLACK
     assert made.code == 1
-    assert f"Error: 1 of 6 nodes are ready in group {group!r} (us-east-1); " in made.last_line
+    assert f"Error: 1 of 6 nodes ready in group {group!r} (us-east-1); " in made.last_line
     assert made.last_line.endswith(f"./cluster.py status shows them, ./cluster.py terminateAll {group} ends them")
     assert made.err.count("does the security group allow this machine's address, and does the subnet route") == 3
     assert made.err.count("EC2 ended it while it started: Server.InternalError") == 1

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.support import LocalCloud, wait_until
+from tests.support import LocalCloud, serve, wait_until
 
 
 def create(cloud: LocalCloud, group: str, count: int = 1, settings: dict[str, Any] | None = None) -> list[str]:
@@ -260,3 +260,31 @@ def test_all_groups_spares_those_of_others(cloud: LocalCloud, group: str) -> Non
     usage = cloud.cluster("terminateAll", group, "--all-groups")
     assert usage.code == 2
     assert cloud.truth(group)[0] == others
+
+
+def test_foreign_instances_are_never_touched(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 1)
+    ec2 = cloud.client("ec2")
+    key = ec2.describe_key_pairs()["KeyPairs"][0]["KeyName"]
+    (own,) = cloud.nodes(group)
+    data = ec2.describe_instance_attribute(InstanceId=own["id"], Attribute="userData")["UserData"]["Value"]
+    image = ec2.describe_images(Owners=["099720109477"])["Images"][0]["ImageId"]
+    foreign = ec2.run_instances(
+        ImageId=image, InstanceType="t3.micro", MinCount=1, MaxCount=1, KeyName=key, UserData=decode(data)
+    )["Instances"][0]["InstanceId"]
+    refused = cloud.cluster("terminate", foreign)
+    assert (refused.code, f"no node '{foreign}' of this tool" in refused.err) == (1, True)
+    assert cloud.cluster("terminateAll", group).code == 0
+    state = ec2.describe_instances(InstanceIds=[foreign])["Reservations"][0]["Instances"][0]["State"]["Name"]
+    ec2.terminate_instances(InstanceIds=[foreign])
+    assert state == "running"
+
+
+def test_terminate_one_node(cloud: LocalCloud, group: str) -> None:
+    serve(cloud, group)
+    worker = next(node for node in cloud.nodes(group) if node["role"] == "worker")
+    done = cloud.cluster("terminate", worker["address"])
+    assert done.code == 0
+    assert "It was a worker" in done.err
+    wait_until(lambda: [n["id"] for n in cloud.nodes(group) if n["state"] == "running"] != [worker["id"]])
+    assert cloud.cluster("status", group, "--servers").code == 0

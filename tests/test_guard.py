@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import ipaddress
 import json
 import os
@@ -14,11 +15,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import cluster
+from tests.support import wait_until
 
 GREETING = bytes.fromhex("1bcd302e362e30000300")  # of mitsuba-server's documentation: 0.6.0, single precision
 ANSWER = bytes.fromhex("1bcd000469702d3137322d33312d302d3500")  # 4 cores, ip-172-31-0-5
@@ -264,7 +267,7 @@ class Clock:
 
     def __init__(self, role: str = "head", limit: float = 3600) -> None:
         self.role, self.limit = role, limit
-        self.look = cluster.Look(1000, 5.0, 0, {}, {}, {})
+        self.look = cluster.Look(1000, 5.0, False, {}, {}, {})
         self.memory = cluster.remember(None, self.look)
 
     def after(self, seconds: float, **changes: Any) -> Clock:
@@ -273,7 +276,8 @@ class Clock:
         end = self.look.at + seconds
         self.verdict = ""  # what the guard makes of it
         while self.look.at < end:
-            self.look = self.look._replace(at=self.look.at + pause, **changes)
+            self.look = self.look._replace(at=self.look.at + pause, left=False, **changes)
+            changes = {}
             self.memory = cluster.remember(self.memory, self.look)
             self.verdict = self.verdict or cluster.judge_idleness(self.memory, self.role, self.limit)
         return self
@@ -304,7 +308,6 @@ def test_an_unused_node_ends_after_its_limit_and_not_before(role: str, verdict: 
         ({"touched": {"/dev/pts/0": 1}}, True),
         ({"logins": {"192.0.2.10:51000": 100_001}}, True),
         ({"logins": {"192.0.2.10:51000": 99_999}}, False),
-        ({"opened": 500}, False),
         ({}, False),
     ],
 )
@@ -322,7 +325,7 @@ def test_an_idle_shell_counts_only_when_it_is_typed_into() -> None:
 
 
 def test_a_watch_of_a_big_cluster_is_no_use() -> None:
-    base = cluster.Look(0, 0, 0, {}, {"a": 0}, {})
+    base = cluster.Look(0, 0, False, {}, {"a": 0}, {})
     look = base._replace(at=60, logins={"a": 300_000})
     assert cluster.find_use(base, look, [], workers=1000) == ""
     assert cluster.find_use(base, look, [], workers=10) == "an SSH connection moved data"
@@ -352,23 +355,40 @@ def test_a_client_that_renders_is_use_and_one_that_leaves_starts_the_clock() -> 
     assert clock.after(120).verdict == "end"
 
 
-def test_short_renders_between_two_looks_are_seen_by_the_connections_they_open() -> None:
+def test_a_short_render_between_two_looks_is_seen_when_it_ends() -> None:
     clock = Clock().after(100)
     quiet = clock.memory.quiet
-    clock.after(50, opened=3)
+    clock.look = clock.look._replace(at=clock.look.at + 10, left=True)
+    clock.memory = cluster.remember(clock.memory, clock.look)
     assert clock.memory.quiet == quiet + 110
+    assert clock.memory.how == "a client left"
     clock.after(100)
     assert clock.memory.quiet == quiet + 110
+    assert clock.after(3480).verdict == ""
+    assert clock.after(120).verdict == "end"
 
 
-def test_without_a_count_of_connections_the_head_is_never_quiet() -> None:
-    """A loop of short renders may be under way."""
-    clock = Clock().after(300, opened=None)
-    assert clock.memory.quiet == clock.look.at
-    quiet = clock.after(10, opened=0).memory.quiet
-    assert clock.after(300).memory.quiet == quiet
-    links = rounds((0, SILENT, ""), (10, GOOD, ""), (400, GOOD, ""))
-    assert cluster.find_joining(links, 400, quiet=400) == []
+@pytest.mark.parametrize(("size", "client"), [(12, False), (1000, True)])
+def test_a_connection_that_ends_was_a_client_if_it_brought_more_than_a_handshake(
+    monkeypatch: pytest.MonkeyPatch, size: int, client: bool
+) -> None:
+    """So neither status, run from cron, nor a worker that asks for its head keeps nodes from being linked."""
+
+    def visit() -> bytes:
+        with socket.create_connection(listener.getsockname()) as visitor, listener.accept()[0] as server:
+            visitor.sendall(bytes(size))
+            received = 0
+            while received < size:
+                received += len(server.recv(size))
+        return (ends.stdout and ends.stdout.read()) or b""
+
+    with socket.create_server((own_address(), 0)) as listener:
+        monkeypatch.setattr(cluster, "SERVER_PORT", listener.getsockname()[1])
+        with cluster.watch_ends() as ends:
+            text = wait_until(visit, 20, "the report of a connection's end")
+            told: Any = SimpleNamespace(stdout=io.BytesIO(text))
+            assert cluster.has_left(told) == client, text
+            ends.kill()
 
 
 def test_the_guards_own_restart_changes_nothing(tmp_path: Path) -> None:

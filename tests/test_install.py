@@ -1,7 +1,9 @@
-"""Installing the user's own build on real nodes that have none of its libraries."""
+"""install on real nodes: packages of every kind, and the user's own build."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.build import COMPILER, compile_c, make_build
+from tests.localcloud.packages import build_stand_in
 from tests.localcloud.places import HERE
 from tests.support import LocalCloud, Result, ssh
 from tests.test_package import NEWER
@@ -94,3 +97,38 @@ def test_a_password_in_an_address_is_nowhere_to_be_read(nodes: LocalCloud, node:
     found = ssh(nodes, node, "sudo journalctl --no-pager | grep hunter2; grep -rl hunter2 /etc /var/lib 2> /dev/null")
     assert found.out == "", "the node shows the password to everybody"
     assert "hunter2" in ssh(nodes, node, "sudo cat /etc/apt/sources.list.d/mitsuba.list").out
+
+
+def make_package(kind: str, folder: Path) -> Path:
+    """Return the stand-in as a .deb, as a .tar.gz with its programs in a folder, or as a script that installs it."""
+    if kind == "deb":
+        return build_stand_in(folder)
+    if kind == "tar.gz":
+        path = folder / "mitsuba-0.6.0.tar.gz"
+        with tarfile.open(path, "w:gz") as archive:
+            archive.add(HERE / "mitsuba", "mitsuba-0.6.0/dist")
+        return path
+    path = folder / "set up mitsuba.sh"
+    server = base64.b64encode((HERE / "mitsuba" / "mtssrv").read_bytes()).decode()
+    path.write_text(f"set -e\necho {server} | base64 -d > /usr/local/bin/mtssrv\nchmod 755 /usr/local/bin/mtssrv\n")
+    return path
+
+
+def test_packages_of_every_kind(nodes: LocalCloud, tmp_path: Path) -> None:
+    group = "packages"
+    assert nodes.cluster("createNodes", "c1.xlarge", "1", group).code == 0
+    (node,) = nodes.nodes(group)
+    for kind in ("sh", "tar.gz", "deb"):
+        path = make_package(kind, tmp_path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        done = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": f"{path}#sha256={digest}"})
+        assert (done.code, done.out) == (0, f"{node['name']}: Mitsuba 0.6.0\n"), done.err
+        where = ssh(nodes, node, "command -v mtssrv; sudo rm -f /usr/local/bin/mtssrv").out
+        assert where == ("/usr/bin/mtssrv\n" if kind == "deb" else "/usr/local/bin/mtssrv\n")
+    other = build_stand_in(tmp_path, "libboost-system1.65.1")  # what a package for Ubuntu 18.04 wants
+    done = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": str(other)})
+    assert (done.code, "Depends: libboost-system1.65.1 but it is not installable" in done.err) == (1, True), done.err
+    wrong = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": f"{path}#sha256={'0' * 64}"})
+    assert wrong.code == 1
+    assert f"MITSUBA_PACKAGE: the SHA-256 of {path} is " in wrong.last_line
+    assert nodes.cluster("terminateAll", group).code == 0

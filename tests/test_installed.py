@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,3 +99,11 @@ def test_session(cloud: LocalCloud, installed: Installed, group: str) -> None:
         assert done.code == 0, done.err
         if words[0] == "install":
             assert done.err.endswith(f"Next: mitsuba-cluster start {group}\n")
+
+
+def test_inline_metadata_lists_what_pyproject_lists() -> None:
+    inline = re.search(r"^# dependencies = (\[.*\])$", (PROJECT / "cluster.py").read_text(), re.M)
+    project = re.search(r"^dependencies = (\[.*\])$", (PROJECT / "pyproject.toml").read_text(), re.M)
+    assert inline
+    assert project
+    assert ast.literal_eval(inline[1]) == ast.literal_eval(project[1])

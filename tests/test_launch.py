@@ -1,12 +1,16 @@
-"""createNodes before it launches: what it looks up, says, and refuses before any cost is incurred."""
+"""createNodes: what it refuses before any cost is incurred, how it launches, what an interrupt leaves."""
 
 from __future__ import annotations
 
 import http.server
+import json
 import re
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +21,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 import cluster
-from tests.support import LocalCloud, free_port
-from tests.test_units import node
+from tests.support import LocalCloud, create, free_port, interrupt, make_node, serve, wait_until
 
 CREATE = ("createNodes", "c1.xlarge", "2")
 
@@ -254,7 +257,7 @@ def test_logins_that_are_refused_come_slowly(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cluster, "is_ours", lambda *_: True)
     monkeypatch.setattr(cluster, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
     with pytest.raises(cluster.NodeError, match="refuses the key"):
-        cluster.open_remote(node("i-1"), cluster.Settings(), None, 600, first_boot=True)  # type: ignore[arg-type]
+        cluster.open_remote(make_node("i-1"), cluster.Settings(), None, 600, first_boot=True)  # type: ignore[arg-type]
     assert max(pauses) == 2
     assert len(pauses) < 22
 
@@ -310,3 +313,168 @@ def test_a_launch_that_leaves_nodes_says_how_to_go_on(cloud: LocalCloud, group: 
     )
     goes_on = f"./cluster.py install {group} goes on with them (./cluster.py createNodes would make more)"
     assert goes_on in made.last_line
+
+
+def test_a_new_security_group_that_stays_unknown_is_not_waited_for_as_a_lost_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from botocore.exceptions import ClientError
+
+    class Ec2:
+        """Knows no security group."""
+
+        def run_instances(self) -> None:
+            """Refuse."""
+            raise ClientError({"Error": {"Code": "InvalidGroup.NotFound", "Message": "no"}}, "RunInstances")
+
+    monkeypatch.setattr(cluster, "NEW_LIMIT", -1)
+    with pytest.raises(ClientError):
+        cluster.launch_batch(Ec2(), {})
+
+
+class Ec2:
+    """Answers RunInstances with all that is asked, and keeps the requests."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+
+    def run_instances(self, **parameters: Any) -> dict[str, Any]:
+        """Return so many instances."""
+        first = sum(one["MaxCount"] for one in self.requests)
+        self.requests.append(parameters)
+        names = [f"i-{number}" for number in range(first, first + parameters["MaxCount"])]
+        launched = datetime.now(timezone.utc)
+        return {
+            "Instances": [{"InstanceId": name, "State": {"Name": "pending"}, "LaunchTime": launched} for name in names]
+        }
+
+
+def plan(count: int) -> cluster.Plan:
+    """Return a plan for COUNT nodes that lacks nothing."""
+    kind = cluster.InstanceType("c1.xlarge", ("x86_64",), ("legacy-bios",), ("hvm",), 8, True, False)
+    image = cluster.Image("ami-1", "x86_64", "legacy-bios", "hvm", "/dev/sda1", 8, "ubuntu")
+    subnets = [cluster.Subnet("us-east-1a", "subnet-1", "vpc-1", True)]
+    request = cluster.LaunchRequest("c1.xlarge", count, "default")
+    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", 0, None, {}, "", 0, 0, None)
+
+
+def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -> None:
+    ec2 = Ec2()
+    app: Any = SimpleNamespace(ec2=ec2)
+    nodes, why = cluster.launch_nodes(app, plan(250), {"NetworkInterfaces": [{}], "TagSpecifications": []}, "token")
+    assert len(nodes) == 250, why
+    assert [one["MaxCount"] for one in ec2.requests] == [100, 100, 50]
+    assert len({one["ClientToken"] for one in ec2.requests}) == 3
+
+
+def test_nodes_give_their_metadata_to_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ensure_key", "check_rules", "repair_rules", "rule_owner"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+    monkeypatch.setattr(cluster, "ensure_security_group", lambda *_: cluster.SecurityGroup("sg-1", "g", "n", "vpc-1"))
+    monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
+    app: Any = SimpleNamespace(ec2=Ec2(), settings=cluster.Settings(), identity=None)
+    asked = cluster.prepare(app, plan(1))
+    assert asked["MetadataOptions"]["HttpTokens"] == "required"
+    assert asked["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
+    assert asked["InstanceInitiatedShutdownBehavior"] == "terminate"
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"), [(["0.0000000000", "0.5200000000", "0.1300000000"], 0.52), (["0"], None)]
+)
+def test_a_price_is_the_dearest_that_aws_lists_and_never_zero(
+    shown: list[str], expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWS lists reserved and free dimensions beside the ordinary one: a cluster must not look cheaper than it is."""
+    terms = {str(i): {"priceDimensions": {"x": {"pricePerUnit": {"USD": usd}}}} for i, usd in enumerate(shown)}
+
+    class Pricing:
+        def get_products(self, **_: Any) -> dict[str, Any]:
+            return {"PriceList": [json.dumps({"terms": {"OnDemand": terms}})]}
+
+    monkeypatch.setattr(cluster, "open_client", lambda *_, **__: Pricing())
+    assert cluster.fetch_on_demand_price(cluster.Settings(), "c1.xlarge") == expected
+
+
+def test_creating_again_adds_and_keeps_the_head(cloud: LocalCloud, group: str) -> None:
+    serve(cloud, group)
+    head = next(node["id"] for node in cloud.nodes(group) if node["role"] == "head")
+    more = cloud.cluster("createNodes", "c1.xlarge", "1", group)
+    assert f"group '{group}' (us-east-1) has 2 nodes already; adding 1 more" in more.err
+    assert cloud.cluster("install", group).code == 0
+    started = cloud.cluster("start", group)
+    assert "restarted: a render that was running is lost" in started.out
+    assert started.out.count("serves already") == 1
+    assert [node["id"] for node in cloud.nodes(group) if node["role"] == "head"] == [head]
+    again = cloud.cluster("start", group)
+    assert (again.code, again.out.count("serves already")) == (0, 3)
+
+
+def test_no_capacity_moves_to_the_next_zone(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(capacity={"us-east-1a": 0, "us-east-1b": 1}):
+        made = cloud.cluster("createNodes", "c1.xlarge", "3", group)
+    assert made.code == 0, made.err
+    assert "no capacity for c1.xlarge in us-east-1a (InsufficientInstanceCapacity)" in made.err
+    assert sorted(node["zone"] for node in cloud.nodes(group)) == ["us-east-1b", "us-east-1c", "us-east-1c"]
+
+
+def test_fewer_nodes_than_asked(cloud: LocalCloud, group: str) -> None:
+    zones = {f"us-east-1{letter}": 0 for letter in "abcdef"}
+    with cloud.options(capacity=zones | {"us-east-1b": 2}):
+        made = cloud.cluster("createNodes", "c1.xlarge", "3", group)
+    assert made.code == 1
+    assert "2 of 3 nodes ready" in made.last_line
+    assert len(cloud.nodes(group)) == 2
+
+
+def test_quota(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(vcpu_limit=1):
+        made = cloud.cluster("createNodes", "c1.xlarge", "3", group)
+    assert made.code == 1
+    assert "quota is used up" in made.last_line
+    assert "servicequotas" in made.last_line
+
+
+def test_a_lost_answer_launches_once(cloud: LocalCloud, group: str) -> None:
+    with cloud.faults({"kind": "lost", "action": "RunInstances", "nth": 1}):
+        made = cloud.cluster("createNodes", "c1.xlarge", "2", group)
+    assert made.code == 0, made.err
+    assert len(cloud.truth(group)[0]) == 2
+
+
+def test_instances_that_lists_show_late(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 1)
+    with cloud.options(list_lag=8.0):
+        child = cloud.start(sys.executable, "cluster.py", "createNodes", "c1.xlarge", "2", group)
+        wait_until(lambda: len([s for s in cloud.ask("status").values() if s["state"] == "running"]) >= 3)
+        child.kill()
+        child.communicate()
+        ended = cloud.cluster("terminateAll", group)
+    assert ended.code == 0, ended.err
+    assert ended.out.count(": terminated") == 3
+    assert cloud.status(group) == {}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_create(cloud: LocalCloud, group: str, number: int, code: int) -> None:
+    with cloud.options(list_lag=30.0):
+        child = cloud.start(sys.executable, "cluster.py", "createNodes", "c1.xlarge", "1", group)
+        assert child.stderr
+        while "waiting until each answers" not in (line := child.stderr.readline()):
+            assert line
+        done = interrupt(child, number)
+    assert done.code == code
+    assert len(done.err.strip().splitlines()) == 1
+    assert f"Interrupted. Nodes of group '{group}' (us-east-1) may be running and cost money" in done.err
+    assert f"./cluster.py terminateAll {group} ends them" in done.err
+
+
+def test_time_limit_is_tagged_and_moved(cloud: LocalCloud, group: str) -> None:
+    made = cloud.cluster("createNodes", "c1.xlarge", "1", group, "--max-hours", "2.5")
+    assert "Each ends itself after 2.5 hours, or 60 minutes without use." in made.err
+    assert cloud.nodes(group)[0]["max_hours"] == 2.5
+    assert "idle limit 60 min" in cloud.cluster("status", group).out
+    said = cloud.cluster("extend", "1", group, env={"TZ": "EST5"})
+    assert said.code == 0, said.err
+    assert "ends at 2027-01-15 03:00:00 (08:00:00 UTC), may be idle for 60 minutes" in said.out
+    assert cloud.nodes(group)[0]["max_hours"] == 3.5

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import ipaddress
+import os
+import secrets
 import signal
 import socket
 import struct
@@ -10,6 +14,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -275,3 +280,68 @@ def test_a_fault_that_is_none_lists_those_that_are(cloud: LocalCloud, launch: di
         cloud.fault("nonsense", {"id": made["InstanceId"]})
     with pytest.raises(click.ClickException, match="no such node: i-nothing"):
         cloud.fault("mute", {"id": "i-nothing"})
+
+
+GREETING = bytes.fromhex("1bcd302e362e30000300")  # of mitsuba-server's documentation: 0.6.0, single precision
+
+
+ANSWER = bytes.fromhex("1bcd000469702d3137322d33312d302d3500")  # 4 cores, ip-172-31-0-5
+
+
+@contextlib.contextmanager
+def stand_in(folder: Path, *words: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run the stand-in server in FOLDER."""
+    command = [sys.executable, str(HERE / "mitsuba" / "mtssrv"), *words]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, env=os.environ | env, **pipes) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+            child.communicate()
+
+
+def own_address() -> str:
+    """Return a loopback address that no other test uses: there mtssrv's own port is free for sure."""
+    return str(ipaddress.IPv4Address("127.128.0.0") + secrets.randbelow(1 << 22))
+
+
+def ready(child: subprocess.Popen[bytes]) -> None:
+    """Wait for the stand-in's ready line."""
+    assert child.stdout
+    while b"Listening on port" not in (line := child.stdout.readline()):
+        assert line, "the stand-in ended"
+
+
+def test_stand_in_answers_with_mitsubas_very_bytes(tmp_path: Path) -> None:
+    address = own_address()
+    with stand_in(tmp_path, "-p", "4", "-n", "ip-172-31-0-5", "-i", address) as server:
+        ready(server)
+        with socket.create_connection((address, cluster.SERVER_PORT), 5) as connection:
+            connection.sendall(GREETING)
+            assert connection.recv(100) == ANSWER
+        with socket.create_connection((address, cluster.SERVER_PORT), 5) as connection:
+            connection.sendall(GREETING[:-1] + b"\1")
+            assert connection.recv(100) == bytes.fromhex("000d")
+    assert "Listening on port" in (tmp_path / "mtssrv.ip-172-31-0-5.log").read_text()
+
+
+def test_stand_in_head_dies_with_its_worker(tmp_path: Path) -> None:
+    first, second = own_address(), own_address()
+    with stand_in(tmp_path, "-i", first, "-n", "w", "-p", "3") as worker:
+        ready(worker)
+        with stand_in(tmp_path, "-i", second, "-n", "h", "-p", "1", "-c", first) as head:
+            ready(head)
+            with socket.create_connection((second, cluster.SERVER_PORT), 5) as connection:
+                connection.sendall(GREETING)
+                assert connection.recv(4)[2:] == b"\0\4"
+            worker.kill()
+            assert head.wait(10) == 255
+
+
+def test_stand_in_fails_with_0_and_says_why(tmp_path: Path) -> None:
+    with stand_in(tmp_path, "-c", own_address()) as head:
+        out, err = head.communicate(timeout=10)
+        assert head.returncode == 0
+        assert b"Caught a critical exception" in err
+        assert b"Listening" not in out

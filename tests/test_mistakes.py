@@ -38,6 +38,7 @@ class Mistake:
 
 MISTAKES = [
     Mistake("unknown type", ("createNodes", "c9.huge", "1"), "us-east-1 has no instance type 'c9.huge'"),
+    Mistake("mistyped type", ("spotPrices", "c1.xlrage"), "no instance type 'c1.xlrage'; did you mean c1.xlarge?"),
     Mistake("count 0", ("createNodes", "c1.xlarge", "0"), "COUNT must be a whole number from 1 to 5000, not '0'", 2),
     Mistake(
         "count -1", ("createNodes", "c1.xlarge", "--", "-1"), "COUNT must be a whole number from 1 to 5000, not '-1'", 2

@@ -31,7 +31,7 @@ def test_cloud_init(nodes: LocalCloud, fault: str, says: str) -> None:
     with nodes.options(launch_faults=["", fault]):
         made = nodes.cluster("createNodes", "c1.xlarge", "2", fault, limits={"CLOUD_INIT_LIMIT": 8})
     assert (made.code, says in made.err) == (1, True), made.err
-    assert "Error: 1 of 2 nodes are ready" in made.last_line
+    assert "Error: 1 of 2 nodes ready" in made.last_line
     ended = nodes.cluster("terminateAll", fault)
     assert (ended.code, ended.out.count(": terminated")) == (0, 2)
 

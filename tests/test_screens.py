@@ -20,7 +20,7 @@ import pytest
 import cluster
 from tests.localcloud.places import PROJECT
 from tests.screens import Terminal, show, stop
-from tests.support import LocalCloud
+from tests.support import LocalCloud, make_node
 
 GROUP = "screens"
 SCREENS = PROJECT / "tests" / "screens.txt"
@@ -94,10 +94,8 @@ def test_screens(cloud: LocalCloud) -> None:
 
 
 def test_eight_nodes_fit_into_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.test_units import node
-
     nodes = [
-        node(
+        make_node(
             f"i-0123456789abcdef{i}",
             i,
             public_name=f"ec2-203-0-113-{i}.eu-central-1.compute.amazonaws.com",
@@ -117,10 +115,12 @@ def test_eight_nodes_fit_into_eighty_columns(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_head_is_first_then_the_oldest() -> None:
-    from tests.test_units import node
-
-    old, tenth, ninth = node("i-1", 0), node("i-2", 5, private_ip="10.0.0.10"), node("i-3", 5, private_ip="10.0.0.9")
-    head = node("i-4", 9, role="head")
+    old, tenth, ninth = (
+        make_node("i-1", 0),
+        make_node("i-2", 5, private_ip="10.0.0.10"),
+        make_node("i-3", 5, private_ip="10.0.0.9"),
+    )
+    head = make_node("i-4", 9, role="head")
     assert cluster.in_order([tenth, ninth, head, old]) == [head, old, ninth, tenth]
 
 
@@ -176,8 +176,9 @@ def test_nodes_go_by_short_names(serving: LocalCloud, how: str) -> None:
     head = next(node for node in serving.nodes(GROUP) if node["role"] == "head")
     assert head["short"] == "-".join(head["private_ip"].split(".")[-2:])
     name = {"short": head["short"], "head": "head", "beginning": head["id"][:-2]}[how]
-    shown = serving.cluster("logs", name)
-    assert (shown.code, shown.out.splitlines()[0]) == (0, "mtssrv: Listening on port 7554"), shown.err
+    shown = serving.cluster("logs", name, env={"TZ": "EST5"})
+    line = "2027-01-15 03:00:00 (08:00:00 UTC) mtssrv[1]: Listening on port 7554"
+    assert (shown.code, shown.out.splitlines()[0]) == (0, line), shown.err
 
 
 def test_a_name_that_means_several_nodes(serving: LocalCloud) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 import cluster
 from tests.scripts import find_scripts
-from tests.support import LocalCloud, free_port, interrupt
+from tests.support import LocalCloud, create, free_port, interrupt, make_node
 
 GROUP = "servers"
 
@@ -116,26 +116,6 @@ def test_a_head_is_asked_again_just_before_its_restart(
     else:
         assert given == [({"10.0.0.2", "10.0.0.3", "10.0.0.4"}, False)]
         assert done.waiting == "1 node waits to be linked: client 203.0.113.9, silent for 5s"
-
-
-@pytest.mark.parametrize(
-    ("again", "role", "offered", "expected"),
-    [
-        (True, "head", 9, 9),
-        (True, "head", 0, None),
-        (True, "head", None, 4),
-        (True, "worker", None, 4),
-        (False, "head", 9, 4),
-    ],
-)
-def test_a_watch_leaves_the_heads_server_to_its_guard(
-    monkeypatch: pytest.MonkeyPatch, again: bool, role: str, offered: int | None, expected: int | None
-) -> None:
-    """Its handshakes would look like a client's that come and go, under whom no node is linked."""
-    remote: Any = None
-    monkeypatch.setattr(cluster, "fetch_facts", lambda _: cluster.Facts(4, "0.6.0", role, offered=offered))
-    monkeypatch.setattr(cluster, "ask_server", lambda *_: 4)
-    assert cluster.server_step(again, remote)[1] == expected
 
 
 def test_start_before_install_says_so(cloud: LocalCloud, group: str) -> None:
@@ -257,3 +237,28 @@ def test_a_tunnel_that_breaks_says_so(servers: LocalCloud, head: dict[str, Any])
     _, err = child.communicate(timeout=60)
     assert child.returncode == 1
     assert f"Error: {head['name']}: ssh ended (exit code 255); run ./cluster.py tunnel servers again" in err
+
+
+def test_plan_head_prefers_the_old_head_then_on_demand_then_age() -> None:
+    spot, old, young = make_node("i-spot", 0, market="spot"), make_node("i-old", 1), make_node("i-young", 2)
+    assert cluster.plan_head([young, spot, old]) is old
+    assert cluster.plan_head([young, spot]) is young
+    head = make_node("i-head", 9, market="spot", role="head")
+    assert cluster.plan_head([old, head]) is head
+
+
+@pytest.mark.parametrize(("own", "expected"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 6)])
+def test_plan_head_cores(own: int, expected: int) -> None:
+    assert cluster.plan_head_cores(own) == expected
+
+
+def test_closed_port_means_tunnel(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 1)
+    closed = {"PUBLIC_SERVER_PORT": False}
+    for command in ("install", "start"):
+        done = cloud.cluster(command, group, settings=closed)
+        assert done.code == 0, done.err
+    assert f"Port 7554 is closed. Run ./cluster.py tunnel {group}" in done.out
+    found = cloud.client("ec2").describe_security_groups(Filters=[{"Name": "tag:mitsuba-group", "Values": [group]}])
+    ports = {rule.get("FromPort") for rule in found["SecurityGroups"][0]["IpPermissions"] if rule["IpRanges"]}
+    assert 7554 not in ports

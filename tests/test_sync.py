@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from botocore.awsrequest import AWSResponse
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cluster
 from tests.ranges import range_server, run_sync
@@ -192,7 +194,7 @@ def test_many_small_files(tmp_path: Path) -> None:
 
 def test_a_file_larger_than_the_free_space(tmp_path: Path) -> None:
     job = [cluster.Wanted("k", 1 << 60, "e", "", "http://127.0.0.1:1/", {})._asdict()]
-    assert re.fullmatch(r"\d+ MB are needed, \d+ MB are free", run_sync(tmp_path, job)["error"])
+    assert re.fullmatch(r"[\d.]+ \wB needed, [\d.]+ \wB free", run_sync(tmp_path, job)["error"])
     assert not list(tmp_path.glob("k*"))
 
 
@@ -449,3 +451,30 @@ def test_a_large_folder_is_asked_about(two_nodes: LocalCloud, tmp_path: Path) ->
     told = two_nodes.cluster("syncData", str(folder), GROUP, "--yes", settings=config, limits=limits)
     assert told.code == 0, told.err
     assert told.out.count("has everything already") == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("data/a.vol", "a.vol"),
+        ("data/deep/er/a.vol", "deep/er/a.vol"),
+        ("data/../etc/passwd", None),
+        ("data/a/../../b", None),
+        ("data/./a", None),
+        ("data//a", "a"),
+        ("data/a//b", None),
+        ("data/" + "x" * 256, None),
+        ("data/a\0b", None),
+        ("data/-rf *", "-rf *"),
+    ],
+)
+def test_plan_relative_path(key: str, expected: str | None) -> None:
+    assert cluster.plan_relative_path(key, "data") == expected
+
+
+@given(st.text(max_size=60))
+def test_no_key_leads_out_of_the_data_directory(key: str) -> None:
+    path = cluster.plan_relative_path(f"data/{key}", "data")
+    if path is not None:
+        assert os.path.commonpath([os.path.normpath(f"/mnt/{path}"), "/mnt"]) == "/mnt"
+        assert not path.startswith("/")

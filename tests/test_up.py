@@ -78,7 +78,7 @@ def test_a_node_that_never_answers_and_one_whose_installation_fails(cloud: Local
     assert made.out.splitlines()[-1].startswith("Head node: ")
     assert "the installation failed" in made.err
     assert re.search(r"port \d+ of .* does not answer", made.err), made.err
-    assert "Error: 2 of 4 nodes serve; failed: " in made.last_line
+    assert "Error: 2 of 4 nodes serving; failed: " in made.last_line
     assert made.last_line.endswith(f"; ./cluster.py up c1.xlarge 4 {group} tries again")
     for node in cloud.nodes(group):
         cloud.fault("heal", node)
@@ -122,7 +122,7 @@ def test_the_board_fits_a_small_terminal(cloud: LocalCloud, group: str) -> None:
             seen += block
         assert child.wait(LIMIT) == 0, seen
     os.close(terminal)
-    assert b": installing, " in seen
+    assert b": starting its server, " in seen
     assert re.search(rb"Up: 0/8 nodes, \d+s", seen)
     assert b"\x1b[8A\x1b[J" in seen  # nine lines, removed before others are drawn
 

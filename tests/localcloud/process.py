@@ -472,7 +472,8 @@ async def server_log(node: ProcessNode, arguments: list[str]) -> tuple[int, str]
 async def journal(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Return the lines of a made-up journal after the cursor, which is their number."""
     seen = int(arguments[1] or 0)
-    lines = ["mtssrv: Listening on port 7554\n", *(f"{line}\n" for _, line in node.journal)]
+    events = [(1_800_000_000.0, "Listening on port 7554"), *node.journal]
+    lines = [f"{at:.6f} node mtssrv[1]: {text}\n" for at, text in events]
     return 0, "".join(lines[seen:]) + (f"-- cursor: {len(lines)}\n" if lines[seen:] else "")
 
 
@@ -484,7 +485,7 @@ async def lack_file(node: ProcessNode) -> None:
 
 async def extend(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Move the deadline that the user data set."""
-    return 0, "ends at another time\n"
+    return 0, "1800000000\n"
 
 
 def reset(writer: asyncio.StreamWriter) -> None:

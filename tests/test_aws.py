@@ -1,4 +1,4 @@
-"""Whose credentials: what AWS's refusals are in words, profiles of each kind, and one session for all clients."""
+"""AWS: whose credentials, its refusals in words, regions, and who may connect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 import cluster
-from tests.support import LocalCloud
+from tests.localcloud.places import PROJECT
+from tests.support import LocalCloud, create
 
 USER = "User: arn:aws:iam::123456789012:user/x is not authorized to perform: ec2:RunInstances on resource: "
 IMAGE = "arn:aws:ec2:us-east-1::image/ami-1"
@@ -109,3 +110,27 @@ def test_a_region_that_the_account_has_not_enabled(cloud: LocalCloud) -> None:
         listed = cloud.cluster("regions", settings=there)
     assert "or AWS_REGION: ./cluster.py regions lists the regions that are enabled" in refused.last_line
     assert (listed.code, "* eu-west-1\n" in listed.out) == (0, True)
+
+
+def test_a_region_that_boto3_does_not_know_spoils_no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "fetch_regions", lambda _: ["us-east-1", "xx-new-1"])
+    problems: list[str] = []
+    found = cluster.App(PROJECT / "config.py").in_all_regions(lambda ec2: ec2.meta.region_name, problems)
+    assert found == {"us-east-1": "us-east-1"}
+    assert "xx-new-1: 'xx-new-1' is no region that boto3 knows" in problems[0]
+
+
+def test_changed_address_replaces_only_our_own_rules(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 1)
+    ec2 = cloud.client("ec2")
+    found = ec2.describe_security_groups(Filters=[{"Name": "tag:mitsuba-group", "Values": [group]}])
+    name = found["SecurityGroups"][0]["GroupId"]
+    other = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22}
+    other |= {"IpRanges": [{"CidrIp": "192.0.2.99/32", "Description": "mitsuba-cluster SHA256:other them@there"}]}
+    ec2.authorize_security_group_ingress(GroupId=name, IpPermissions=[other])
+    moved = cloud.cluster("runCommand", "true", group, settings={"CLIENT_CIDR": "192.0.2.77/32"})
+    assert moved.code == 0, moved.err
+    assert "address has changed: the nodes' ports are open to 192.0.2.77/32 now" in moved.err
+    rules = ec2.describe_security_groups(GroupIds=[name])["SecurityGroups"][0]["IpPermissions"]
+    cidrs = {source["CidrIp"] for rule in rules for source in rule["IpRanges"]}
+    assert cidrs == {"192.0.2.77/32", "192.0.2.99/32"}

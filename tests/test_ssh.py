@@ -1,0 +1,56 @@
+"""SSH: the key on the disk, quoting, and steps that end in time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cluster
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8")), max_size=4))
+def test_quoting_survives_the_shell(arguments: list[str]) -> None:
+    line = cluster.user_command("name", "printf '%s\\0' \"$@\"", *arguments)
+    shown = subprocess.run(["sh", "-c", line], capture_output=True, check=True).stdout
+    assert shown.split(b"\0")[:-1] == ([one.encode() for one in arguments] or [b""])
+
+
+def test_a_key_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    sync, real_rename = os.fsync, os.rename
+
+    def fsync(handle: int) -> None:
+        seen.append(f"{os.fstat(handle).st_size} bytes synced")
+        sync(handle)
+
+    def rename(*names: Path) -> None:
+        seen.append("renamed")
+        real_rename(*names)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    cluster.write_secret(tmp_path / "key.pem", "secret")
+    assert seen[:2] == ["6 bytes synced", "renamed"]
+    assert (tmp_path / "key.pem").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_step_over_its_limit_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A channel that goes on and on: its end must not be taken for the step's."""
+
+    class Channel:
+        def settimeout(self, _: float) -> None:
+            pass
+
+        def recv(self, _: int) -> bytes:
+            return b"still at it\n"
+
+    remote = cluster.Remote(None, None, "ubuntu")  # type: ignore[arg-type]
+    assert remote.receive(Channel(), time.monotonic() + 60) == b"still at it\n"  # type: ignore[arg-type]
+    with pytest.raises(cluster.NodeError, match="did not end within its time limit"):
+        remote.receive(Channel(), time.monotonic() - 1)  # type: ignore[arg-type]
