@@ -1343,16 +1343,26 @@ from typing import Any, NamedTuple
 '''
 
 
-def node_program(names: str, *parts: Callable[..., object]) -> str:
-    """Return a Python program for a node: constants NAMES and PARTS of this file, to the letter; the last is its main.
+def node_program(main: Callable[[list[str]], object]) -> str:
+    """Return a Python program for a node: MAIN, and the functions, classes and CONSTANTS that it needs, to the letter.
 
     inspect.getsource finds a class only by parsing the whole file: 0.3 s each, before Python 3.13.
     """
+    import symtable
+
     text = inspect.getsource(sys.modules[__name__])
-    values = [f"{name} = {globals()[name]!r}" for name in names.split()]
-    blocks = [re.search(rf"^(?:def|class) {part.__name__}\b.*\n(?:(?:[ )].*)?\n)*", text, re.M) for part in parts]
-    sources = [block[0] for block in blocks if block]
-    return "\n".join([NODE_HEADER, *values, "", *sources, f"{parts[-1].__name__}(sys.argv[1:])\n"])
+    blocks = {name: f"{name} = {value!r}" for name, value in globals().items() if name.isupper()}
+    blocks |= {found[1]: found[0] for found in re.finditer(r"^(?:def|class) (\w+)\b.*\n(?:(?:[ )].*)?\n)*", text, re.M)}
+    needed = {main.__name__}
+    tables = [symtable.symtable(blocks[main.__name__], "", "exec")]
+    for table in tables:
+        tables += table.get_children()
+        used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
+        new = used & blocks.keys() - needed
+        needed |= new
+        tables += [symtable.symtable(blocks[name], "", "exec") for name in new]
+    sources = [block for name, block in blocks.items() if name in needed]
+    return "\n".join([NODE_HEADER, *sources, f"{main.__name__}(sys.argv[1:])\n"])
 
 
 class WrongHostKey(Exception):
@@ -2111,8 +2121,7 @@ def fetch_files(arguments: list[str]) -> None:
 
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
-    names = "MARK_PATH FETCH_FOLDER MIB RANGE_SIZE RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES"
-    return node_program(names, format_size, Wanted, FetchFailed, open_below, Fetcher, fetch_files)
+    return node_program(fetch_files)
 
 
 class Fetched(NamedTuple):
@@ -2266,8 +2275,7 @@ def serve_files(arguments: list[str]) -> None:
 
 def serve_program() -> str:
     """Return serve_files as a program of its own."""
-    names = "MARK_PATH FETCH_FOLDER MIB RANGE_STREAMS RANGE_TIMEOUT RANGE_TRIES RECEIVERS"
-    return node_program(names, Wanted, FetchFailed, open_below, Fetcher, FileServer, serve_files)
+    return node_program(serve_files)
 
 
 @dataclass(eq=False)
@@ -2956,7 +2964,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 # --- Guard -------------------------------------------------------------------
 # mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
 # links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
-# each other, the constants that guard_program lists, and Python's own modules. All times are of the monotonic clock.
+# each other, constants, and Python's own modules. All times are of the monotonic clock.
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
@@ -3076,15 +3084,15 @@ def ask_address(address: str, version: str, most_cores: int) -> Answer:
 def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
     """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
     found: dict[str, Answer] = {}
-    threads = [
+    askers = [
         threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
         for pair in addresses.items()
     ]
     deadline = time.monotonic() + 2 * GUARD_TIMEOUT
-    for thread in threads:
+    for thread in askers:
         thread.daemon = True
         thread.start()
-    for thread in threads:
+    for thread in askers:
         thread.join(max(0, deadline - time.monotonic()))
     return {one: found.get(one, Answer(False, "does not answer")) for one in addresses}
 
@@ -3115,7 +3123,7 @@ def read_plan() -> dict[str, Any]:
         return {}
 
 
-def say(text: str) -> None:
+def note_journal(text: str) -> None:
     """Write a line to the journal."""
     print(text, flush=True)
 
@@ -3126,7 +3134,7 @@ def filter_workers() -> None:
     answers = ask_all(plan["workers"], plan["version"])
     for one, answer in answers.items():
         if answer.problem:
-            say(f"{one} is left out: it {answer.problem}")
+            note_journal(f"{one} is left out: it {answer.problem}")
     write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
 
 
@@ -3344,7 +3352,7 @@ def restore_memory(text: str) -> Memory | None:
         return None
 
 
-def report(memory: Memory, limit: float) -> dict[str, Any]:
+def node_state(memory: Memory, limit: float) -> dict[str, Any]:
     """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
     idle = memory.at - memory.used
@@ -3353,7 +3361,7 @@ def report(memory: Memory, limit: float) -> dict[str, Any]:
 
 def restart_head(why: str) -> None:
     """Restart the head's server; its filter then links all workers that answer."""
-    say(f"restarts the head {why}")
+    note_journal(f"restarts the head {why}")
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
@@ -3363,7 +3371,7 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
     answers = ask_all({own: MOST_CORES} | workers, plan["version"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
-            say(f"does not link {one}: it {answers[one].problem}")
+            note_journal(f"does not link {one}: it {answers[one].problem}")
     linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
     links = renew_links(links, time.monotonic(), own, linked, answers)
     if silent := find_silent(links, time.monotonic()):
@@ -3383,7 +3391,7 @@ def guard_node(arguments: list[str]) -> None:
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
-    say(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    note_journal(f"guards a node with role {role}; it may be idle for {limit:g} s")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
@@ -3393,16 +3401,16 @@ def guard_node(arguments: list[str]) -> None:
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(ends), len(workers))
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
-            write_file(STATE_PATH, json.dumps(report(memory, limit)))
+            write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
                 refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
                 if refused:
-                    say(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+                    note_journal(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
             else:
                 refused = 0
             if verdict == "end" or refused >= HEAD_ASKED:
-                say(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
+                note_journal(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
                 run_quietly("systemctl", "poweroff")
         time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
 
@@ -3445,17 +3453,7 @@ systemctl start --no-block mitsuba-guard.service
 
 def guard_program() -> str:
     """Return the guard as a program of its own."""
-    names = (
-        "SERVER_PORT HELLO QUIT FLAVOURS NAME_BYTES MOST_CORES GUARD_TIMEOUT WATCH_PAUSE WATCH_RATE WATCH_SILENCE "
-        "CLIENT_LOOK JOIN_ANSWERS JOIN_QUIET JOIN_DOUBLINGS USE_LOOK BUSY_CORES LOGIN_BYTES LINK_BYTES CLIENT_SILENCE "
-        "HANDSHAKE_BYTES HEAD_ASKED FILE_BYTES PLAN_PATH IDLE_PATH LINKED_PATH MEMORY_PATH STATE_PATH MARK_PATH"
-    )
-    parts: list[Callable[..., object]] = [AnotherBuild, receive_exactly, shake_hands, handshake, Answer, ask_address]
-    parts += [ask_all, read_file, write_file, read_plan, say, filter_workers, Links, renew_links, find_silent]
-    parts += [find_joining, Look, read_connections, is_below_sshd, is_held, run_quietly, watch_ends, has_left]
-    parts += [take_look, Connection, Memory, find_clients, find_use, remember, judge_idleness, restore_memory]
-    parts += [report, restart_head, keep_serving]
-    return node_program(names, *parts, guard_node)
+    return node_program(guard_node)
 
 
 def guard_at_boot(minutes: float) -> list[list[str]]:

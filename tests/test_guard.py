@@ -285,7 +285,7 @@ class Clock:
     @property
     def silences(self) -> dict[str, float]:
         """The clients, and for how long they have been silent."""
-        return {peer: silent for peer, (_, silent) in cluster.report(self.memory, 0)["clients"].items()}
+        return {peer: silent for peer, (_, silent) in cluster.node_state(self.memory, 0)["clients"].items()}
 
 
 CLIENT = "203.0.113.9:40312"
