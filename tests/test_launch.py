@@ -102,7 +102,7 @@ def test_quota_that_is_used_up_half_way(cloud: LocalCloud, group: str) -> None:
         made = cloud.cluster(*CREATE, group, limits={"LAUNCH_BATCH": 1})
     assert "\n16 vCPUs asked, your quota is 8 (Running On-Demand Standard" in made.err
     assert made.code == 1
-    assert "1 of 2 nodes are ready" in made.last_line
+    assert "1 of 2 nodes ready" in made.last_line
     assert "quota is used up" in made.last_line
     assert "Raise 'Running On-Demand Standard instances'" in made.last_line
 
