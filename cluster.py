@@ -115,8 +115,6 @@ NEW_CODES = (  # of calls that name what was made a moment ago
 # --- Errors and output -------------------------------------------------------
 # One error for the user, two for a node, one for SIGTERM; progress on stderr, results on stdout.
 
-LOG_LINES = 8  # of them, in lines, that are shown
-
 
 class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
@@ -126,7 +124,13 @@ class ClusterError(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Print the line."""
-        complain(self.message)
+        put(f"{paint('Error:', err=True, fg='red')} {self.message}", err=True)
+
+
+class WrongUsage(ClusterError):
+    """A command line that can't be understood: exit code 2."""
+
+    exit_code = 2
 
 
 class NodeError(Exception):
@@ -256,15 +260,9 @@ def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]
     return "\n".join(blocks)
 
 
-def format_bar(done: float, whole: float, width: int = 20) -> str:
-    """Return a progress bar: [######··············]."""
-    filled = int(width * min(done, whole) / whole) if whole else 0
-    return f"[{'#' * filled}{'·' * (width - filled)}]"
-
-
 def format_tail(output: str) -> str:
     """Return the last lines of a step's output, indented for its error message."""
-    lines = [line for line in output.splitlines() if line.strip()][-LOG_LINES:]
+    lines = [line for line in output.splitlines() if line.strip()][-8:]
     return "".join(f"\n    {printable(line)}" for line in lines)
 
 
@@ -273,23 +271,18 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
-def is_lively(stream: Any) -> bool:
-    """Tell whether a stream is a terminal for colours and cursor codes; see https://no-color.org."""
-    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+def is_terminal(stream: Any = None) -> bool:
+    """Tell whether what stands on a stream (stderr if none is named) can be drawn anew."""
+    return bool((stream or sys.stderr).isatty() and os.environ.get("TERM") != "dumb")
 
 
 def paint(text: str, err: bool = False, **look: Any) -> str:
-    """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if that has them."""
-    text = printable(text)
-    return click.style(text, **look) if is_lively(sys.stderr if err else sys.stdout) else text
+    """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if wanted: https://no-color.org."""
+    coloured = is_terminal(sys.stderr if err else sys.stdout) and not os.environ.get("NO_COLOR")
+    return click.style(printable(text), **look) if coloured else printable(text)
 
 
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
-
-
-def is_terminal() -> bool:
-    """Tell whether what stands on stderr can be drawn anew."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 DRAWN: list[str] = []  # the terminal's last lines, which the next output replaces
@@ -329,11 +322,6 @@ def result(text: str) -> None:
 def warn(text: str) -> None:
     """Say what went wrong and can be done without."""
     put(f"{paint('Warning:', err=True, fg='yellow')} {printable_lines(mask(text))}", err=True)
-
-
-def complain(text: str) -> None:
-    """Say what went wrong."""
-    put(f"{paint('Error:', err=True, fg='red')} {printable_lines(text)}", err=True)
 
 
 # --- Settings ----------------------------------------------------------------
@@ -389,26 +377,18 @@ def matches(pattern: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def is_number(value: Any, low: float, high: float) -> bool:
-    """Tell whether VALUE is a number (True is none) from LOW to HIGH."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def is_whole(value: Any, low: int, high: int) -> bool:
-    """Tell whether VALUE is a whole number from LOW to HIGH."""
-    return isinstance(value, int) and is_number(value, low, high)
+def between(low: float, high: float, *kinds: type) -> Callable[[Any], bool]:
+    """Return a check: a number from LOW to HIGH, of one of these KINDS (True is none)."""
+    return lambda value: type(value) in kinds and low <= value <= high
 
 
 def is_cidr(value: Any) -> bool:
     """Tell whether VALUE is empty or an IPv4 network."""
     import ipaddress
 
-    if not isinstance(value, str):
-        return False
-    try:
-        return not value or bool(ipaddress.IPv4Network(value))
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):
+        return isinstance(value, str) and (not value or bool(ipaddress.IPv4Network(value)))
+    return False
 
 
 def is_images(value: Any) -> bool:
@@ -425,16 +405,16 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "KEYPAIR_NAME": (matches(r"[ -~]{1,255}"), "a name of at most 255 ASCII characters"),
     "SSH_PRIVATE_KEY_FILE": (matches(r"[^\0]+"), 'a path such as "mitsuba-key.pem"'),
     "SSH_USER": (matches(r"[a-z_][a-z0-9_.-]*"), 'a user name such as "ubuntu"'),
-    "SSH_PORT": (lambda value: is_whole(value, 1, 65535), "a port from 1 to 65535"),
+    "SSH_PORT": (between(1, 65535, int), "a port from 1 to 65535"),
     "AMI_IDS": (is_images, 'a dict such as {"us-east-1": "ami-0123456789abcdef0"}'),
     "UBUNTU_RELEASE": (matches(r"22\.04|24\.04|26\.04"), '"22.04", "24.04" or "26.04"'),
     "SUBNET_ID": (matches(r"(subnet-[0-9a-f]+)?"), 'a subnet such as "subnet-0123abcd", or ""'),
     "CLIENT_CIDR": (is_cidr, 'an IPv4 network such as "203.0.113.7/32", or ""'),
-    "PUBLIC_SERVER_PORT": (lambda value: isinstance(value, bool), "True or False"),
-    "PRIVATE_NODES": (lambda value: isinstance(value, bool), "True or False"),
-    "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
-    "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
-    "IDLE_MINUTES": (lambda value: is_number(value, 0, 525600), "minutes, from 0 (no limit) to 525600"),
+    "PUBLIC_SERVER_PORT": (between(0, 1, bool), "True or False"),
+    "PRIVATE_NODES": (between(0, 1, bool), "True or False"),
+    "ROOT_VOLUME_GB": (between(8, 16384, int), "a whole number from 8 to 16384"),
+    "MAX_HOURS": (between(0, 8760, int, float), "hours, from 0 (no limit) to 8760"),
+    "IDLE_MINUTES": (between(0, 525600, int, float), "minutes, from 0 (no limit) to 525600"),
     "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
     "MITSUBA_PACKAGE": (
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
@@ -448,9 +428,6 @@ WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
-UNQUOTED = ' (is there a value without quotes? name = "value")'
-
-
 def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
     if path.is_dir():
@@ -459,29 +436,16 @@ def run_config(path: Path) -> dict[str, Any]:
         return runpy.run_path(str(path))
     except FileNotFoundError:
         raise ClusterError(f"there is no settings file {path}") from None
-    except SyntaxError as error:
-        raise ClusterError(f"{path.name}, line {error.lineno}: SyntaxError{UNQUOTED}") from None
     except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
         import traceback
 
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        lines = [error.lineno] if isinstance(error, SyntaxError) else lines
+        where = f"{path.name}, line {lines[-1]}" if lines else path.name
         # Not the error's text: a secret without quotes would be in it.
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = f", line {lines[-1]}" if lines else ""
-        raise ClusterError(f"{path.name}{line}: {type(error).__name__}{UNQUOTED}") from None
-
-
-def check_together(path: Path, settings: Settings) -> None:
-    """Refuse values that are wrong only together."""
-    import ipaddress
-
-    if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
-        raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
-    wide = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen < WIDEST_PREFIX
-    if wide and settings.PUBLIC_SERVER_PORT:
-        raise ClusterError(
-            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
-            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
-        )
+        hint = '(is there a value without quotes? name = "value")'
+        raise ClusterError(f"{where}: {type(error).__name__} {hint}") from None
 
 
 def load_settings(path: Path) -> Settings:
@@ -500,10 +464,19 @@ def load_settings(path: Path) -> Settings:
     for name in SECRETS:
         if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
             values[name] = ""
+    wide = False
     if cidr := values.get("CLIENT_CIDR"):
-        values["CLIENT_CIDR"] = str(ipaddress.IPv4Network(cidr))  # EC2 takes ADDRESS/BITS only
+        network = ipaddress.IPv4Network(cidr)
+        values["CLIENT_CIDR"] = str(network)  # EC2 takes ADDRESS/BITS only
+        wide = network.prefixlen < WIDEST_PREFIX
     settings = Settings(**values, folder=path.resolve().parent)
-    check_together(path, settings)
+    if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
+        raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
+    if wide and settings.PUBLIC_SERVER_PORT:
+        raise ClusterError(
+            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
+            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
+        )
     return settings
 
 
@@ -1408,7 +1381,7 @@ class Facts(NamedTuple):
     """What a node says of itself."""
 
     cores: int
-    version: str = ""  # of Mitsuba; empty: not installed
+    build: str = ""  # of Mitsuba: its version, SPECTRUM_SAMPLES, and 1 if of double precision; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
     idle: float | None = None  # seconds since its last use; None: no guard is there
@@ -1423,12 +1396,17 @@ class Facts(NamedTuple):
     problem: str = ""  # what the server's log said last of an error, if it was restarted
     replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
 
+    @property
+    def version(self) -> str:
+        """The version of Mitsuba."""
+        return self.build.partition(" ")[0]
+
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
 FACTS = r"""
 set -uo pipefail
 echo "cores=$(nproc)"
-echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
+echo "build=$(cat /var/lib/mitsuba-cluster/build 2> /dev/null)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
 echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
 echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
@@ -1573,7 +1551,7 @@ def to_seconds(value: Any) -> float:
 # What a node may say of itself: units and tables are made of it, and renderers can write to some of its sources.
 FACT_PATTERNS = {
     "cores": r"[1-9][0-9]{0,4}",
-    "version": r"([0-9][0-9.]{0,30}[0-9])?",
+    "build": r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?",
     "role": r"(head|worker)?",
     "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
     "boot": r"[0-9A-Za-z-]{0,64}",
@@ -1596,7 +1574,7 @@ def fetch_facts(remote: Remote) -> Facts:
         guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
-            version=pairs.get("version", ""),
+            build=pairs.get("build", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
             idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
@@ -1753,9 +1731,9 @@ class Progress:
         """Draw the bar anew."""
         with OUTPUT:
             if is_terminal():
-                moved = sum(self.moved.values())
-                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
-                draw(f"{self.label} {bar} {self.describe()}")
+                done, whole = (sum(self.moved.values()), self.size) if self.size else (self.done, self.total)
+                filled = int(20 * min(done, whole) / whole) if whole else 0
+                draw(f"{self.label} [{'#' * filled:·<20}] {self.describe()}")
             elif time.monotonic() - self.told > 60:
                 self.told = time.monotonic()
                 note(f"{self.label}: {self.describe()}")
@@ -2145,7 +2123,7 @@ def read_report(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):  # an error message of Python's, say
         return {}
     if isinstance(report, dict) and all(
-        isinstance(value, str) if name == "error" else is_whole(value, 0, REPORT_LIMIT)
+        isinstance(value, str) if name == "error" else between(0, REPORT_LIMIT, int)(value)
         for name, value in report.items()
     ):
         return report
@@ -2629,44 +2607,34 @@ def on_terminate(*_: object) -> None:
     raise Terminated
 
 
-class WrongUsage(click.UsageError):
-    """A command line that can't be understood: its usage and one line on stderr, exit code 2."""
-
-    def show(self, file: Any = None) -> None:
-        """Say what is wrong, and where the help is."""
-        if self.ctx:
-            note(f"{self.ctx.get_usage()}\nTry {self.ctx.command_path} --help\n")
-        complain(self.format_message())
-
-
 @contextlib.contextmanager
 def plain_usage() -> Iterator[None]:
-    """Let click's errors of usage say what else could be meant."""
+    """Show click's errors of usage as our own, with what else could be meant; exit code 2."""
     try:
         yield
     except click.UsageError as error:
-        advice, name = "", error.ctx.info_name if error.ctx else ""
-        if name == "runCommand" and not isinstance(error, click.MissingParameter):
-            advice = f"; quote the command, or put -- before it: {command('runCommand', '--', 'ls', '-la', '/mnt')}"
-        elif unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", error.format_message()):
-            advice = did_you_mean(unknown[1], cli.commands)
-            raise WrongUsage(f"{unknown[0]}{advice}", error.ctx) from None
-        raise WrongUsage(error.format_message().rstrip(".") + advice, error.ctx) from None
+        ctx, text = error.ctx, error.format_message().rstrip(".")
+        if unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", text):
+            text = unknown[0] + did_you_mean(unknown[1], cli.commands)
+        elif ctx and ctx.info_name == "runCommand" and not isinstance(error, click.MissingParameter):
+            text += f"; quote the command, or put -- before it: {command('runCommand', '--', 'ls', '-la', '/mnt')}"
+        if ctx:
+            note(f"{ctx.get_usage()}\nTry {ctx.command_path} --help\n")
+        raise WrongUsage(text) from None
 
 
-DAY = "createNodes install start up status syncData render terminateAll".split()
-
-
+# Command -> the arguments of the example in its help; --help lists the user's day first.
 EXAMPLES = {
     "createNodes": "c1.xlarge 8",
-    "addSpotNodes": "c1.xlarge 8 0.20",
     "install": "",
     "start": "",
+    "up": "c1.xlarge 8",
     "status": "--watch",
     "syncData": "myHugeVolumeDataFile.vol",
-    "terminateAll": "",
-    "tunnel": "",
     "render": "scenes/*.xml --then-terminate -- -p 0",
+    "terminateAll": "",
+    "addSpotNodes": "c1.xlarge 8 0.20",
+    "tunnel": "",
     "systemLoad": "--watch",
     "terminate": "4-17",
     "spotPrices": "c7a.2xlarge",
@@ -2679,7 +2647,6 @@ EXAMPLES = {
     "completion": "bash",
     "extend": "2.5",
     "policy": "> policy.json",
-    "up": "c1.xlarge 8",
 }
 
 
@@ -2687,8 +2654,8 @@ class Tool(click.Group):
     """The boundary: known errors become one line and an exit code; the rest is a bug's traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Begin with the user's day; the rest stays in the order of the file."""
-        return sorted(self.commands, key=lambda name: DAY.index(name) if name in DAY else len(DAY))
+        """Begin with the user's day, not with A."""
+        return list(EXAMPLES)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take --config from anywhere before a "--"."""
@@ -2716,10 +2683,9 @@ class Tool(click.Group):
         try:
             with plain_usage():
                 return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort):
-            self.interrupted(ctx, 130)
-        except Terminated:
-            self.interrupted(ctx, 143)
+        except (KeyboardInterrupt, click.Abort, Terminated) as error:
+            note(f"Interrupted. {ctx.obj.left if isinstance(ctx.obj, App) else ''}".strip())
+            os._exit(143 if isinstance(error, Terminated) else 130)  # at once: threads may still wait for nodes
         except ModuleNotFoundError as error:
             raise ClusterError(MISSING.format(name=error.name)) from error
         except BrokenPipeError:
@@ -2732,13 +2698,6 @@ class Tool(click.Group):
             raise ClusterError(ctx.obj.explain(error) if isinstance(ctx.obj, App) else explain(error)) from error
         finally:
             draw()
-
-    @staticmethod
-    def interrupted(ctx: click.Context, code: int) -> None:
-        """Say what is left running and leave."""
-        left = ctx.obj.left if isinstance(ctx.obj, App) else ""
-        note(f"Interrupted. {left}".strip())
-        os._exit(code)  # at once: threads may still wait for nodes
 
 
 def log_folder(group: str) -> Path:
@@ -2968,7 +2927,6 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
-FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
 NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
@@ -2988,7 +2946,7 @@ HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
 FILE_BYTES = 1 << 20  # of a file that the guard reads
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
-PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, version, own, head, workers with their cores
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head, workers with their cores
 IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
 LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
@@ -2996,7 +2954,7 @@ STATE_PATH = "/run/mitsuba-cluster/state.json"
 
 
 class AnotherBuild(Exception):
-    """The server is a Mitsuba of another version or flavour."""
+    """The server is a Mitsuba of another version, or with other spectrum samples or precision."""
 
 
 def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
@@ -3011,46 +2969,37 @@ def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
     return data
 
 
-def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
-    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
-
-    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to the last byte (but of a
-    server that talks on and on): a reset that comes before the server has accepted ends it, and its head with it.
-    """
-    stream.settimeout(max(0.001, deadline - time.monotonic()))
-    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive_exactly(stream, 2, deadline)
-    if answer == b"\x00\x0d":
-        raise AnotherBuild(version)
-    if answer != HELLO:
-        raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-    name = b""
-    while not name.endswith(b"\0"):
-        if len(name) > NAME_BYTES:
-            raise ValueError("its node's name does not end")
-        name += receive_exactly(stream, 1, deadline)
-    try:
-        stream.sendall(QUIT)
-        stream.shutdown(socket.SHUT_WR)
-        receive_exactly(stream, NAME_BYTES, deadline)
-    except (OSError, EOFError):
-        pass
-    return cores, name[:-1].decode("utf-8", "replace")
-
-
 def handshake(
-    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], build: str, limit: float
 ) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    """Greet an mtssrv as another of this BUILD, and quit; return (its cores, its node's name). LIMIT: seconds in all.
+
+    AnotherBuild where it refuses. The end is an ordinary one, read to the last byte (but of a server that talks on and
+    on): a reset that comes before the server has accepted ends it, and its head with it.
+    """
     deadline = time.monotonic() + limit
-    for samples, double in FLAVOURS:
+    with open_stream(limit) as stream:
+        version, samples, double = build.split()
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
+        stream.sendall(HELLO + version.encode() + b"\0" + bytes([int(samples), int(double)]))
+        answer = receive_exactly(stream, 2, deadline)
+        if answer == b"\x00\x0d":
+            raise AnotherBuild
+        if answer != HELLO:
+            raise ValueError("what answers is not mtssrv")
+        cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
+        name = b""
+        while not name.endswith(b"\0"):
+            if len(name) > NAME_BYTES:
+                raise ValueError("its node's name does not end")
+            name += receive_exactly(stream, 1, deadline)
         try:
-            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
-                return shake_hands(stream, version, samples, double, deadline)
-        except AnotherBuild:
+            stream.sendall(QUIT)
+            stream.shutdown(socket.SHUT_WR)
+            receive_exactly(stream, NAME_BYTES, deadline)
+        except (OSError, EOFError):
             pass
-    raise AnotherBuild(version)
+        return cores, name[:-1].decode("utf-8", "replace")
 
 
 class Answer(NamedTuple):
@@ -3058,34 +3007,27 @@ class Answer(NamedTuple):
 
     alive: bool
     problem: str = ""  # why the server can't be linked
-    connections: int = 1  # that it took
-    cores: int = 0  # of a server that can be linked
 
 
-def ask_address(address: str, version: str, most_cores: int) -> Answer:
+def ask_address(address: str, build: str, most_cores: int) -> Answer:
     """Shake hands with the server at ADDRESS, which may have so many cores."""
-    opened = []
-
-    def connect_to_it(limit: float) -> socket.socket:
-        connection = socket.create_connection((address, SERVER_PORT), limit)
-        opened.append(limit)
-        return connection
-
     try:
-        cores, _ = handshake(connect_to_it, version, GUARD_TIMEOUT)
+        cores, _ = handshake(
+            lambda limit: socket.create_connection((address, SERVER_PORT), limit), build, GUARD_TIMEOUT
+        )
     except AnotherBuild:
-        return Answer(True, f"is another build than Mitsuba {version}", len(opened))
+        return Answer(True, "is another build of Mitsuba than this node's")
     except (OSError, EOFError, ValueError) as error:
-        return Answer(False, f"does not answer: {error}", len(opened))
+        return Answer(False, f"does not answer: {error}")
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong, len(opened), 0 if wrong else cores)
+    return Answer(True, wrong)
 
 
-def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
+def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
     """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
     found: dict[str, Answer] = {}
     askers = [
-        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
+        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, build, most)}), args=pair)
         for pair in addresses.items()
     ]
     deadline = time.monotonic() + 2 * GUARD_TIMEOUT
@@ -3131,7 +3073,7 @@ def note_journal(text: str) -> None:
 def filter_workers() -> None:
     """Before each start of the head: note those of its workers that answer, and name the others."""
     plan = read_plan()
-    answers = ask_all(plan["workers"], plan["version"])
+    answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
             note_journal(f"{one} is left out: it {answer.problem}")
@@ -3368,7 +3310,7 @@ def restart_head(why: str) -> None:
 def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
     """Shake hands with all servers once, and restart the head where that helps."""
     own, workers = plan["own"], plan["workers"]
-    answers = ask_all({own: MOST_CORES} | workers, plan["version"])
+    answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
             note_journal(f"does not link {one}: it {answers[one].problem}")
@@ -3404,7 +3346,7 @@ def guard_node(arguments: list[str]) -> None:
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
-                refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
+                refused = 0 if ask_address(plan["head"], plan["build"], MOST_CORES).alive else refused + 1
                 if refused:
                     note_journal(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
             else:
@@ -4281,6 +4223,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: b
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+BUILD_LIMIT = 20
 GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
@@ -4309,13 +4252,14 @@ GRAPHICS_LIBRARIES = frozenset(
 )
 
 
-# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type,
+# $6 the program that learns the build.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
 # repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
-user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+user=$1 data=$2 sha256=$3 recipe=$4 type=$5 learn_build=$6
 if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
@@ -4432,7 +4376,7 @@ forget_tree() {
 }
 
 install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed" "$state/build"
   case $package in
     *.deb)
       fetch "$work/mitsuba.deb"
@@ -4505,9 +4449,39 @@ if [ -z "$version" ]; then
   [ "$code" != 132 ] || echo "it was built for a newer processor than $type has: build it with -march=x86-64"
   exit 1
 fi
+cd "$work"  # for its log
+build=$(python3 -I -c "$learn_build")
+echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
+
+
+def learn_build(arguments: list[str]) -> None:
+    """Run on a node: print the build by which mtssrv greets other servers; a build answers its own greeting only.
+
+    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision.
+    """
+    import subprocess
+
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(BUILD_LIMIT)
+        worker = f"127.0.0.1:{listener.getsockname()[1]}"
+        with subprocess.Popen(["mtssrv", "-q", "-p", "1", "-c", worker], **quiet) as server:  # it serves only then
+            try:
+                stream, _ = listener.accept()
+                stream.settimeout(BUILD_LIMIT)
+                greeting = b""
+                while not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                    if not (more := stream.recv(64)):
+                        sys.exit(f"mtssrv greets other servers in an unknown way: {greeting.hex()}")
+                    greeting += more
+            except TimeoutError:
+                sys.exit(f"mtssrv does not greet other servers within {BUILD_LIMIT} seconds")
+            finally:
+                server.kill()
+    print(found[1].decode(), *found[2], *found[3])
 
 
 def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
@@ -4842,6 +4816,7 @@ def install_step(
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    arguments.append(node_program(learn_build))
     tell = functools.partial(progress.step, remote.node)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
@@ -4922,8 +4897,8 @@ printf '%s\n' "$program" > $library/guard.py
 printf '%s\n' "$guard" > $units/mitsuba-guard.service
 touch /run/mitsuba-cluster/in-use
 if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
+systemctl enable --quiet --no-reload mtssrv.service mitsuba-guard.service
 systemctl daemon-reload
-systemctl enable --quiet mtssrv.service mitsuba-guard.service
 if [ -n "$server" ]; then
   rm -f /run/mitsuba-cluster/replaced
   systemctl restart mtssrv.service
@@ -5033,14 +5008,14 @@ def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
         channel.close()
 
 
-def ask_server(remote: Remote, version: str) -> int:
+def ask_server(remote: Remote, build: str) -> int:
     """Return the cores that a node's server offers; NodeError where it does not answer."""
     import paramiko
 
     try:
-        return handshake(functools.partial(server_stream, remote), version, HANDSHAKE_LIMIT)[0]
+        return handshake(functools.partial(server_stream, remote), build, HANDSHAKE_LIMIT)[0]
     except AnotherBuild:
-        raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
+        raise NodeError("its mtssrv is another build of Mitsuba than what is installed there") from None
     except TimeoutError:
         raise NodeError("its mtssrv accepts connections, but stays silent") from None
     except ValueError as error:
@@ -5049,12 +5024,12 @@ def ask_server(remote: Remote, version: str) -> int:
         raise NodeError("its mtssrv does not answer") from error
 
 
-def await_server(remote: Remote, version: str, cores: int | None = None, workers: int = 0) -> int:
+def await_server(remote: Remote, build: str, cores: int | None = None, workers: int = 0) -> int:
     """Wait until a node's server answers, with CORES cores if they are given; return its cores."""
     deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
     while True:
         try:
-            offered = ask_server(remote, version)
+            offered = ask_server(remote, build)
             if cores in (None, offered):
                 return offered
             problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
@@ -5134,7 +5109,7 @@ def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str
 def look_step(remote: Remote) -> Facts:
     """Learn what a node is; NodeError where Mitsuba is missing."""
     facts = fetch_facts(remote)
-    if not facts.version:
+    if not facts.build:
         raise NodeError(NOT_INSTALLED)
     return facts
 
@@ -5142,16 +5117,16 @@ def look_step(remote: Remote) -> Facts:
 def worker_step(start: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
-    plan = {"role": "worker", "version": facts.version, "own": node.private_ip, "head": start.head.private_ip}
+    plan = {"role": "worker", "build": facts.build, "own": node.private_ip, "head": start.head.private_ip}
     if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
-            cores = ask_server(remote, facts.version)
+            cores = ask_server(remote, facts.build)
     action = "started" if cores is None else "serves already"
     if cores is None:
         if node.private_ip in start.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
         configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
-        cores = await_server(remote, facts.version)
+        cores = await_server(remote, facts.build)
     else:
         configure_node(remote, start.guard, plan)
     if not 0 < cores <= start.most_cores(node):
@@ -5165,20 +5140,20 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     """Make the head serve with those WORKERS that do, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
     wanted = {one.node.private_ip: start.most_cores(one.node) for one in good}
-    mismatches = [one.node.name for one in good if one.value.facts.version != facts.version]
+    mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
     if mismatches:
         raise NodeError(
-            f"runs Mitsuba {facts.version}, and these run another: {', '.join(mismatches)}; run install again"
+            f"runs Mitsuba {facts.version}, and these run another build: {', '.join(mismatches)}; run install again"
         )
     cores = sum(one.value.cores for one in good) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan: dict[str, Any] = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
+    plan: dict[str, Any] = {"role": "head", "build": facts.build, "own": own, "head": own, "workers": wanted}
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
-            offered = ask_server(remote, facts.version)
+            offered = ask_server(remote, facts.build)
     if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
@@ -5194,7 +5169,7 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
         return Served(facts, offered, "serves already", f"{what}: {client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
+    return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
 
 
 def describe_server(outcome: Outcome[Served]) -> str:
@@ -5545,6 +5520,7 @@ RENDER_POLL = 10  # seconds between two questions to the head beside a render
 RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
 HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
 HEAL_POLL = 2  # seconds between two looks at it
+FROZEN_LIMIT = 300  # of a head's silence, longer than a reboot, after which another node takes its place
 MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
 
@@ -5629,20 +5605,22 @@ class RenderCluster:
         self.app, self.group = app, group
         self.nodes = app.open_group(group)
         self.names: dict[str, str] = {}  # a node that has ended has no name any more
+        self.frozen: set[str] = set()  # ids of nodes that were given up
 
     def refresh(self) -> None:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
         app, group = self.app, self.group
         with tolerate(), contextlib.suppress(ClusterError):
-            self.nodes = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            ours = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
+            self.nodes = [node for node in ours if node.id not in self.frozen]
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
         """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if none does.
 
-        A head that is gone for good is replaced as start does it.
+        A head that is gone, or frozen for good, is replaced as start does it.
         """
-        deadline = time.monotonic() + HEAL_LIMIT
+        began = time.monotonic()
         progress = Progress("Waiting for the head", HEAL_LIMIT)
         while True:
             running = [node for node in self.nodes if node.state == "running"]
@@ -5652,16 +5630,26 @@ class RenderCluster:
                 if outcome.ok:
                     return heads[0], *outcome.value
                 problem = f"{heads[0].name}: {outcome.error}"
+                if outcome.silent and time.monotonic() - began > FROZEN_LIMIT and self.hears_others(heads[0]):
+                    note(f"{heads[0].name} is frozen; it costs money until {command('terminate', heads[0].id)}")
+                    with tolerate():
+                        tag_roles(self.app.ec2, None, heads[:1])
+                        self.frozen.add(heads[0].id)
             elif running:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
                     start_group(self.app, self.group, running, force=False)
-            if time.monotonic() > deadline or not running:
+            if time.monotonic() - began > HEAL_LIMIT or not running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
+
+    def hears_others(self, head: Node) -> bool:
+        """Tell whether nodes beside the HEAD answer, so that its silence is not this machine's own network."""
+        others = [node for node in self.nodes if node.state == "running" and node.id != head.id]
+        return any(outcome.ok for outcome in self.app.pool.each(others, fetch_facts, limit=LOOK_LIMIT))
 
     def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
         """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
@@ -5700,7 +5688,7 @@ def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
 def serving_step(remote: Remote) -> tuple[Facts, int]:
     """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
     facts = fetch_facts(remote)
-    return facts, ask_server(remote, facts.version)
+    return facts, ask_server(remote, facts.build)
 
 
 def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
@@ -5791,11 +5779,11 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 @click.option("-o", "output", type=click.Path(path_type=Path), help="The picture, as Mitsuba's -o; of one scene.")
 @click.option("--group", type=GroupName(), default="default", show_default=True)
 @click.option("--tunnel", is_flag=True, help="Through SSH, even where port 7554 is open.")
-@click.option("--tries", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each scene.")
+@click.option("--tries", type=Number(1, 1000, whole=True), default=5, show_default=True, help="Of each scene.")
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
-    """Render each SCENE with the local mitsuba, again if nodes die.
+    """Render each SCENE with your mitsuba, again if nodes die.
 
     After -- come Mitsuba's own options.
     """
@@ -5813,7 +5801,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     find_head(app, request.group)
     cluster = RenderCluster(app, request.group)
     app.left = f"Only the render has ended. {app.left}"
-    missing = list(request.scenes)
+    missing, failure = list(request.scenes), None
     try:
         nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
         if local and local != nodes_version:
@@ -5823,12 +5811,12 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
                 missing.remove(scene)
     except NodeError as error:
         note(f"Given up: {error}")
-    except Exception:  # whatever it is, the nodes must not run on unattended
-        if then_terminate:
-            terminate_in(app, app.ec2, request.group, others=False)
-        raise
+    except Exception as error:  # whatever it is, the nodes must not run on unattended
+        failure = error
     if then_terminate:
         terminate_in(app, app.ec2, request.group, others=False)
+    if failure:
+        raise failure
     if missing:
         raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
 
@@ -5933,7 +5921,7 @@ def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
     """Return (facts, cores that the server offers, or None, and why not)."""
     facts = fetch_facts(remote)
     try:
-        return facts, ask_server(remote, facts.version), ""
+        return facts, ask_server(remote, facts.build), ""
     except NodeError as error:
         return facts, None, str(error)
 
@@ -6031,7 +6019,7 @@ def fetch_shown(ec2: Client, group: str | None) -> tuple[list[str], Overview]:
 
 def redraw_screen(text: str) -> None:
     """Show TEXT alone on the terminal, as far as it has room; in a pipe after what was there."""
-    if is_lively(sys.stdout):
+    if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
         height = shutil.get_terminal_size().lines - 1
         text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
     put(text)

@@ -604,7 +604,7 @@ def test_a_node_without_its_guard_is_refused(cloud: LocalCloud, group: str) -> N
 
 # What nodes say
 
-GOOD = {"cores": "4", "version": "0.6.0", "role": "head", "linked": "10.0.0.1 10.0.0.2 ", "load": "0.42 0.31 0.12"}
+GOOD = {"cores": "4", "build": "0.6.0 3 0", "role": "head", "linked": "10.0.0.1 10.0.0.2 ", "load": "0.42 0.31 0.12"}
 GOOD |= {"memory_mb": "612 7168"}
 
 
@@ -625,8 +625,8 @@ class Saying(cluster.Remote):
         ("cores", "0"),
         ("cores", "null"),
         ("cores", None),
-        ("version", "0.6\x1b[2J"),
-        ("version", "0.6.0 ; reboot"),
+        ("build", "0.6\x1b[2J 3 0"),
+        ("build", "0.6.0 3 0; reboot"),
         ("role", "king"),
         ("linked", "10.0.0.1;reboot"),
         ("load", "1e400 0 0"),

@@ -432,10 +432,10 @@ async def check_metadata_rules(node: ProcessNode, arguments: list[str]) -> tuple
 
 async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Tell what the node pretends to be."""
-    version = VERSION if node.installed else ""
+    build = f"{VERSION} 3 0" if node.installed else ""
     linked = " ".join(node.linked)
     return 0, (
-        f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
+        f"cores={node.cores}\nbuild={build}\nrole={node.role}\nlinked={linked}\n"
         f"replaced={node.replaced}\nboot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
         f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nrestarts={node.restarts}\nproblem={node.problem}\n"
         f"guard={json.dumps(node.guard) if node.guard else ''}\n"
