@@ -2538,8 +2538,8 @@ class App:
         return self.fingerprint in self.key_pairs[region]
 
     def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
-        """Return those of NODES that the user launched: by the signature in their tags, which others could spoil,
-        or by their key pair, which nobody can change.
+        """Return those of NODES that the user launched, by the signature in their tags, or, since others could spoil
+        it, by their key pair's name: that stays, but whoever may launch can name it. Enough to end, not to connect.
         """
         key, name = self.known_identity, self.settings.KEYPAIR_NAME
         return [
@@ -3415,7 +3415,7 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 # Release -> what the names of its images have for it and for their kind of disk; the gp3 images are younger than 22.04.
 # https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
 UBUNTU = {"22.04": ("jammy", "gp2"), "24.04": ("noble", "gp3"), "26.04": ("resolute", "gp3")}
-CANONICAL = "099720109477"
+CANONICAL = {"aws": "099720109477", "aws-us-gov": "513442679011", "aws-cn": "837727238323"}  # partition -> owner
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
 PRICE_LIMIT = 5  # the look-up of a price, or of a quota
 SURPLUS_PRICE = 0.05  # $ a vCPU-hour above the baseline of T3 and T3a (https://aws.amazon.com/ec2/pricing/on-demand/)
@@ -3436,7 +3436,6 @@ QUOTAS = {
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
-NEW_QUIET = 15  # until a line says that EC2 does not know a new security group or key yet
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
@@ -3506,25 +3505,26 @@ class Plan(NamedTuple):
     quota: str | None  # of vCPUs; None: not asked for
 
 
-class Launch(NamedTuple):
-    """All that RunInstances needs."""
-
-    plan: Plan
-    key_name: str
-    security_group: str
-    user_data: str
-    tags: dict[str, str]
-    disk_gb: int
-    private: bool  # no public addresses
-    token: str = ""  # with which each request's ClientToken begins
-
-
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
-# Whoever runs on the node could read its user data, in which the host key is, or act with the node's
-# role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
+# An image made of a node of ours has that node's units, plan and deadline: a new instance (cloud-init sets INSTANCE_ID)
+# begins without them. Whoever runs on the node could read its user data, in which the host key is, or act with the
+# node's role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
 # reboot changes nothing.
 BOOT = r"""
 set -u
+
+forget_image() {
+  local of=/etc/mitsuba-cluster/instance-id unit
+  [ -n "${INSTANCE_ID:-}" ] && [ "$(cat $of 2> /dev/null)" != "$INSTANCE_ID" ] || return 0
+  for unit in mtssrv.service mitsuba-guard.service mitsuba-deadline.timer mitsuba-deadline.service; do
+    [ ! -e /etc/systemd/system/$unit ] || systemctl disable --now --no-block $unit
+    rm -f /etc/systemd/system/$unit
+  done
+  rm -rf /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
+  systemctl daemon-reload
+  mkdir -p ${of%/*}
+  echo "$INSTANCE_ID" > $of
+}
 
 guard_metadata() {
   nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
@@ -3555,22 +3555,18 @@ set_deadline() (
   systemctl start --no-block mitsuba-deadline.timer
 )
 
+forget_image
 guard_metadata
 guarded=$?
 set_deadline "$1"
 exit $((guarded | $?))
 """
 
-# As root: fails where the guard of BOOT is not there.
-CHECK_GUARD = """
+# As root: fails where the rules of BOOT for the metadata service are not there.
+CHECK_METADATA_RULES = """
 nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
   iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
-
-
-def plan_batches(count: int, size: int) -> list[int]:
-    """Split COUNT into parts of at most SIZE: plan_batches(250, 100) is [100, 100, 50]."""
-    return [min(size, count - start) for start in range(0, count, size)]
 
 
 def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
@@ -3608,7 +3604,8 @@ def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
         return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
     folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
     named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
-    images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
+    owner = CANONICAL.get(ec2.meta.partition)
+    images = ec2.describe_images(Owners=[owner], Filters=named)["Images"] if owner else []
     if not images:
         raise ClusterError(f"no image of Ubuntu {release} was found in {ec2.meta.region_name}; name one in AMI_IDS")
     return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
@@ -3655,9 +3652,11 @@ def check_image(machine: InstanceType, image: Image, named: bool) -> None:
 def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     """Return the $ an hour of a Linux instance; None where it can't be had.
 
-    The Pricing API answers in us-east-1 for all regions of the partition:
-    https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
+    The Pricing API answers in us-east-1 for all regions but those of other partitions: accounts of GovCloud have none,
+    China's speaks of yuan. https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
     """
+    if find_partition(settings.AWS_REGION)[0] != "aws":
+        return None
     wanted = {
         "instanceType": machine,
         "regionCode": settings.AWS_REGION,
@@ -3724,6 +3723,25 @@ def format_limits(hours: float, idle: float) -> str:
     return f"Each ends itself after {', or '.join(limits)}." if limits else ""
 
 
+def check_key_pair(app: App) -> None:
+    """Refuse another key than the user's under KEYPAIR_NAME in EC2; InvalidKeyPair.NotFound where there is none."""
+    name, path = app.settings.KEYPAIR_NAME, app.settings.key_file
+    pair = app.ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"][0]
+    if not has_key(path) or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+        raise ClusterError(
+            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy "
+            f"that key's file from the machine that made it to {path}"
+        )
+
+
+def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
+    """Return what GROUP lets in for other machines with the user's key; refuse what others have added."""
+    rules, foreign = other_rules(group, app.settings, cidr, app.identity)
+    if foreign:
+        raise ClusterError(f"nothing is launched: {describe_rules(app.ec2, group, rules)}")
+    return rules
+
+
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
@@ -3748,6 +3766,12 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
             f"the spot price of {request.type} is {format_money(lowest)} an hour now, above your maximum of "
             f"{format_money(request.max_price)}; see {command('spotPrices', request.type)}"
         )
+    if dry_run:  # what a launch would refuse or say once it begins to make what it needs
+        with tolerate("InvalidKeyPair.NotFound"):
+            check_key_pair(app)
+        for group in fetch_security_groups(ec2, request.group):
+            if rules := check_rules(app, group, cidr):
+                warn(describe_rules(ec2, group, rules))
     present = sum(node.state in ("pending", "running") for node in before)
     hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
     idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
@@ -3765,6 +3789,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
         yield f"An hour of a spot node, now: {shown}{beside}"
+    if plan.spot and find_partition(settings.AWS_REGION)[0] == "aws-cn":
+        yield "Spot prices in China are in yuan (CNY), also where a $ is shown"
     if plan.type.burstable and request.type.startswith("t2."):
         yield f"{request.type} is burstable: after some minutes of full load it falls to a fraction of its speed"
     elif plan.type.burstable:
@@ -3841,58 +3867,34 @@ def ensure_key_file(path: Path) -> None:
 
 
 def ensure_key(app: App) -> None:
-    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
-    ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
-    another = ClusterError(
-        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy that "
-        f"key's file from the machine that made it to {path}"
-    )
-
-    def find() -> list[str]:
-        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-        return list(pairs[0].get("PublicKey", "").split()[:2])
-
-    present: list[str] = []
+    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME."""
     with tolerate("InvalidKeyPair.NotFound"):
-        present = find()
-    if present and not has_key(path):
-        raise another
-    ensure_key_file(path)
-    identity = app.identity
-    if not present:
-        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-        with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
-            ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
-            return
-        present = once_known(find)
-    if present != identity.public.split()[:2]:
-        raise another
+        return check_key_pair(app)
+    ensure_key_file(app.settings.key_file)
+    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": app.identity.fingerprint}]}]
+    pair = {"KeyName": app.settings.KEYPAIR_NAME, "PublicKeyMaterial": app.identity.public.encode()}
+    with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; with the same key?
+        app.ec2.import_key_pair(**pair, TagSpecifications=tags)
+        return None
+    return once_known(lambda: check_key_pair(app))
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     """Return GROUP's security group; make it, tagged, where it is missing."""
-    name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
-
-    def find() -> SecurityGroup | None:
-        found = fetch_security_groups(ec2, group)
-        return next((one for one in found if (one.name, one.vpc) == (name, vpc)), None)
-
-    if existing := find():
-        return existing
-    specification = [{"ResourceType": "security-group", "Tags": tags}]
-    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
-    with tolerate("InvalidGroup.Duplicate"):
-        made = ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"]
-        return SecurityGroup(made, group, name, vpc)
-    for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
-        if existing := find():
-            return existing
+    name = f"mitsuba-{group}"
+    tags = [{"ResourceType": "security-group", "Tags": [{"Key": TAG_GROUP, "Value": group}]}]
+    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc, "TagSpecifications": tags}
+    for _ in range(5):
+        if existing := [one for one in fetch_security_groups(ec2, group) if one.vpc == vpc]:
+            return existing[0]
+        with tolerate("InvalidGroup.Duplicate"):  # another machine's, of a moment ago; a stranger's never shows our tag
+            return SecurityGroup(ec2.create_security_group(**about)["GroupId"], group, name, vpc)
         time.sleep(POLL)
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
 def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
-    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline, guard.
+    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata rules, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
@@ -3922,52 +3924,42 @@ def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]
     return dict(zip(SIGNATURE_TAGS, parts))
 
 
-def prepare(app: App, plan: Plan) -> Launch:
-    """Make what a launch needs: keys, security group, user data."""
-    settings, ec2, name = app.settings, app.ec2, plan.request.group
+def prepare(app: App, plan: Plan) -> dict[str, Any]:
+    """Make what a launch needs: keys, security group, user data; return what all its RunInstances requests have."""
+    settings, ec2, request = app.settings, app.ec2, plan.request
     ensure_key(app)
-    identity = app.identity
-    group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
-    others, foreign = other_rules(group, settings, plan.cidr, identity)
-    if foreign:
-        raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
-    warn_of_rules(ec2, [group], settings, plan.cidr, identity)
-    repair_rules(ec2, group, settings, plan.cidr, rule_owner(identity))
+    group = ensure_security_group(ec2, request.group, plan.subnets[0].vpc)
+    if rules := check_rules(app, group, plan.cidr):
+        if plan.present:  # another machine of the user's may be at work with them
+            warn(describe_rules(ec2, group, rules))
+        else:  # anybody may have written the user's mark, which is no secret
+            with tolerate("InvalidPermission.NotFound"):
+                ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
+            note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
+    repair_rules(ec2, group, settings, plan.cidr, rule_owner(app.identity))
     private, public = make_ed25519()
-    tags = {TAG_GROUP: name, TAG_HOST_KEY: public} | sign_launch(identity, name, public)
+    tags = {TAG_GROUP: request.group, TAG_HOST_KEY: public} | sign_launch(app.identity, request.group, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
     tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
-    user_data = make_user_data(private, public, plan.hours, plan.idle)
-    token = os.urandom(16).hex()
-    disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
-    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed, token)
-
-
-def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
-    """Return RunInstances' parameters; the same for each try of one request, to the byte."""
-    plan, request = launch.plan, launch.plan.request
-    price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
-    tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
-    kinds = ["instance", "volume"] + (["spot-instances-request"] if request.spot else [])
-    disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
-    if plan.type.encrypts:
-        disk["Encrypted"] = True
-    network: dict[str, Any] = {"SubnetId": subnet.id, "SecurityGroupIds": [launch.security_group]}
-    if subnet.gives_addresses == launch.private:  # the subnet does by itself what is not wanted
-        interface = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
-        network = {"NetworkInterfaces": [interface | {"AssociatePublicIpAddress": not launch.private}]}
-    parameters: dict[str, Any] = network | {
+    size = max(settings.ROOT_VOLUME_GB, plan.image.root_gb)
+    disk = {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True}
+    parameters: dict[str, Any] = {
         "ImageId": plan.image.id,
-        "InstanceType": plan.type.type,
-        "MinCount": 1,
-        "MaxCount": count,
-        "KeyName": launch.key_name,
-        "UserData": launch.user_data,
-        "ClientToken": token,
+        "InstanceType": request.type,
+        "KeyName": settings.KEYPAIR_NAME,
+        "UserData": make_user_data(private, public, plan.hours, plan.idle),
+        "NetworkInterfaces": [
+            {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
+        ],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
-        "BlockDeviceMappings": [{"DeviceName": plan.image.root_device, "Ebs": disk}],
-        "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
+        "BlockDeviceMappings": [
+            {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})}
+        ],
+        "TagSpecifications": [
+            {"ResourceType": kind, "Tags": [{"Key": name, "Value": value} for name, value in tags.items()]}
+            for kind in ["instance", "volume", *(["spot-instances-request"] if request.spot else [])]
+        ],
     }
     if request.spot:
         options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
@@ -3975,6 +3967,15 @@ def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) ->
             options["MaxPrice"] = f"{request.max_price:.6f}"
         parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
     return parameters
+
+
+def in_subnet(parameters: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
+    """Return RunInstances' PARAMETERS for SUBNET, with the price there in a tag."""
+    price = [] if subnet.price is None else [{"Key": TAG_PRICE, "Value": f"{subnet.price:.6f}"}]
+    return parameters | {
+        "NetworkInterfaces": [one | {"SubnetId": subnet.id} for one in parameters["NetworkInterfaces"]],
+        "TagSpecifications": [one | {"Tags": one["Tags"] + price} for one in parameters["TagSpecifications"]],
+    }
 
 
 def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
@@ -3994,66 +3995,55 @@ def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
         except (HTTPClientError, ResponseParserError, ClientError) as error:
             code = error_code(error)
             passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
-            waited = time.monotonic() - begun
-            if not passing or waited > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
+            if not passing or time.monotonic() - begun > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
                 raise
-            if code not in NEW_CODES or waited > NEW_QUIET:
+            if code not in NEW_CODES:
                 note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
         time.sleep(pause)
         pause = min(2 * pause, LAUNCH_PAUSE)
 
 
-def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
+def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -> tuple[list[Node], str]:
     """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
 
-    An error before the first node exists is raised; later ones become the reason.
+    An error before the first node exists is raised; later ones become the reason. TOKEN begins all ClientTokens.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    nodes: list[Node] = []
-    why, count = "", launch.plan.request.number
-    for subnet in launch.plan.subnets:
-        zone = subnet.zone
+    request, nodes, why = plan.request, list[Node](), ""
+    for subnet in plan.subnets:
+        zone, asked = subnet.zone, in_subnet(parameters, subnet)
         try:
-            for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                token = launch.token + os.urandom(8).hex()
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, token))
+            while (missing := request.number - len(nodes)) > 0:
+                size = min(missing, LAUNCH_BATCH)
+                sizes = {"MinCount": 1, "MaxCount": size, "ClientToken": token + os.urandom(8).hex()}
+                got = launch_batch(app.ec2, asked | sizes)
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
                     break
-            if len(nodes) == count:
+            if len(nodes) == request.number:
                 return nodes, ""
-            note(f"{zone} gave {len(nodes)} of {format_count(count, 'node')}")
+            note(f"{zone} gave {len(nodes)} of {format_count(request.number, 'node')}")
         except (BotoCoreError, ClientError) as error:
-            why = f"{zone}: {explain(error)}"
-            if error_code(error) not in CAPACITY_CODES:
+            code, why = error_code(error), f"{zone}: {explain(error)}"
+            if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
+                note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+            if code not in CAPACITY_CODES:
                 if not nodes:
                     raise
                 break
-            dear = error_code(error) == "SpotMaxPriceTooLow"
-            what = (
-                f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.plan.type.type} in {zone}"
-            )
-            note(f"{what} ({error_code(error)}); trying the next zone")
+            dear = f"{zone} asks more than your maximum"
+            what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.type} in {zone}"
+            note(f"{what} ({code}); trying the next zone")
     return nodes, why or "no zone had capacity"
 
 
-def fetch_console(ec2: Client, node: Node) -> str:
-    """Return what a node wrote to its console ("" where EC2 has nothing yet), or why it can't be had."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        return str(ec2.get_console_output(InstanceId=node.id).get("Output") or "")
-    except (BotoCoreError, ClientError) as error:
-        return f"its console can't be read: {explain(error)}"
-
-
-def check_guard(remote: Remote) -> None:
+def check_metadata_rules(remote: Remote) -> None:
     """Refuse a node whose boot script could not keep its programs from the metadata service."""
-    if remote.run(root_command("check-guard", CHECK_GUARD))[0]:
+    if remote.run(root_command("check-metadata-rules", CHECK_METADATA_RULES))[0]:
         raise NodeError(
-            "its metadata guard is missing, so any program on it could read its host key: "
+            "its rules for the metadata service are missing, so any program on it could read its host key: "
             f"{command('terminate', remote.node.id)} ends it"
         )
 
@@ -4061,7 +4051,7 @@ def check_guard(remote: Remote) -> None:
 def boot_step(remote: Remote) -> None:
     """Wait for the end of cloud-init."""
     remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
-    check_guard(remote)
+    check_metadata_rules(remote)
 
 
 def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: float) -> Outcome[T] | None:
@@ -4075,7 +4065,9 @@ def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: flo
         return None
     outcome = replace(future.result(), node=node)
     if outcome.silent:
-        outcome = replace(outcome, error=outcome.error + format_tail(fetch_console(app.ec2, node)))
+        with excused(f"the console of {node.id} can't be read"):
+            console = str(app.ec2.get_console_output(InstanceId=node.id).get("Output") or "")
+            return replace(outcome, error=outcome.error + format_tail(console))
     return outcome
 
 
@@ -4129,21 +4121,19 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
     """
     from botocore.exceptions import ClientError
 
-    request = plan.request
-    launch = prepare(app, plan)
+    request, token = plan.request, os.urandom(16).hex()
+    parameters = prepare(app, plan)
     app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
     try:
-        nodes, why = launch_nodes(app.ec2, launch)
+        nodes, why = launch_nodes(app, plan, parameters, token)
     except ClientError as error:
-        if error_code(error) in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
-            note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
         if error_code(error) not in RETRY_CODES:
             app.left = ""  # a plain refusal: nothing runs
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
     note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
-    return nodes, why, launch.token
+    return nodes, why, token
 
 
 def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
@@ -4834,7 +4824,7 @@ def install_step(
             tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
-            check_guard(remote)
+            check_metadata_rules(remote)
             if spread:
                 tell("waiting")
                 tenth = max(1, spread.wanted[0].size // 10)
