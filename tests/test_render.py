@@ -102,7 +102,7 @@ def write_scene(path: Path, **job: str | float) -> Path:
 def with_mitsuba(cloud: LocalCloud, **changes: str) -> dict[str, str]:
     """Return the environment of a user who has Mitsuba."""
     path = f"{HERE / 'mitsuba'}:{os.environ['PATH']}"
-    return cloud.environment(PATH=path, **impatience(QUICK), **changes)
+    return cloud.environment(PATH=path, **(impatience(QUICK) | changes))
 
 
 def render(cloud: LocalCloud, *words: str | Path, **changes: str) -> Result:
@@ -294,6 +294,22 @@ def test_a_head_that_is_gone_for_good(cloud: LocalCloud, tmp_path: Path) -> None
         assert (done.code, (tmp_path / "a.exr").read_text()) == (0, f"{WHOLE}a.xml"), done.err
         assert "The head node is gone: another node becomes the head\n" in done.err
         assert "nothing of group 'headless' is left" in done.err
+
+
+def test_a_head_that_stays_frozen(cloud: LocalCloud, tmp_path: Path) -> None:
+    limits = QUICK | {"FROZEN_LIMIT": 1, "LOOK_LIMIT": 5, "EXCHANGE_LIMIT": 5}
+    for group in serving(cloud, "frozen", 2):
+        scene = write_scene(tmp_path / "a.xml", until="go-on")
+        child = Rendering(cloud, tmp_path / "log", scene, "--group", group, **impatience(limits))
+        head = head_of(cloud, group)
+        cloud.fault("sshd-silent", head)
+        child.await_line(r"lost: .*; trying again")
+        go_on(cloud, group)
+        done = child.end()
+        assert (done.code, (tmp_path / "a.exr").read_text()) == (0, f"{WHOLE}a.xml"), done.err
+        assert f"{head['name']} is frozen; it costs money until ./cluster.py terminate {head['id']}\n" in done.err
+        roles = {node["id"]: node["role"] for node in cloud.nodes(group)}
+        assert (roles.pop(head["id"]), list(roles.values())) == ("worker", ["head"])
 
 
 @pytest.fixture(scope="module")
