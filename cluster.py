@@ -1836,10 +1836,10 @@ RANGE_STREAMS = 8  # requests, and files, at once
 RANGE_TRIES = 6
 RANGE_TIMEOUT = 30
 FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
+OWN_FAULT = 507  # HTTP's code for a full disk
 REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
 RECEIVERS = 2  # that a node serves at once
-SERVE_SECONDS = 600  # then a node serves no more, whatever happens here
-SERVE_RATE = 1_000_000  # bytes a second: large files are served for longer
+SERVE_SECONDS = 600  # then a node's program ends, whatever happens here; a next one goes on where it has ended
 PEERS_TRIED = 2  # that failed a node; then it fetches from here
 PEER_TRIES, PEER_TIMEOUT = 2, 10  # of a range from another node, which may have died
 SPREAD_PATIENCE = 2  # seconds in which nodes say what they have, before anything is sent from here
@@ -1857,7 +1857,7 @@ class Wanted(NamedTuple):
 
 
 class FetchFailed(Exception):
-    """A file can't be had; STATUS is HTTP's where its source refuses it."""
+    """A file can't be had; STATUS is HTTP's where its source refuses it, and OWN_FAULT where the node can't keep it."""
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -2054,7 +2054,7 @@ class Fetcher:
                 raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
             except OSError as error:
                 where = f"{error.filename}: " if error.filename in jobs[job].split("/") else ""
-                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
+                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}", OWN_FAULT) from None
             finally:
                 files.shutdown(wait=False, cancel_futures=True)
                 self.ranges.shutdown(wait=False, cancel_futures=True)
@@ -2093,10 +2093,11 @@ def fetch_files(arguments: list[str]) -> None:
         say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
         os._exit(1)
 
 
+@functools.cache
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
     return node_program(fetch_files)
@@ -2112,8 +2113,12 @@ class Fetched(NamedTuple):
     lacking: int  # bytes of what is missing, without what an earlier try has brought
 
 
-class Refused(NodeError):
-    """The files' source refuses the node: its signed address, or its token, is good no more."""
+class FetchError(NodeError):
+    """A node's FetchFailed, as it has told it."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def read_report(line: bytes) -> dict[str, Any]:
@@ -2149,7 +2154,7 @@ def fetch_step(
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
-        raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
+        raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
     return Fetched(**{name: last[name] for name in Fetched._fields})
@@ -2216,6 +2221,19 @@ class FileServer:
                 os.close(handle)
 
 
+def end_predecessor(address: str, port: str) -> None:
+    """End the program that serves at this address for an earlier run, whose client may have lost its network."""
+    import glob
+    import signal
+
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        number = int(path.split("/")[2])
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            words = file.read().split(b"\0")
+            if number != os.getpid() and [address.encode(), port.encode(), b""] == words[-3:]:
+                os.kill(number, signal.SIGKILL)
+
+
 def serve_files(arguments: list[str]) -> None:
     """Run on a node: serve complete files of a folder at its private address, until stdin ends or time is up.
 
@@ -2237,7 +2255,12 @@ def serve_files(arguments: list[str]) -> None:
         handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
         os.close(below)
     server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
-    listener = socket.create_server((address, int(port)), backlog=64)
+    end_predecessor(address, port)
+    listener = None
+    while not listener:
+        with contextlib.suppress(OSError):  # until the predecessor's end; the client waits so long for an answer
+            listener = socket.create_server((address, int(port)), backlog=64)
+        time.sleep(0.01)
 
     def accept() -> None:
         while True:
@@ -2251,6 +2274,7 @@ def serve_files(arguments: list[str]) -> None:
     os._exit(0)
 
 
+@functools.cache
 def serve_program() -> str:
     """Return serve_files as a program of its own."""
     return node_program(serve_files)
@@ -2263,6 +2287,11 @@ class Source:
     remote: Remote | None = None
     channel: paramiko.Channel | None = None
     failures: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the node's program has ended as it should: its time was up."""
+        return bool(self.channel and self.channel.exit_status_ready() and self.channel.recv_exit_status() == 0)
 
 
 class Spread:
@@ -2278,8 +2307,8 @@ class Spread:
         self.folder, self.wanted, self.paths = folder, wanted, paths
         self.token = secrets.token_hex(16)
         self.changed = threading.Condition()
-        self.here: Source | None = Source()  # while nobody fetches from it
-        self.idle: list[Source] = []  # nodes that serve nobody
+        self.here = Source()
+        self.idle = [self.here]  # sources that serve nobody
         self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
@@ -2294,18 +2323,18 @@ class Spread:
 
     def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
-        fresh = [source for source in self.idle if source not in tried]
-        if len(tried) < PEERS_TRIED and fresh:
-            source = fresh[0]
-            self.idle.remove(source)
-        else:
-            alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
-            alone = alone and lacking <= min(self.waiting, default=lacking)  # so least comes from here
-            if not self.here or not (alone or len(tried) >= PEERS_TRIED):
-                return None
-            source, self.here = self.here, None
-        self.fetching += 1
-        return source
+        peers = [source for source in self.idle if source.remote and source not in tried]
+        if len(tried) >= PEERS_TRIED:
+            peers = [self.here]
+        elif not peers and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until):
+            # Nobody else has it, or will have it soon. The node that lacks least comes first.
+            peers = [self.here] if lacking <= min(self.waiting, default=lacking) else []
+        for source in peers[:1]:
+            if source in self.idle:
+                self.idle.remove(source)
+                self.fetching += 1
+                return source
+        return None
 
     def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
@@ -2316,14 +2345,13 @@ class Spread:
             self.waiting.remove(lacking)
         return source
 
-    def give_back(self, source: Source, done: bool) -> None:
+    def give_back(self, source: Source, failed: bool = False) -> None:
         """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
         with self.changed:
             self.fetching -= 1
-            source.failures += not done
-            if not source.remote:
-                self.here = source
-            elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
+            source.failures += failed
+            remote = source.remote
+            if not remote or (source.failures < PEERS_TRIED and remote.transport.is_active()):
                 self.idle.append(source)
             self.changed.notify()
 
@@ -2333,7 +2361,7 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.channel or source.channel.exit_status_ready():  # not yet, or its time was up
+            if not source.channel or source.channel.exit_status_ready():
                 try:
                     source.channel = self.start(source.remote)
                 except SilentNode as error:  # the source's silence is not the receiver's
@@ -2358,14 +2386,13 @@ class Spread:
 
     def start(self, remote: Remote) -> paramiko.Channel:
         """Start a node's program that serves the files; return the session whose end is its end."""
-        seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
-        job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
-        arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
+        words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
         with contextlib.ExitStack() as stack:
             channel = stack.enter_context(remote.session())
             channel.settimeout(LIVENESS_LIMIT)
             channel.set_combine_stderr(True)
-            remote.execute(channel, shlex.join(["python3", "-I", "-c", serve_program(), *arguments]))
+            remote.execute(channel, shlex.join(words))
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
@@ -2380,7 +2407,7 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, complete = self.take(tried, done.lacking), False
+            source, failed = self.take(tried, done.lacking), False
             try:
                 with self.address(source, remote) as url:
                     headers = {"Authorization": f"Bearer {self.token}"}
@@ -2389,15 +2416,14 @@ class Spread:
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
                     done = fetch_step(self.folder, wanted, show, remote, *patience)
-                complete = True
-            except SilentNode:
-                raise
-            except NodeError:
-                if not source.remote:
+            except NodeError as error:
+                full = isinstance(error, FetchError) and error.status == OWN_FAULT
+                if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
                     raise
-                tried.append(source)
+                failed = not source.has_ended
+                tried += [source] if failed else []
             finally:
-                self.give_back(source, complete)
+                self.give_back(source, failed)
         with self.changed:
             self.idle.append(Source(remote))
             self.changed.notify()
@@ -2936,7 +2962,6 @@ WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
 JOIN_QUIET = 60  # seconds without any client before that restart of the head
-JOIN_DOUBLINGS = 7
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
@@ -2944,7 +2969,6 @@ HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a scene is m
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
-FILE_BYTES = 1 << 20  # of a file that the guard reads
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
 PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head, workers with their cores
@@ -3045,7 +3069,7 @@ def read_file(path: str) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(handle, errors="replace") as file:
-            return file.read(FILE_BYTES) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
+            return file.read(MIB) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
     except OSError:
         return ""
 
@@ -3066,18 +3090,13 @@ def read_plan() -> dict[str, Any]:
         return {}
 
 
-def note_journal(text: str) -> None:
-    """Write a line to the journal."""
-    print(text, flush=True)
-
-
 def filter_workers() -> None:
     """Before each start of the head: note those of its workers that answer, and name the others."""
     plan = read_plan()
     answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
-            note_journal(f"{one} is left out: it {answer.problem}")
+            print(f"{one} is left out: it {answer.problem}")
     write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
 
 
@@ -3111,8 +3130,8 @@ def find_joining(links: Links, now: float, quiet: float) -> list[str]:
     """Return the workers to link now; QUIET: since when nobody has connected to the head."""
     if now - quiet < JOIN_QUIET:
         return []
-    pause = {one: JOIN_ANSWERS * 2 ** min(links.losses.get(one, 0), JOIN_DOUBLINGS) for one in links.answering}
-    return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
+    patience = {one: JOIN_ANSWERS * 2 ** links.losses.get(one, 0) for one in links.answering}
+    return sorted(one for one, since in links.answering.items() if now - since >= patience[one])
 
 
 def watch_ends() -> subprocess.Popen[bytes]:
@@ -3146,14 +3165,14 @@ class Look(NamedTuple):
     working: bool = False  # a command of cluster.py is at work
 
 
-def read_connections(text: str, port: int) -> tuple[dict[str, int], dict[str, int]]:
+def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
     servers, logins = {}, {}
     for line in text.splitlines():
         _, _, own, peer, *rest = line.split()
         # ss leaves out what is 0.
         moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
-        if own.endswith(f":{port}"):
+        if own.endswith(f":{SERVER_PORT}"):
             servers[peer] = moved
         elif '"sshd' in line:
             logins[peer] = moved
@@ -3197,12 +3216,11 @@ def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
+    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
         with contextlib.suppress(OSError):
-            about = os.stat(path)
-            touched[path] = about.st_mtime_ns if path == MARK_PATH else about.st_atime_ns
+            touched[path] = os.stat(path).st_atime_ns  # of a terminal: its input; its mtime is its output
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
@@ -3273,15 +3291,10 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     return memory._replace(used=look.at, how=how) if how else memory
 
 
-def judge_idleness(memory: Memory, role: str, limit: float) -> str:
-    """Return "end", "" to stay, or "ask" of a worker: whether its head still answers. LIMIT: seconds, 0 for none.
-
-    Use is known only up to the last look over which it was judged.
-    """
+def is_idle(memory: Memory, limit: float) -> bool:
+    """Tell whether a node has been unused for LIMIT seconds (0: there is no limit), or far longer under a client."""
     patience = max(limit, CLIENT_SILENCE) if find_clients(memory) else limit
-    if not limit or memory.at - memory.used < patience or memory.at != memory.base.at:
-        return ""
-    return "ask" if role == "worker" else "end"
+    return limit > 0 and memory.at - memory.used >= patience
 
 
 def restore_memory(text: str) -> Memory | None:
@@ -3304,25 +3317,22 @@ def node_state(memory: Memory, limit: float) -> dict[str, Any]:
 
 def restart_head(why: str) -> None:
     """Restart the head's server; its filter then links all workers that answer."""
-    note_journal(f"restarts the head {why}")
+    print(f"restarts the head {why}")
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
-def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
+def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     """Shake hands with all servers once, and restart the head where that helps."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
-            note_journal(f"does not link {one}: it {answers[one].problem}")
+            print(f"does not link {one}: it {answers[one].problem}")
     linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
     links = renew_links(links, time.monotonic(), own, linked, answers)
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
         links = links._replace(heard={})
-    elif joining := find_joining(links, time.monotonic(), quiet):
-        restart_head(f"to link {' '.join(joining)}")
-        links = links._replace(answering={})
     return links
 
 
@@ -3334,27 +3344,31 @@ def guard_node(arguments: list[str]) -> None:
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
-    note_journal(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
+    print(f"guards a node with role {role}, which {end}")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
     while True:
         if role == "head":
-            links = keep_serving(plan, links, memory.quiet)
+            links = keep_serving(plan, links)
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(ends), len(workers))
+            if joining := find_joining(links, memory.at, memory.quiet):
+                restart_head(f"to link {' '.join(joining)}")
+                links = links._replace(answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
-            verdict = judge_idleness(memory, role, limit)
-            if verdict == "ask":
-                refused = 0 if ask_address(plan["head"], plan["build"], MOST_CORES).alive else refused + 1
-                if refused:
-                    note_journal(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
-            else:
-                refused = 0
-            if verdict == "end" or refused >= HEAD_ASKED:
-                note_journal(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
-                run_quietly("systemctl", "poweroff")
+            if memory.at == memory.base.at:  # use is known up to now
+                idle = is_idle(memory, limit)
+                unused = f"unused for {format_duration(memory.at - memory.used)} (before that: {memory.how})"
+                headless = idle and role == "worker" and not ask_address(plan["head"], plan["build"], MOST_CORES).alive
+                refused = refused + 1 if headless else 0
+                if headless:
+                    print(f"{unused}, and the head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+                if (idle and role != "worker") or refused >= HEAD_ASKED:
+                    print(f"ends this node: {unused}")
+                    run_quietly("systemctl", "poweroff")
         time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
 
 
@@ -3364,7 +3378,8 @@ Description=Mitsuba cluster: keeps the head serving, links nodes that come back,
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart=/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py
+ExecStart=/usr/bin/python3 -I -u /usr/local/lib/mitsuba-cluster/guard.py
+SyslogIdentifier=mitsuba-guard
 Restart=always
 RestartSec=1
 RuntimeDirectory=mitsuba-cluster
@@ -6416,7 +6431,10 @@ def sync_step(
         try:
             done = fetch_step(data, wanted, show, remote)
             return describe_fetched(done, before + done.moved)
-        except Refused as error:  # signed addresses die with the session's credentials: boto3 may have new ones
+        except FetchError as error:
+            if error.status not in (401, 403):
+                raise
+            # Signed addresses die with the session's credentials: boto3 may have new ones.
             if progress.moved[remote.node.id] == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted, before = sign_again(), progress.moved[remote.node.id]

@@ -205,7 +205,8 @@ def test_logs_go_on(serving: LocalCloud) -> None:
     shown = serving.cluster("status", GROUP, "--servers").out
     assert "restarted 1 time, after: ERROR: smoke.vol: unable to open the file" in shown
     installed = serving.cluster("logs", node["short"], "--install")
-    assert (installed.code, "version 0.6.0\n" in installed.out) == (0, True)
+    assert installed.code == 0, installed.err
+    assert "version 0.6.0\n" in installed.out
 
 
 def test_words_after_two_dashes_are_the_command(serving: LocalCloud) -> None:
