@@ -54,7 +54,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar, cast
 
 MISSING = (
     "cluster.py needs {name}. On Debian and Ubuntu: sudo apt-get install -y python3-venv && python3 -m venv "
@@ -116,8 +116,6 @@ NEW_CODES = (  # of calls that name what was made a moment ago
 # --- Errors and output -------------------------------------------------------
 # One error for the user, two for a node, one for SIGTERM; progress on stderr, results on stdout.
 
-LOG_LINES = 8  # of them, in lines, that are shown
-
 
 class ClusterError(click.ClickException):
     """Something that the user can mend: one line on stderr, exit code 1."""
@@ -127,7 +125,13 @@ class ClusterError(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Print the line."""
-        complain(self.message)
+        put(f"{paint('Error:', err=True, fg='red')} {self.message}", err=True)
+
+
+class WrongUsage(ClusterError):
+    """A command line that can't be understood: exit code 2."""
+
+    exit_code = 2
 
 
 class NodeError(Exception):
@@ -257,15 +261,9 @@ def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]
     return "\n".join(blocks)
 
 
-def format_bar(done: float, whole: float, width: int = 20) -> str:
-    """Return a progress bar: [######··············]."""
-    filled = int(width * min(done, whole) / whole) if whole else 0
-    return f"[{'#' * filled}{'·' * (width - filled)}]"
-
-
 def format_tail(output: str) -> str:
     """Return the last lines of a step's output, indented for its error message."""
-    lines = [line for line in output.splitlines() if line.strip()][-LOG_LINES:]
+    lines = [line for line in output.splitlines() if line.strip()][-8:]
     return "".join(f"\n    {printable(line)}" for line in lines)
 
 
@@ -274,23 +272,18 @@ def terminal_width() -> int:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
 
 
-def is_lively(stream: Any) -> bool:
-    """Tell whether a stream is a terminal for colours and cursor codes; see https://no-color.org."""
-    return bool(stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb")
+def is_terminal(stream: Any = None) -> bool:
+    """Tell whether what stands on a stream (stderr if none is named) can be drawn anew."""
+    return bool((stream or sys.stderr).isatty() and os.environ.get("TERM") != "dumb")
 
 
 def paint(text: str, err: bool = False, **look: Any) -> str:
-    """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if that has them."""
-    text = printable(text)
-    return click.style(text, **look) if is_lively(sys.stderr if err else sys.stdout) else text
+    """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if wanted: https://no-color.org."""
+    coloured = is_terminal(sys.stderr if err else sys.stdout) and not os.environ.get("NO_COLOR")
+    return click.style(printable(text), **look) if coloured else printable(text)
 
 
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
-
-
-def is_terminal() -> bool:
-    """Tell whether what stands on stderr can be drawn anew."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
 DRAWN: list[str] = []  # the terminal's last lines, which the next output replaces
@@ -330,11 +323,6 @@ def result(text: str) -> None:
 def warn(text: str) -> None:
     """Say what went wrong and can be done without."""
     put(f"{paint('Warning:', err=True, fg='yellow')} {printable_lines(mask(text))}", err=True)
-
-
-def complain(text: str) -> None:
-    """Say what went wrong."""
-    put(f"{paint('Error:', err=True, fg='red')} {printable_lines(text)}", err=True)
 
 
 # --- Settings ----------------------------------------------------------------
@@ -390,26 +378,18 @@ def matches(pattern: str) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
-def is_number(value: Any, low: float, high: float) -> bool:
-    """Tell whether VALUE is a number (True is none) from LOW to HIGH."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def is_whole(value: Any, low: int, high: int) -> bool:
-    """Tell whether VALUE is a whole number from LOW to HIGH."""
-    return isinstance(value, int) and is_number(value, low, high)
+def between(low: float, high: float, *kinds: type) -> Callable[[Any], bool]:
+    """Return a check: a number from LOW to HIGH, of one of these KINDS (True is none)."""
+    return lambda value: type(value) in kinds and low <= value <= high
 
 
 def is_cidr(value: Any) -> bool:
     """Tell whether VALUE is empty or an IPv4 network."""
     import ipaddress
 
-    if not isinstance(value, str):
-        return False
-    try:
-        return not value or bool(ipaddress.IPv4Network(value))
-    except ValueError:
-        return False
+    with contextlib.suppress(ValueError):
+        return isinstance(value, str) and (not value or bool(ipaddress.IPv4Network(value)))
+    return False
 
 
 def is_images(value: Any) -> bool:
@@ -426,16 +406,16 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "KEYPAIR_NAME": (matches(r"[ -~]{1,255}"), "a name of at most 255 ASCII characters"),
     "SSH_PRIVATE_KEY_FILE": (matches(r"[^\0]+"), 'a path such as "mitsuba-key.pem"'),
     "SSH_USER": (matches(r"[a-z_][a-z0-9_.-]*"), 'a user name such as "ubuntu"'),
-    "SSH_PORT": (lambda value: is_whole(value, 1, 65535), "a port from 1 to 65535"),
+    "SSH_PORT": (between(1, 65535, int), "a port from 1 to 65535"),
     "AMI_IDS": (is_images, 'a dict such as {"us-east-1": "ami-0123456789abcdef0"}'),
     "UBUNTU_RELEASE": (matches(r"22\.04|24\.04|26\.04"), '"22.04", "24.04" or "26.04"'),
     "SUBNET_ID": (matches(r"(subnet-[0-9a-f]+)?"), 'a subnet such as "subnet-0123abcd", or ""'),
     "CLIENT_CIDR": (is_cidr, 'an IPv4 network such as "203.0.113.7/32", or ""'),
-    "PUBLIC_SERVER_PORT": (lambda value: isinstance(value, bool), "True or False"),
-    "PRIVATE_NODES": (lambda value: isinstance(value, bool), "True or False"),
-    "ROOT_VOLUME_GB": (lambda value: is_whole(value, 8, 16384), "a whole number from 8 to 16384"),
-    "MAX_HOURS": (lambda value: is_number(value, 0, 8760), "hours, from 0 (no limit) to 8760"),
-    "IDLE_MINUTES": (lambda value: is_number(value, 0, 525600), "minutes, from 0 (no limit) to 525600"),
+    "PUBLIC_SERVER_PORT": (between(0, 1, bool), "True or False"),
+    "PRIVATE_NODES": (between(0, 1, bool), "True or False"),
+    "ROOT_VOLUME_GB": (between(8, 16384, int), "a whole number from 8 to 16384"),
+    "MAX_HOURS": (between(0, 8760, int, float), "hours, from 0 (no limit) to 8760"),
+    "IDLE_MINUTES": (between(0, 525600, int, float), "minutes, from 0 (no limit) to 525600"),
     "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
     "MITSUBA_PACKAGE": (
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
@@ -449,9 +429,6 @@ WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
 
-UNQUOTED = ' (is there a value without quotes? name = "value")'
-
-
 def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
     if path.is_dir():
@@ -460,29 +437,16 @@ def run_config(path: Path) -> dict[str, Any]:
         return runpy.run_path(str(path))
     except FileNotFoundError:
         raise ClusterError(f"there is no settings file {path}") from None
-    except SyntaxError as error:
-        raise ClusterError(f"{path.name}, line {error.lineno}: SyntaxError{UNQUOTED}") from None
     except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
         import traceback
 
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        lines = [error.lineno] if isinstance(error, SyntaxError) else lines
+        where = f"{path.name}, line {lines[-1]}" if lines else path.name
         # Not the error's text: a secret without quotes would be in it.
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = f", line {lines[-1]}" if lines else ""
-        raise ClusterError(f"{path.name}{line}: {type(error).__name__}{UNQUOTED}") from None
-
-
-def check_together(path: Path, settings: Settings) -> None:
-    """Refuse values that are wrong only together."""
-    import ipaddress
-
-    if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
-        raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
-    wide = settings.CLIENT_CIDR and ipaddress.IPv4Network(settings.CLIENT_CIDR).prefixlen < WIDEST_PREFIX
-    if wide and settings.PUBLIC_SERVER_PORT:
-        raise ClusterError(
-            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
-            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
-        )
+        hint = '(is there a value without quotes? name = "value")'
+        raise ClusterError(f"{where}: {type(error).__name__} {hint}") from None
 
 
 def load_settings(path: Path) -> Settings:
@@ -501,10 +465,19 @@ def load_settings(path: Path) -> Settings:
     for name in SECRETS:
         if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
             values[name] = ""
+    wide = False
     if cidr := values.get("CLIENT_CIDR"):
-        values["CLIENT_CIDR"] = str(ipaddress.IPv4Network(cidr))  # EC2 takes ADDRESS/BITS only
+        network = ipaddress.IPv4Network(cidr)
+        values["CLIENT_CIDR"] = str(network)  # EC2 takes ADDRESS/BITS only
+        wide = network.prefixlen < WIDEST_PREFIX
     settings = Settings(**values, folder=path.resolve().parent)
-    check_together(path, settings)
+    if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
+        raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
+    if wide and settings.PUBLIC_SERVER_PORT:
+        raise ClusterError(
+            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
+            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
+        )
     return settings
 
 
@@ -1413,7 +1386,7 @@ class Facts(NamedTuple):
     """What a node says of itself."""
 
     cores: int
-    version: str = ""  # of Mitsuba; empty: not installed
+    build: str = ""  # of Mitsuba: its version, SPECTRUM_SAMPLES, and 1 if of double precision; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
     idle: float | None = None  # seconds since its last use; None: no guard is there
@@ -1428,12 +1401,17 @@ class Facts(NamedTuple):
     problem: str = ""  # what the server's log said last of an error, if it was restarted
     replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
 
+    @property
+    def version(self) -> str:
+        """The version of Mitsuba."""
+        return self.build.partition(" ")[0]
+
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
 FACTS = r"""
 set -uo pipefail
 echo "cores=$(nproc)"
-echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
+echo "build=$(cat /var/lib/mitsuba-cluster/build 2> /dev/null)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
 echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
 echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
@@ -1578,7 +1556,7 @@ def to_seconds(value: Any) -> float:
 # What a node may say of itself: units and tables are made of it, and renderers can write to some of its sources.
 FACT_PATTERNS = {
     "cores": r"[1-9][0-9]{0,4}",
-    "version": r"([0-9][0-9.]{0,30}[0-9])?",
+    "build": r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?",
     "role": r"(head|worker)?",
     "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
     "boot": r"[0-9A-Za-z-]{0,64}",
@@ -1601,7 +1579,7 @@ def fetch_facts(remote: Remote) -> Facts:
         guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             cores=int(pairs["cores"]),
-            version=pairs.get("version", ""),
+            build=pairs.get("build", ""),
             role=pairs.get("role", ""),
             linked=tuple(pairs.get("linked", "").split()),
             idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
@@ -1725,7 +1703,7 @@ def raise_limits() -> None:
 class Progress:
     """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
 
-    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
+    TOTAL nodes are counted; a bar shows SIZE bytes, whose number grows steadily. Any thread may feed it.
     """
 
     def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
@@ -1758,9 +1736,9 @@ class Progress:
         """Draw the bar anew."""
         with OUTPUT:
             if is_terminal():
-                moved = sum(self.moved.values())
-                bar = format_bar(moved, self.size) if self.size else format_bar(self.done, self.total)
-                draw(f"{self.label} {bar} {self.describe()}")
+                filled = 20 * sum(self.moved.values()) // self.size if self.size else 0
+                bar = f" [{'#' * filled:·<20}]" if 0 < filled < 20 else ""
+                draw(f"{self.label}{bar}: {self.describe()}")
             elif time.monotonic() - self.told > 60:
                 self.told = time.monotonic()
                 note(f"{self.label}: {self.describe()}")
@@ -1863,10 +1841,10 @@ RANGE_STREAMS = 8  # requests, and files, at once
 RANGE_TRIES = 6
 RANGE_TIMEOUT = 30
 FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
+OWN_FAULT = 507  # HTTP's code for a full disk
 REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
 RECEIVERS = 2  # that a node serves at once
-SERVE_SECONDS = 600  # then a node serves no more, whatever happens here
-SERVE_RATE = 1_000_000  # bytes a second: large files are served for longer
+SERVE_SECONDS = 600  # then a node's program ends, whatever happens here; a next one goes on where it has ended
 PEERS_TRIED = 2  # that failed a node; then it fetches from here
 PEER_TRIES, PEER_TIMEOUT = 2, 10  # of a range from another node, which may have died
 SPREAD_PATIENCE = 2  # seconds in which nodes say what they have, before anything is sent from here
@@ -1884,7 +1862,7 @@ class Wanted(NamedTuple):
 
 
 class FetchFailed(Exception):
-    """A file can't be had; STATUS is HTTP's where its source refuses it."""
+    """A file can't be had; STATUS is HTTP's where its source refuses it, and OWN_FAULT where the node can't keep it."""
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -2081,7 +2059,7 @@ class Fetcher:
                 raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
             except OSError as error:
                 where = f"{error.filename}: " if error.filename in jobs[job].split("/") else ""
-                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
+                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}", OWN_FAULT) from None
             finally:
                 files.shutdown(wait=False, cancel_futures=True)
                 self.ranges.shutdown(wait=False, cancel_futures=True)
@@ -2120,10 +2098,11 @@ def fetch_files(arguments: list[str]) -> None:
         say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
         os._exit(1)
 
 
+@functools.cache
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
     return node_program(fetch_files)
@@ -2139,8 +2118,12 @@ class Fetched(NamedTuple):
     lacking: int  # bytes of what is missing, without what an earlier try has brought
 
 
-class Refused(NodeError):
-    """The files' source refuses the node: its signed address, or its token, is good no more."""
+class FetchError(NodeError):
+    """A node's FetchFailed, as it has told it."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def read_report(line: bytes) -> dict[str, Any]:
@@ -2150,7 +2133,7 @@ def read_report(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):  # an error message of Python's, say
         return {}
     if isinstance(report, dict) and all(
-        isinstance(value, str) if name == "error" else is_whole(value, 0, REPORT_LIMIT)
+        isinstance(value, str) if name == "error" else between(0, REPORT_LIMIT, int)(value)
         for name, value in report.items()
     ):
         return report
@@ -2176,7 +2159,7 @@ def fetch_step(
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
-        raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
+        raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
     return Fetched(**{name: last[name] for name in Fetched._fields})
@@ -2243,6 +2226,19 @@ class FileServer:
                 os.close(handle)
 
 
+def end_predecessor(address: str, port: str) -> None:
+    """End the program that serves at this address for an earlier run, whose client may have lost its network."""
+    import glob
+    import signal
+
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        number = int(path.split("/")[2])
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            words = file.read().split(b"\0")
+            if number != os.getpid() and [address.encode(), port.encode(), b""] == words[-3:]:
+                os.kill(number, signal.SIGKILL)
+
+
 def serve_files(arguments: list[str]) -> None:
     """Run on a node: serve complete files of a folder at its private address, until stdin ends or time is up.
 
@@ -2264,7 +2260,12 @@ def serve_files(arguments: list[str]) -> None:
         handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
         os.close(below)
     server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
-    listener = socket.create_server((address, int(port)), backlog=64)
+    end_predecessor(address, port)
+    listener = None
+    while not listener:
+        with contextlib.suppress(OSError):  # until the predecessor's end; the client waits so long for an answer
+            listener = socket.create_server((address, int(port)), backlog=64)
+        time.sleep(0.01)
 
     def accept() -> None:
         while True:
@@ -2278,6 +2279,7 @@ def serve_files(arguments: list[str]) -> None:
     os._exit(0)
 
 
+@functools.cache
 def serve_program() -> str:
     """Return serve_files as a program of its own."""
     return node_program(serve_files)
@@ -2290,6 +2292,11 @@ class Source:
     remote: Remote | None = None
     channel: paramiko.Channel | None = None
     failures: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the node's program has ended as it should: its time was up."""
+        return bool(self.channel and self.channel.exit_status_ready() and self.channel.recv_exit_status() == 0)
 
 
 class Spread:
@@ -2305,8 +2312,8 @@ class Spread:
         self.folder, self.wanted, self.paths = folder, wanted, paths
         self.token = secrets.token_hex(16)
         self.changed = threading.Condition()
-        self.here: Source | None = Source()  # while nobody fetches from it
-        self.idle: list[Source] = []  # nodes that serve nobody
+        self.here = Source()
+        self.idle = [self.here]  # sources that serve nobody
         self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
@@ -2321,18 +2328,18 @@ class Spread:
 
     def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
-        fresh = [source for source in self.idle if source not in tried]
-        if len(tried) < PEERS_TRIED and fresh:
-            source = fresh[0]
-            self.idle.remove(source)
-        else:
-            alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
-            alone = alone and lacking <= min(self.waiting, default=lacking)  # so least comes from here
-            if not self.here or not (alone or len(tried) >= PEERS_TRIED):
-                return None
-            source, self.here = self.here, None
-        self.fetching += 1
-        return source
+        peers = [source for source in self.idle if source.remote and source not in tried]
+        if len(tried) >= PEERS_TRIED:
+            peers = [self.here]
+        elif not peers and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until):
+            # Nobody else has it, or will have it soon. The node that lacks least comes first.
+            peers = [self.here] if lacking <= min(self.waiting, default=lacking) else []
+        for source in peers[:1]:
+            if source in self.idle:
+                self.idle.remove(source)
+                self.fetching += 1
+                return source
+        return None
 
     def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
@@ -2343,14 +2350,13 @@ class Spread:
             self.waiting.remove(lacking)
         return source
 
-    def give_back(self, source: Source, done: bool) -> None:
+    def give_back(self, source: Source, failed: bool = False) -> None:
         """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
         with self.changed:
             self.fetching -= 1
-            source.failures += not done
-            if not source.remote:
-                self.here = source
-            elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
+            source.failures += failed
+            remote = source.remote
+            if not remote or (source.failures < PEERS_TRIED and remote.transport.is_active()):
                 self.idle.append(source)
             self.changed.notify()
 
@@ -2360,7 +2366,7 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.channel or source.channel.exit_status_ready():  # not yet, or its time was up
+            if not source.channel or source.channel.exit_status_ready():
                 try:
                     source.channel = self.start(source.remote)
                 except SilentNode as error:  # the source's silence is not the receiver's
@@ -2385,14 +2391,13 @@ class Spread:
 
     def start(self, remote: Remote) -> paramiko.Channel:
         """Start a node's program that serves the files; return the session whose end is its end."""
-        seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
-        job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
-        arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
+        words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
         with contextlib.ExitStack() as stack:
             channel = stack.enter_context(remote.session())
             channel.settimeout(LIVENESS_LIMIT)
             channel.set_combine_stderr(True)
-            remote.execute(channel, shlex.join(["python3", "-I", "-c", serve_program(), *arguments]))
+            remote.execute(channel, shlex.join(words))
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
@@ -2407,7 +2412,7 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, complete = self.take(tried, done.lacking), False
+            source, failed = self.take(tried, done.lacking), False
             try:
                 with self.address(source, remote) as url:
                     headers = {"Authorization": f"Bearer {self.token}"}
@@ -2416,15 +2421,14 @@ class Spread:
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
                     done = fetch_step(self.folder, wanted, show, remote, *patience)
-                complete = True
-            except SilentNode:
-                raise
-            except NodeError:
-                if not source.remote:
+            except NodeError as error:
+                full = isinstance(error, FetchError) and error.status == OWN_FAULT
+                if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
                     raise
-                tried.append(source)
+                failed = not source.has_ended
+                tried += [source] if failed else []
             finally:
-                self.give_back(source, complete)
+                self.give_back(source, failed)
         with self.changed:
             self.idle.append(Source(remote))
             self.changed.notify()
@@ -2565,8 +2569,8 @@ class App:
         return self.fingerprint in self.key_pairs[region]
 
     def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
-        """Return those of NODES that the user launched: by the signature in their tags, which others could spoil,
-        or by their key pair, which nobody can change.
+        """Return those of NODES that the user launched, by the signature in their tags, or, since others could spoil
+        it, by their key pair's name: that stays, but whoever may launch can name it. Enough to end, not to connect.
         """
         key, name = self.known_identity, self.settings.KEYPAIR_NAME
         return [
@@ -2634,44 +2638,34 @@ def on_terminate(*_: object) -> None:
     raise Terminated
 
 
-class WrongUsage(click.UsageError):
-    """A command line that can't be understood: its usage and one line on stderr, exit code 2."""
-
-    def show(self, file: Any = None) -> None:
-        """Say what is wrong, and where the help is."""
-        if self.ctx:
-            note(f"{self.ctx.get_usage()}\nTry {self.ctx.command_path} --help\n")
-        complain(self.format_message())
-
-
 @contextlib.contextmanager
 def plain_usage() -> Iterator[None]:
-    """Let click's errors of usage say what else could be meant."""
+    """Show click's errors of usage as our own, with what else could be meant; exit code 2."""
     try:
         yield
     except click.UsageError as error:
-        advice, name = "", error.ctx.info_name if error.ctx else ""
-        if name == "runCommand" and not isinstance(error, click.MissingParameter):
-            advice = f"; quote the command, or put -- before it: {command('runCommand', '--', 'ls', '-la', '/mnt')}"
-        elif unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", error.format_message()):
-            advice = did_you_mean(unknown[1], cli.commands)
-            raise WrongUsage(f"{unknown[0]}{advice}", error.ctx) from None
-        raise WrongUsage(error.format_message().rstrip(".") + advice, error.ctx) from None
+        ctx, text = error.ctx, error.format_message().rstrip(".")
+        if unknown := re.match(r"No such command ['\"]([^'\"]*)['\"]", text):
+            text = unknown[0] + did_you_mean(unknown[1], cli.commands)
+        elif ctx and ctx.info_name == "runCommand" and not isinstance(error, click.MissingParameter):
+            text += f"; quote the command, or put -- before it: {command('runCommand', '--', 'ls', '-la', '/mnt')}"
+        if ctx:
+            note(f"{ctx.get_usage()}\nTry {ctx.command_path} --help\n")
+        raise WrongUsage(text) from None
 
 
-DAY = "createNodes install start up status syncData render terminateAll".split()
-
-
+# Command -> the arguments of the example in its help; --help lists the user's day first.
 EXAMPLES = {
     "createNodes": "c1.xlarge 8",
-    "addSpotNodes": "c1.xlarge 8 0.20",
     "install": "",
     "start": "",
+    "up": "c1.xlarge 8",
     "status": "--watch",
     "syncData": "myHugeVolumeDataFile.vol",
-    "terminateAll": "",
-    "tunnel": "",
     "render": "scenes/*.xml --then-terminate -- -p 0",
+    "terminateAll": "",
+    "addSpotNodes": "c1.xlarge 8 0.20",
+    "tunnel": "",
     "systemLoad": "--watch",
     "terminate": "4-17",
     "spotPrices": "c7a.2xlarge",
@@ -2684,7 +2678,6 @@ EXAMPLES = {
     "completion": "bash",
     "extend": "2.5",
     "policy": "> policy.json",
-    "up": "c1.xlarge 8",
 }
 
 
@@ -2692,8 +2685,8 @@ class Tool(click.Group):
     """The boundary: known errors become one line and an exit code; the rest is a bug's traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Begin with the user's day; the rest stays in the order of the file."""
-        return sorted(self.commands, key=lambda name: DAY.index(name) if name in DAY else len(DAY))
+        """Begin with the user's day, not with A."""
+        return list(EXAMPLES)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take --config from anywhere before a "--"."""
@@ -2721,10 +2714,9 @@ class Tool(click.Group):
         try:
             with plain_usage():
                 return super().invoke(ctx)
-        except (KeyboardInterrupt, click.Abort):
-            self.interrupted(ctx, 130)
-        except Terminated:
-            self.interrupted(ctx, 143)
+        except (KeyboardInterrupt, click.Abort, Terminated) as error:
+            note(f"Interrupted. {ctx.obj.left if isinstance(ctx.obj, App) else ''}".strip())
+            os._exit(143 if isinstance(error, Terminated) else 130)  # at once: threads may still wait for nodes
         except ModuleNotFoundError as error:
             raise ClusterError(MISSING.format(name=error.name)) from error
         except BrokenPipeError:
@@ -2737,13 +2729,6 @@ class Tool(click.Group):
             raise ClusterError(ctx.obj.explain(error) if isinstance(ctx.obj, App) else explain(error)) from error
         finally:
             draw()
-
-    @staticmethod
-    def interrupted(ctx: click.Context, code: int) -> None:
-        """Say what is left running and leave."""
-        left = ctx.obj.left if isinstance(ctx.obj, App) else ""
-        note(f"Interrupted. {left}".strip())
-        os._exit(code)  # at once: threads may still wait for nodes
 
 
 def log_folder(group: str) -> Path:
@@ -2917,8 +2902,9 @@ def find_node(app: App, name: str) -> Node:
         exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
         found = exact or [node for node in nodes if (node.id.startswith(name) or node.name.startswith(name))]
     if len(found) > 1:
-        which = ", ".join(f"{node.name} ({node.group}, {node.id})" for node in in_order(found))
-        raise ClusterError(f"{printable(name)!r} may be {which}: name one of them by its id")
+        which = [f"{node.short} ({node.group}, {node.id})" for node in in_order(found)]
+        more = f" or {len(which) - 3} more" if len(which) > 3 else ""
+        raise ClusterError(f"{printable(name)!r} may be {', '.join(which[:3])}{more}: name one of them by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
@@ -2973,7 +2959,6 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
-FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
 NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
@@ -2982,7 +2967,6 @@ WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
 JOIN_QUIET = 60  # seconds without any client before that restart of the head
-JOIN_DOUBLINGS = 7
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
@@ -2992,10 +2976,9 @@ CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection be
 RELAY = "relay-"  # what the name of a sub-head's server begins with: it links the workers of its branch
 RELAY_LIMIT = 15  # seconds that a head waits for a sub-head that restarts; below systemd's TimeoutStartSec
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
-FILE_BYTES = 1 << 20  # of a file that the guard reads
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
-PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, version, own, head; of a head and of a sub-head
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head; of a head and of a sub-head
 # also the workers with their cores, a head's are all of the tree; and a head's branches: sub-head -> its workers
 IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
 LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which a head or sub-head was started
@@ -3004,7 +2987,7 @@ STATE_PATH = "/run/mitsuba-cluster/state.json"
 
 
 class AnotherBuild(Exception):
-    """The server is a Mitsuba of another version or flavour."""
+    """The server is a Mitsuba of another version, or with other spectrum samples or precision."""
 
 
 def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
@@ -3019,46 +3002,37 @@ def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
     return data
 
 
-def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
-    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
-
-    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to the last byte (but of a
-    server that talks on and on): a reset that comes before the server has accepted ends it, and its head with it.
-    """
-    stream.settimeout(max(0.001, deadline - time.monotonic()))
-    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive_exactly(stream, 2, deadline)
-    if answer == b"\x00\x0d":
-        raise AnotherBuild(version)
-    if answer != HELLO:
-        raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-    name = b""
-    while not name.endswith(b"\0"):
-        if len(name) > NAME_BYTES:
-            raise ValueError("its node's name does not end")
-        name += receive_exactly(stream, 1, deadline)
-    try:
-        stream.sendall(QUIT)
-        stream.shutdown(socket.SHUT_WR)
-        receive_exactly(stream, NAME_BYTES, deadline)
-    except (OSError, EOFError):
-        pass
-    return cores, name[:-1].decode("utf-8", "replace")
-
-
 def handshake(
-    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], build: str, limit: float
 ) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    """Greet an mtssrv as another of this BUILD, and quit; return (its cores, its node's name). LIMIT: seconds in all.
+
+    AnotherBuild where it refuses. The end is an ordinary one, read to the last byte (but of a server that talks on and
+    on): a reset that comes before the server has accepted ends it, and its head with it.
+    """
     deadline = time.monotonic() + limit
-    for samples, double in FLAVOURS:
+    with open_stream(limit) as stream:
+        version, samples, double = build.split()
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
+        stream.sendall(HELLO + version.encode() + b"\0" + bytes([int(samples), int(double)]))
+        answer = receive_exactly(stream, 2, deadline)
+        if answer == b"\x00\x0d":
+            raise AnotherBuild
+        if answer != HELLO:
+            raise ValueError("what answers is not mtssrv")
+        cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
+        name = b""
+        while not name.endswith(b"\0"):
+            if len(name) > NAME_BYTES:
+                raise ValueError("its node's name does not end")
+            name += receive_exactly(stream, 1, deadline)
         try:
-            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
-                return shake_hands(stream, version, samples, double, deadline)
-        except AnotherBuild:
+            stream.sendall(QUIT)
+            stream.shutdown(socket.SHUT_WR)
+            receive_exactly(stream, NAME_BYTES, deadline)
+        except (OSError, EOFError):
             pass
-    raise AnotherBuild(version)
+        return cores, name[:-1].decode("utf-8", "replace")
 
 
 class Answer(NamedTuple):
@@ -3066,37 +3040,29 @@ class Answer(NamedTuple):
 
     alive: bool
     problem: str = ""  # why the server can't be linked
-    connections: int = 1  # that it took
-    cores: int = 0  # of a server that can be linked
     relays: bool = False  # it is a sub-head, with workers of its own
     refuses: bool = False  # nothing listens there, as while it restarts
 
 
-def ask_address(address: str, version: str, most_cores: int) -> Answer:
+def ask_address(address: str, build: str, most_cores: int) -> Answer:
     """Shake hands with the server at ADDRESS, which may have so many cores."""
-    opened = []
-
-    def connect_to_it(limit: float) -> socket.socket:
-        connection = socket.create_connection((address, SERVER_PORT), limit)
-        opened.append(limit)
-        return connection
-
     try:
-        cores, name = handshake(connect_to_it, version, GUARD_TIMEOUT)
+        cores, name = handshake(
+            lambda limit: socket.create_connection((address, SERVER_PORT), limit), build, GUARD_TIMEOUT
+        )
     except AnotherBuild:
-        return Answer(True, f"is another build than Mitsuba {version}", len(opened))
+        return Answer(True, "is another build of Mitsuba than this node's")
     except (OSError, EOFError, ValueError) as error:
-        refuses = isinstance(error, ConnectionRefusedError)
-        return Answer(False, f"does not answer: {error}", len(opened), refuses=refuses)
+        return Answer(False, f"does not answer: {error}", refuses=isinstance(error, ConnectionRefusedError))
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong, len(opened), 0 if wrong else cores, name.startswith(RELAY) and not wrong)
+    return Answer(True, wrong, relays=name.startswith(RELAY) and not wrong)
 
 
-def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
+def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
     """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
     found: dict[str, Answer] = {}
     askers = [
-        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
+        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, build, most)}), args=pair)
         for pair in addresses.items()
     ]
     deadline = time.monotonic() + 2 * GUARD_TIMEOUT
@@ -3113,7 +3079,7 @@ def read_file(path: str) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(handle, errors="replace") as file:
-            return file.read(FILE_BYTES) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
+            return file.read(MIB) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
     except OSError:
         return ""
 
@@ -3134,11 +3100,6 @@ def read_plan() -> dict[str, Any]:
         return {}
 
 
-def note_journal(text: str) -> None:
-    """Write a line to the journal."""
-    print(text, flush=True)
-
-
 def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
     """Return whom to link of those that gave ANSWERS: each that can be, but for the workers of sub-heads that serve."""
     branches = plan.get("branches", {}).items()
@@ -3151,12 +3112,12 @@ def filter_workers() -> None:
     plan = read_plan()
     heads = {one: plan["workers"][one] for one in plan.get("branches", ())}
     deadline = time.monotonic() + RELAY_LIMIT
-    while any(one.refuses for one in ask_all(heads, plan["version"]).values()) and time.monotonic() < deadline:
+    while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
         time.sleep(WATCH_PAUSE)
-    answers = ask_all(plan["workers"], plan["version"])
+    answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
-            note_journal(f"{one} is left out: it {answer.problem}")
+            print(f"{one} is left out: it {answer.problem}")
     write_file(LINKED_PATH, "".join(f"{one}\n" for one in pick_workers(plan, answers)))
 
 
@@ -3190,8 +3151,8 @@ def find_joining(links: Links, now: float, quiet: float) -> list[str]:
     """Return the workers to link now; QUIET: since when nobody has connected to the head."""
     if now - quiet < JOIN_QUIET:
         return []
-    pause = {one: JOIN_ANSWERS * 2 ** min(links.losses.get(one, 0), JOIN_DOUBLINGS) for one in links.answering}
-    return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
+    patience = {one: JOIN_ANSWERS * 2 ** links.losses.get(one, 0) for one in links.answering}
+    return sorted(one for one, since in links.answering.items() if now - since >= patience[one])
 
 
 def watch_ends() -> subprocess.Popen[bytes]:
@@ -3225,14 +3186,14 @@ class Look(NamedTuple):
     working: bool = False  # a command of cluster.py is at work
 
 
-def read_connections(text: str, port: int) -> tuple[dict[str, int], dict[str, int]]:
+def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
     servers, logins = {}, {}
     for line in text.splitlines():
         _, _, own, peer, *rest = line.split()
         # ss leaves out what is 0.
         moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
-        if own.endswith(f":{port}"):
+        if own.endswith(f":{SERVER_PORT}"):
             servers[peer] = moved
         elif '"sshd' in line:
             logins[peer] = moved
@@ -3276,12 +3237,11 @@ def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
+    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
         with contextlib.suppress(OSError):
-            about = os.stat(path)
-            touched[path] = about.st_mtime_ns if path == MARK_PATH else about.st_atime_ns
+            touched[path] = os.stat(path).st_atime_ns  # of a terminal: its input; its mtime is its output
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
@@ -3352,15 +3312,10 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     return memory._replace(used=look.at, how=how) if how else memory
 
 
-def judge_idleness(memory: Memory, role: str, limit: float) -> str:
-    """Return "end", "" to stay, or "ask" of a worker: whether its head still answers. LIMIT: seconds, 0 for none.
-
-    Use is known only up to the last look over which it was judged.
-    """
+def is_idle(memory: Memory, limit: float) -> bool:
+    """Tell whether a node has been unused for LIMIT seconds (0: there is no limit), or far longer under a client."""
     patience = max(limit, CLIENT_SILENCE) if find_clients(memory) else limit
-    if not limit or memory.at - memory.used < patience or memory.at != memory.base.at:
-        return ""
-    return "ask" if role == "worker" else "end"
+    return limit > 0 and memory.at - memory.used >= patience
 
 
 def restore_memory(text: str) -> Memory | None:
@@ -3383,17 +3338,17 @@ def node_state(memory: Memory, limit: float) -> dict[str, Any]:
 
 def restart_head(why: str) -> None:
     """Restart the server of a head or sub-head; its filter then links all workers that answer."""
-    note_journal(f"restarts mtssrv {why}")
+    print(f"restarts mtssrv {why}")
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
-def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
+def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     """Shake hands with all servers once, and restart the own one where that helps."""
     own, workers = plan["own"], plan["workers"]
-    answers = ask_all({own: MOST_CORES} | workers, plan["version"])
+    answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
-            note_journal(f"does not link {one}: it {answers[one].problem}")
+            print(f"does not link {one}: it {answers[one].problem}")
     linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
     # A sub-head links nobody anew: it does not know whether its head has a client, who would lose a render.
     wanted = {own, *linked, *(pick_workers(plan, answers) if plan["role"] == "head" else ())}
@@ -3402,9 +3357,6 @@ def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
         links = links._replace(heard={})
-    elif joining := find_joining(links, time.monotonic(), quiet):
-        restart_head(f"to link {' '.join(joining)}")
-        links = links._replace(answering={})
     return links
 
 
@@ -3417,27 +3369,31 @@ def guard_node(arguments: list[str]) -> None:
     watches = role == "head" or workers  # a sub-head does, whose role is that of a worker
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
-    note_journal(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
+    print(f"guards a node with role {role}, which {end}")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
     while True:
         if watches:
-            links = keep_serving(plan, links, memory.quiet)
+            links = keep_serving(plan, links)
         if not watches or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(ends), len(workers))
+            if joining := find_joining(links, memory.at, memory.quiet):
+                restart_head(f"to link {' '.join(joining)}")
+                links = links._replace(answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
-            verdict = judge_idleness(memory, role, limit)
-            if verdict == "ask":
-                refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
-                if refused:
-                    note_journal(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
-            elif memory.at == memory.base.at:
-                refused = 0
-            if verdict == "end" or refused >= HEAD_ASKED:
-                note_journal(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
-                run_quietly("systemctl", "poweroff")
+            if memory.at == memory.base.at:  # use is known up to now
+                idle = is_idle(memory, limit)
+                unused = f"unused for {format_duration(memory.at - memory.used)} (before that: {memory.how})"
+                headless = idle and role == "worker" and not ask_address(plan["head"], plan["build"], MOST_CORES).alive
+                refused = refused + 1 if headless else 0
+                if headless:
+                    print(f"{unused}, and the head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+                if (idle and role != "worker") or refused >= HEAD_ASKED:
+                    print(f"ends this node: {unused}")
+                    run_quietly("systemctl", "poweroff")
         time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if watches else USE_LOOK)
 
 
@@ -3447,7 +3403,8 @@ Description=Mitsuba cluster: keeps the head serving, links nodes that come back,
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart=/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py
+ExecStart=/usr/bin/python3 -I -u /usr/local/lib/mitsuba-cluster/guard.py
+SyslogIdentifier=mitsuba-guard
 Restart=always
 RestartSec=1
 RuntimeDirectory=mitsuba-cluster
@@ -3499,7 +3456,7 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 # Release -> what the names of its images have for it and for their kind of disk; the gp3 images are younger than 22.04.
 # https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
 UBUNTU = {"22.04": ("jammy", "gp2"), "24.04": ("noble", "gp3"), "26.04": ("resolute", "gp3")}
-CANONICAL = "099720109477"
+CANONICAL = {"aws": "099720109477", "aws-us-gov": "513442679011", "aws-cn": "837727238323"}  # partition -> owner
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
 PRICE_LIMIT = 5  # the look-up of a price, or of a quota
 SURPLUS_PRICE = 0.05  # $ a vCPU-hour above the baseline of T3 and T3a (https://aws.amazon.com/ec2/pricing/on-demand/)
@@ -3520,7 +3477,6 @@ QUOTAS = {
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
-NEW_QUIET = 15  # until a line says that EC2 does not know a new security group or key yet
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
@@ -3590,25 +3546,26 @@ class Plan(NamedTuple):
     quota: str | None  # of vCPUs; None: not asked for
 
 
-class Launch(NamedTuple):
-    """All that RunInstances needs."""
-
-    plan: Plan
-    key_name: str
-    security_group: str
-    user_data: str
-    tags: dict[str, str]
-    disk_gb: int
-    private: bool  # no public addresses
-    token: str = ""  # with which each request's ClientToken begins
-
-
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
-# Whoever runs on the node could read its user data, in which the host key is, or act with the node's
-# role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
+# An image made of a node of ours has that node's units, plan and deadline: a new instance (cloud-init sets INSTANCE_ID)
+# begins without them. Whoever runs on the node could read its user data, in which the host key is, or act with the
+# node's role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
 # reboot changes nothing.
 BOOT = r"""
 set -u
+
+forget_image() {
+  local of=/etc/mitsuba-cluster/instance-id unit
+  [ -n "${INSTANCE_ID:-}" ] && [ "$(cat $of 2> /dev/null)" != "$INSTANCE_ID" ] || return 0
+  for unit in mtssrv.service mitsuba-guard.service mitsuba-deadline.timer mitsuba-deadline.service; do
+    [ ! -e /etc/systemd/system/$unit ] || systemctl disable --now --no-block $unit
+    rm -f /etc/systemd/system/$unit
+  done
+  rm -rf /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
+  systemctl daemon-reload
+  mkdir -p ${of%/*}
+  echo "$INSTANCE_ID" > $of
+}
 
 guard_metadata() {
   nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
@@ -3639,22 +3596,18 @@ set_deadline() (
   systemctl start --no-block mitsuba-deadline.timer
 )
 
+forget_image
 guard_metadata
 guarded=$?
 set_deadline "$1"
 exit $((guarded | $?))
 """
 
-# As root: fails where the guard of BOOT is not there.
-CHECK_GUARD = """
+# As root: fails where the rules of BOOT for the metadata service are not there.
+CHECK_METADATA_RULES = """
 nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
   iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
-
-
-def plan_batches(count: int, size: int) -> list[int]:
-    """Split COUNT into parts of at most SIZE: plan_batches(250, 100) is [100, 100, 50]."""
-    return [min(size, count - start) for start in range(0, count, size)]
 
 
 def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
@@ -3692,7 +3645,8 @@ def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
         return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
     folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
     named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
-    images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
+    owner = CANONICAL.get(ec2.meta.partition)
+    images = ec2.describe_images(Owners=[owner], Filters=named)["Images"] if owner else []
     if not images:
         raise ClusterError(f"no image of Ubuntu {release} was found in {ec2.meta.region_name}; name one in AMI_IDS")
     return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
@@ -3739,9 +3693,11 @@ def check_image(machine: InstanceType, image: Image, named: bool) -> None:
 def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     """Return the $ an hour of a Linux instance; None where it can't be had.
 
-    The Pricing API answers in us-east-1 for all regions of the partition:
-    https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
+    The Pricing API answers in us-east-1 for all regions but those of other partitions: accounts of GovCloud have none,
+    China's speaks of yuan. https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
     """
+    if find_partition(settings.AWS_REGION)[0] != "aws":
+        return None
     wanted = {
         "instanceType": machine,
         "regionCode": settings.AWS_REGION,
@@ -3808,6 +3764,25 @@ def format_limits(hours: float, idle: float) -> str:
     return f"Each ends itself after {', or '.join(limits)}." if limits else ""
 
 
+def check_key_pair(app: App) -> None:
+    """Refuse another key than the user's under KEYPAIR_NAME in EC2; InvalidKeyPair.NotFound where there is none."""
+    name, path = app.settings.KEYPAIR_NAME, app.settings.key_file
+    pair = app.ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"][0]
+    if not has_key(path) or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+        raise ClusterError(
+            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy "
+            f"that key's file from the machine that made it to {path}"
+        )
+
+
+def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
+    """Return what GROUP lets in for other machines with the user's key; refuse what others have added."""
+    rules, foreign = other_rules(group, app.settings, cidr, app.identity)
+    if foreign:
+        raise ClusterError(f"nothing is launched: {describe_rules(app.ec2, group, rules)}")
+    return rules
+
+
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
@@ -3832,6 +3807,12 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
             f"the spot price of {request.type} is {format_money(lowest)} an hour now, above your maximum of "
             f"{format_money(request.max_price)}; see {command('spotPrices', request.type)}"
         )
+    if dry_run:  # what a launch would refuse or say once it begins to make what it needs
+        with tolerate("InvalidKeyPair.NotFound"):
+            check_key_pair(app)
+        for group in fetch_security_groups(ec2, request.group):
+            if rules := check_rules(app, group, cidr):
+                warn(describe_rules(ec2, group, rules))
     present = sum(node.state in ("pending", "running") for node in before)
     hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
     idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
@@ -3849,6 +3830,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
         yield f"An hour of a spot node, now: {shown}{beside}"
+    if plan.spot and find_partition(settings.AWS_REGION)[0] == "aws-cn":
+        yield "Spot prices in China are in yuan (CNY), also where a $ is shown"
     if plan.type.burstable and request.type.startswith("t2."):
         yield f"{request.type} is burstable: after some minutes of full load it falls to a fraction of its speed"
     elif plan.type.burstable:
@@ -3925,58 +3908,34 @@ def ensure_key_file(path: Path) -> None:
 
 
 def ensure_key(app: App) -> None:
-    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
-    ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
-    another = ClusterError(
-        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy that "
-        f"key's file from the machine that made it to {path}"
-    )
-
-    def find() -> list[str]:
-        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-        return list(pairs[0].get("PublicKey", "").split()[:2])
-
-    present: list[str] = []
+    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME."""
     with tolerate("InvalidKeyPair.NotFound"):
-        present = find()
-    if present and not has_key(path):
-        raise another
-    ensure_key_file(path)
-    identity = app.identity
-    if not present:
-        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-        with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
-            ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
-            return
-        present = once_known(find)
-    if present != identity.public.split()[:2]:
-        raise another
+        return check_key_pair(app)
+    ensure_key_file(app.settings.key_file)
+    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": app.identity.fingerprint}]}]
+    pair = {"KeyName": app.settings.KEYPAIR_NAME, "PublicKeyMaterial": app.identity.public.encode()}
+    with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; with the same key?
+        app.ec2.import_key_pair(**pair, TagSpecifications=tags)
+        return None
+    return once_known(lambda: check_key_pair(app))
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     """Return GROUP's security group; make it, tagged, where it is missing."""
-    name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
-
-    def find() -> SecurityGroup | None:
-        found = fetch_security_groups(ec2, group)
-        return next((one for one in found if (one.name, one.vpc) == (name, vpc)), None)
-
-    if existing := find():
-        return existing
-    specification = [{"ResourceType": "security-group", "Tags": tags}]
-    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
-    with tolerate("InvalidGroup.Duplicate"):
-        made = ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"]
-        return SecurityGroup(made, group, name, vpc)
-    for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
-        if existing := find():
-            return existing
+    name = f"mitsuba-{group}"
+    tags = [{"ResourceType": "security-group", "Tags": [{"Key": TAG_GROUP, "Value": group}]}]
+    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc, "TagSpecifications": tags}
+    for _ in range(5):
+        if existing := [one for one in fetch_security_groups(ec2, group) if one.vpc == vpc]:
+            return existing[0]
+        with tolerate("InvalidGroup.Duplicate"):  # another machine's, of a moment ago; a stranger's never shows our tag
+            return SecurityGroup(ec2.create_security_group(**about)["GroupId"], group, name, vpc)
         time.sleep(POLL)
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
 def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
-    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline, guard.
+    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata rules, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
@@ -4006,52 +3965,42 @@ def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]
     return dict(zip(SIGNATURE_TAGS, parts))
 
 
-def prepare(app: App, plan: Plan) -> Launch:
-    """Make what a launch needs: keys, security group, user data."""
-    settings, ec2, name = app.settings, app.ec2, plan.request.group
+def prepare(app: App, plan: Plan) -> dict[str, Any]:
+    """Make what a launch needs: keys, security group, user data; return what all its RunInstances requests have."""
+    settings, ec2, request = app.settings, app.ec2, plan.request
     ensure_key(app)
-    identity = app.identity
-    group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
-    others, foreign = other_rules(group, settings, plan.cidr, identity)
-    if foreign:
-        raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
-    warn_of_rules(ec2, [group], settings, plan.cidr, identity)
-    repair_rules(ec2, group, settings, plan.cidr, rule_owner(identity))
+    group = ensure_security_group(ec2, request.group, plan.subnets[0].vpc)
+    if rules := check_rules(app, group, plan.cidr):
+        if plan.present:  # another machine of the user's may be at work with them
+            warn(describe_rules(ec2, group, rules))
+        else:  # anybody may have written the user's mark, which is no secret
+            with tolerate("InvalidPermission.NotFound"):
+                ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
+            note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
+    repair_rules(ec2, group, settings, plan.cidr, rule_owner(app.identity))
     private, public = make_ed25519()
-    tags = {TAG_GROUP: name, TAG_HOST_KEY: public} | sign_launch(identity, name, public)
+    tags = {TAG_GROUP: request.group, TAG_HOST_KEY: public} | sign_launch(app.identity, request.group, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
     tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
-    user_data = make_user_data(private, public, plan.hours, plan.idle)
-    token = os.urandom(16).hex()
-    disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
-    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed, token)
-
-
-def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
-    """Return RunInstances' parameters; the same for each try of one request, to the byte."""
-    plan, request = launch.plan, launch.plan.request
-    price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
-    tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
-    kinds = ["instance", "volume"] + (["spot-instances-request"] if request.spot else [])
-    disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
-    if plan.type.encrypts:
-        disk["Encrypted"] = True
-    network: dict[str, Any] = {"SubnetId": subnet.id, "SecurityGroupIds": [launch.security_group]}
-    if subnet.gives_addresses == launch.private:  # the subnet does by itself what is not wanted
-        interface = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
-        network = {"NetworkInterfaces": [interface | {"AssociatePublicIpAddress": not launch.private}]}
-    parameters: dict[str, Any] = network | {
+    size = max(settings.ROOT_VOLUME_GB, plan.image.root_gb)
+    disk = {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True}
+    parameters: dict[str, Any] = {
         "ImageId": plan.image.id,
-        "InstanceType": plan.type.type,
-        "MinCount": 1,
-        "MaxCount": count,
-        "KeyName": launch.key_name,
-        "UserData": launch.user_data,
-        "ClientToken": token,
+        "InstanceType": request.type,
+        "KeyName": settings.KEYPAIR_NAME,
+        "UserData": make_user_data(private, public, plan.hours, plan.idle),
+        "NetworkInterfaces": [
+            {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
+        ],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
-        "BlockDeviceMappings": [{"DeviceName": plan.image.root_device, "Ebs": disk}],
-        "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
+        "BlockDeviceMappings": [
+            {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})}
+        ],
+        "TagSpecifications": [
+            {"ResourceType": kind, "Tags": [{"Key": name, "Value": value} for name, value in tags.items()]}
+            for kind in ["instance", "volume", *(["spot-instances-request"] if request.spot else [])]
+        ],
     }
     if request.spot:
         options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
@@ -4059,6 +4008,15 @@ def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) ->
             options["MaxPrice"] = f"{request.max_price:.6f}"
         parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
     return parameters
+
+
+def in_subnet(parameters: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
+    """Return RunInstances' PARAMETERS for SUBNET, with the price there in a tag."""
+    price = [] if subnet.price is None else [{"Key": TAG_PRICE, "Value": f"{subnet.price:.6f}"}]
+    return parameters | {
+        "NetworkInterfaces": [one | {"SubnetId": subnet.id} for one in parameters["NetworkInterfaces"]],
+        "TagSpecifications": [one | {"Tags": one["Tags"] + price} for one in parameters["TagSpecifications"]],
+    }
 
 
 def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
@@ -4078,66 +4036,55 @@ def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
         except (HTTPClientError, ResponseParserError, ClientError) as error:
             code = error_code(error)
             passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
-            waited = time.monotonic() - begun
-            if not passing or waited > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
+            if not passing or time.monotonic() - begun > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
                 raise
-            if code not in NEW_CODES or waited > NEW_QUIET:
+            if code not in NEW_CODES:
                 note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
         time.sleep(pause)
         pause = min(2 * pause, LAUNCH_PAUSE)
 
 
-def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
+def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -> tuple[list[Node], str]:
     """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
 
-    An error before the first node exists is raised; later ones become the reason.
+    An error before the first node exists is raised; later ones become the reason. TOKEN begins all ClientTokens.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    nodes: list[Node] = []
-    why, count = "", launch.plan.request.number
-    for subnet in launch.plan.subnets:
-        zone = subnet.zone
+    request, nodes, why = plan.request, list[Node](), ""
+    for subnet in plan.subnets:
+        zone, asked = subnet.zone, in_subnet(parameters, subnet)
         try:
-            for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                token = launch.token + os.urandom(8).hex()
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, token))
+            while (missing := request.number - len(nodes)) > 0:
+                size = min(missing, LAUNCH_BATCH)
+                sizes = {"MinCount": 1, "MaxCount": size, "ClientToken": token + os.urandom(8).hex()}
+                got = launch_batch(app.ec2, asked | sizes)
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
                     break
-            if len(nodes) == count:
+            if len(nodes) == request.number:
                 return nodes, ""
-            note(f"{zone} gave {len(nodes)} of {format_count(count, 'node')}")
+            note(f"{zone} gave {len(nodes)} of {format_count(request.number, 'node')}")
         except (BotoCoreError, ClientError) as error:
-            why = f"{zone}: {explain(error)}"
-            if error_code(error) not in CAPACITY_CODES:
+            code, why = error_code(error), f"{zone}: {explain(error)}"
+            if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
+                note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+            if code not in CAPACITY_CODES:
                 if not nodes:
                     raise
                 break
-            dear = error_code(error) == "SpotMaxPriceTooLow"
-            what = (
-                f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.plan.type.type} in {zone}"
-            )
-            note(f"{what} ({error_code(error)}); trying the next zone")
+            dear = f"{zone} asks more than your maximum"
+            what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.type} in {zone}"
+            note(f"{what} ({code}); trying the next zone")
     return nodes, why or "no zone had capacity"
 
 
-def fetch_console(ec2: Client, node: Node) -> str:
-    """Return what a node wrote to its console ("" where EC2 has nothing yet), or why it can't be had."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        return str(ec2.get_console_output(InstanceId=node.id).get("Output") or "")
-    except (BotoCoreError, ClientError) as error:
-        return f"its console can't be read: {explain(error)}"
-
-
-def check_guard(remote: Remote) -> None:
+def check_metadata_rules(remote: Remote) -> None:
     """Refuse a node whose boot script could not keep its programs from the metadata service."""
-    if remote.run(root_command("check-guard", CHECK_GUARD))[0]:
+    if remote.run(root_command("check-metadata-rules", CHECK_METADATA_RULES))[0]:
         raise NodeError(
-            "its metadata guard is missing, so any program on it could read its host key: "
+            "its rules for the metadata service are missing, so any program on it could read its host key: "
             f"{command('terminate', remote.node.id)} ends it"
         )
 
@@ -4145,7 +4092,7 @@ def check_guard(remote: Remote) -> None:
 def boot_step(remote: Remote) -> None:
     """Wait for the end of cloud-init."""
     remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
-    check_guard(remote)
+    check_metadata_rules(remote)
 
 
 def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: float) -> Outcome[T] | None:
@@ -4159,7 +4106,9 @@ def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: flo
         return None
     outcome = replace(future.result(), node=node)
     if outcome.silent:
-        outcome = replace(outcome, error=outcome.error + format_tail(fetch_console(app.ec2, node)))
+        with excused(f"the console of {node.id} can't be read"):
+            console = str(app.ec2.get_console_output(InstanceId=node.id).get("Output") or "")
+            return replace(outcome, error=outcome.error + format_tail(console))
     return outcome
 
 
@@ -4213,21 +4162,19 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
     """
     from botocore.exceptions import ClientError
 
-    request = plan.request
-    launch = prepare(app, plan)
+    request, token = plan.request, os.urandom(16).hex()
+    parameters = prepare(app, plan)
     app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
     try:
-        nodes, why = launch_nodes(app.ec2, launch)
+        nodes, why = launch_nodes(app, plan, parameters, token)
     except ClientError as error:
-        if error_code(error) in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
-            note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
         if error_code(error) not in RETRY_CODES:
             app.left = ""  # a plain refusal: nothing runs
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
     note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
-    return nodes, why, launch.token
+    return nodes, why, token
 
 
 def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
@@ -4317,6 +4264,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: b
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+BUILD_LIMIT = 20
 GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
@@ -4345,13 +4293,14 @@ GRAPHICS_LIBRARIES = frozenset(
 )
 
 
-# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type,
+# $6 the program that learns the build.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
 # repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
-user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+user=$1 data=$2 sha256=$3 recipe=$4 type=$5 learn_build=$6
 if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
@@ -4468,7 +4417,7 @@ forget_tree() {
 }
 
 install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed" "$state/build"
   case $package in
     *.deb)
       fetch "$work/mitsuba.deb"
@@ -4541,9 +4490,39 @@ if [ -z "$version" ]; then
   [ "$code" != 132 ] || echo "it was built for a newer processor than $type has: build it with -march=x86-64"
   exit 1
 fi
+cd "$work"  # for its log
+build=$(python3 -I -c "$learn_build")
+echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
+
+
+def learn_build(arguments: list[str]) -> None:
+    """Run on a node: print the build by which mtssrv greets other servers; a build answers its own greeting only.
+
+    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision.
+    """
+    import subprocess
+
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(BUILD_LIMIT)
+        worker = f"127.0.0.1:{listener.getsockname()[1]}"
+        with subprocess.Popen(["mtssrv", "-q", "-p", "1", "-c", worker], **quiet) as server:  # it serves only then
+            try:
+                stream, _ = listener.accept()
+                stream.settimeout(BUILD_LIMIT)
+                greeting = b""
+                while not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                    if not (more := stream.recv(64)):
+                        sys.exit(f"mtssrv greets other servers in an unknown way: {greeting.hex()}")
+                    greeting += more
+            except TimeoutError:
+                sys.exit(f"mtssrv does not greet other servers within {BUILD_LIMIT} seconds")
+            finally:
+                server.kill()
+    print(found[1].decode(), *found[2], *found[3])
 
 
 def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
@@ -4878,6 +4857,7 @@ def install_step(
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    arguments.append(node_program(learn_build))
     tell = functools.partial(progress.step, remote.node)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
@@ -4885,7 +4865,7 @@ def install_step(
             tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
-            check_guard(remote)
+            check_metadata_rules(remote)
             if spread:
                 tell("waiting")
                 tenth = max(1, spread.wanted[0].size // 10)
@@ -5078,16 +5058,16 @@ class StartPlan(NamedTuple):
         """Return how many cores a node's own server may announce."""
         return (node.type in self.types and self.types[node.type].cores) or MOST_CORES
 
-    def node_plan(self, role: str, node: Node, version: str, **more: Any) -> dict[str, Any]:
+    def node_plan(self, role: str, node: Node, build: str, **more: Any) -> dict[str, Any]:
         """Return the plan for a node's guard."""
-        return {"role": role, "version": version, "own": node.private_ip, "head": self.head.private_ip} | more
+        return {"role": role, "build": build, "own": node.private_ip, "head": self.head.private_ip} | more
 
-    def head_plan(self, version: str, workers: Sequence[Node], branches: dict[str, list[str]]) -> dict[str, Any]:
+    def head_plan(self, build: str, workers: Sequence[Node], branches: dict[str, list[str]]) -> dict[str, Any]:
         """Return the plan for the head's guard: these WORKERS, each with the most cores that it may announce."""
         most = {node.private_ip: self.most_cores(node) for node in workers}
         for one in branches:
             most[one] = min(MOST_CORES, most[one] + sum(most.get(worker, MOST_CORES) for worker in branches[one]))
-        return self.node_plan("head", self.head, version, workers=most, branches=branches)
+        return self.node_plan("head", self.head, build, workers=most, branches=branches)
 
 
 class Served(NamedTuple):
@@ -5110,14 +5090,14 @@ def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
         channel.close()
 
 
-def ask_server(remote: Remote, version: str) -> int:
+def ask_server(remote: Remote, build: str) -> int:
     """Return the cores that a node's server offers; NodeError where it does not answer."""
     import paramiko
 
     try:
-        return handshake(functools.partial(server_stream, remote), version, HANDSHAKE_LIMIT)[0]
+        return handshake(functools.partial(server_stream, remote), build, HANDSHAKE_LIMIT)[0]
     except AnotherBuild:
-        raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
+        raise NodeError("its mtssrv is another build of Mitsuba than what is installed there") from None
     except TimeoutError:
         raise NodeError("its mtssrv accepts connections, but stays silent") from None
     except ValueError as error:
@@ -5126,12 +5106,12 @@ def ask_server(remote: Remote, version: str) -> int:
         raise NodeError("its mtssrv does not answer") from error
 
 
-def await_server(remote: Remote, version: str, cores: int | None = None, workers: int = 0) -> int:
+def await_server(remote: Remote, build: str, cores: int | None = None, workers: int = 0) -> int:
     """Wait until a node's server answers, with CORES cores if they are given; return its cores."""
     deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
     while True:
         try:
-            offered = ask_server(remote, version)
+            offered = ask_server(remote, build)
             if cores in (None, offered):
                 return offered
             problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
@@ -5215,7 +5195,7 @@ def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str
 def look_step(remote: Remote) -> Facts:
     """Learn what a node is; NodeError where Mitsuba is missing."""
     facts = fetch_facts(remote)
-    if not facts.version:
+    if not facts.build:
         raise NodeError(NOT_INSTALLED)
     return facts
 
@@ -5223,16 +5203,16 @@ def look_step(remote: Remote) -> Facts:
 def worker_step(start: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
-    plan = start.node_plan("worker", node, facts.version)
+    plan = start.node_plan("worker", node, facts.build)
     if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
-            cores = ask_server(remote, facts.version)
+            cores = ask_server(remote, facts.build)
     action = "started" if cores is None else "serves already"
     if cores is None:
         if node.private_ip in start.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
         configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
-        cores, facts = await_server(remote, facts.version), facts._replace(linked=())
+        cores, facts = await_server(remote, facts.build), facts._replace(linked=())
     elif facts.linked:
         return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
@@ -5251,7 +5231,7 @@ def branch_step(
     node, address = remote.node, remote.node.private_ip
     (facts, offered, *_), cores, relay = good[address].value, None, ""
     workers = [good[one] for one in branches.get(address, ())]
-    plan = start.node_plan("worker", node, facts.version)
+    plan = start.node_plan("worker", node, facts.build)
     action = f"with {format_count(len(workers), 'worker')} of its own, "
     if workers:
         plan["workers"] = {one.node.private_ip: start.most_cores(one.node) for one in workers}
@@ -5261,7 +5241,7 @@ def branch_step(
         configure_node(remote, start.guard, plan)
         return Served(facts, offered, f"{action}serves already")
     configure_node(remote, start.guard, plan, server_unit("worker", address, facts.cores, start.data), relay)
-    return Served(facts, await_server(remote, facts.version, cores, len(workers)), f"{action}started")
+    return Served(facts, await_server(remote, facts.build, cores, len(workers)), f"{action}started")
 
 
 def head_step(
@@ -5269,10 +5249,10 @@ def head_step(
 ) -> Served:
     """Make the head serve with those WORKERS that do, but for branches, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
-    mismatches = [one.node.name for one in good if one.value.facts.version != facts.version]
+    mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
     if mismatches:
         raise NodeError(
-            f"runs Mitsuba {facts.version}, and these run another: {', '.join(mismatches)}; run install again"
+            f"runs Mitsuba {facts.version}, and these run another build: {', '.join(mismatches)}; run install again"
         )
     below = {one for branch in branches.values() for one in branch}
     wanted = {one.node.private_ip: one.value.cores for one in good if one.node.private_ip not in below}
@@ -5280,11 +5260,11 @@ def head_step(
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan = start.head_plan(facts.version, [one.node for one in good], branches)
+    plan = start.head_plan(facts.build, [one.node for one in good], branches)
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
-            offered = ask_server(remote, facts.version)
+            offered = ask_server(remote, facts.build)
     if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
@@ -5292,14 +5272,14 @@ def head_step(
     if offered is not None and not start.force and (client := describe_client(fetch_facts(remote))):
         # A linked worker that SSH can't reach is still the guard's to watch.
         kept = [one.node for one in workers if one.ok or one.node.private_ip in facts.linked]
-        configure_node(remote, start.guard, start.head_plan(facts.version, kept, branches))
+        configure_node(remote, start.guard, start.head_plan(facts.build, kept, branches))
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
         return Served(facts, offered, "serves already", f"{what}: {client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
+    return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
 
 
 def describe_server(outcome: Outcome[Served]) -> str:
@@ -5339,8 +5319,8 @@ def link_branches(
 
     Return the branches that there are now, what has become of the WORKERS, and what waits for which client.
     """
-    version = looked.value.version
-    good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.version == version}
+    build = looked.value.build
+    good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.build == build}
     now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.linked}
     branches = plan_branches([one.node for one in good.values()]) if start.tree else {}
     if not now and not branches:
@@ -5351,7 +5331,7 @@ def link_branches(
         return now, workers, "" if same else f"the nodes wait to be linked in another way: {client}"
     if asked.ok and asked.value.role == "head":
         # First, since it loses its links to them, and its guard is to link nobody twice then.
-        plan = start.head_plan(version, [one.node for one in good.values()], branches)
+        plan = start.head_plan(build, [one.node for one in good.values()], branches)
         app.pool.each([looked.node], lambda remote: configure_node(remote, start.guard, plan))
     heads = [good[own].node for own in now.keys() | branches.keys()]
     step = functools.partial(branch_step, start, good, branches)
@@ -5812,7 +5792,7 @@ class RenderCluster:
         A head that is gone, or frozen for good, is replaced as start does it.
         """
         began = time.monotonic()
-        progress = Progress("Waiting for the head", HEAL_LIMIT)
+        progress = Progress("Waiting for the head", 0)
         while True:
             running = [node for node in self.nodes if node.state == "running"]
             problem = "no node is left"
@@ -5879,7 +5859,7 @@ def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
 def serving_step(remote: Remote) -> tuple[Facts, int]:
     """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
     facts = fetch_facts(remote)
-    return facts, ask_server(remote, facts.version)
+    return facts, ask_server(remote, facts.build)
 
 
 def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
@@ -6019,66 +5999,70 @@ BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting
 LOOK_LIMIT = 10  # for connecting, where all that is wanted is a look
 ANSWER_LIMIT = 5  # for a node's whole answer to status
 ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
-WATCH_SECONDS = 3  # between two looks of --watch
-SERVER_LOOKS = {"serving": "green", "unlinked": "yellow", "down": "red", "silent": "red"}
+WATCH_SECONDS = 3  # between two polls of --watch
+SERVER_WORDS = {  # colour, meaning
+    "serving": ("green", "it renders"),
+    "unlinked": ("yellow", "a worker that its head does not use"),
+    "down": ("red", "mtssrv does not answer, or not as it should"),
+    "silent": ("red", "the node itself does not answer"),
+}
 
 
-class Overview(NamedTuple):
-    """Everything of ours in a region."""
+class GroupState(NamedTuple):
+    """What there is of one group in a region; of the nodes that have ended only those that EC2 itself ended."""
 
+    name: str
+    region: str
     nodes: list[Node]
     requests: list[SpotRequest]
     security_groups: list[SecurityGroup]
-    region: str
+
+    @property
+    def alive(self) -> list[Node]:
+        """The nodes that are not terminated."""
+        return [node for node in self.nodes if node.state in ALIVE]
 
 
-def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
-    """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
-    nodes, requests, security_groups = side_by_side(
-        lambda: fetch_nodes(ec2, group),
+def fetch_groups(group: str | None, ec2: Client) -> list[GroupState]:
+    """Return what there is of GROUP (None: of all groups), by three calls side by side."""
+    nodes, requests, security_groups, _ = side_by_side(
+        lambda: in_order(node for node in fetch_nodes(ec2, group) if node.state in ALIVE or node.reason),
         lambda: fetch_spot_requests(ec2, group),
         lambda: fetch_security_groups(ec2, group),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
     )
-    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
+    present = [*(node for node in nodes if node.state in ALIVE), *live(requests), *security_groups]
+    return [
+        GroupState(
+            name,
+            ec2.meta.region_name,
+            [node for node in nodes if node.group == name],
+            [request for request in requests if request.group == name],
+            [one for one in security_groups if one.group == name],
+        )
+        for name in sorted({one.group for one in present})
+    ]
 
 
 def totals(nodes: Sequence[Node]) -> dict[str, Any]:
     """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
-    hourly = sum_known(
-        node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
-        for node in nodes
-        if node.price is not None and node.state in BILLED
-    )
+    billed = [node for node in nodes if node.price is not None and node.state in BILLED]
+    hourly = sum_known((node.price or 0) + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0) for node in billed)
     cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    rounded = {"hourly": hourly, "cost": cost}
-    return {"nodes": len(nodes)} | {key: round(x, 4) if x is not None else None for key, x in rounded.items()}
+    return {"nodes": len(nodes), "hourly": hourly and round(hourly, 4), "cost": cost and round(cost, 4)}
 
 
 def format_cost(nodes: Sequence[Node]) -> str:
-    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+    """Return "$0.52/h, $1.04 so far" of NODES, as far as it is known."""
     known = totals(nodes)
-    parts = [(known["hourly"], "an hour"), (known["cost"], "so far")]
-    return ", ".join(f"{at_least(nodes)}{format_money(value)} {what}" for value, what in parts if value is not None)
-
-
-def node_json(node: Node) -> dict[str, Any]:
-    """Return a node as `status --json` shows it."""
-    cost = spent(node, datetime.now(timezone.utc))
-    shown = node._asdict()
-    del shown["token"]
-    return shown | {
-        "name": node.name,
-        "short": node.short,
-        "address": node.address,
-        "launched": node.launched.isoformat().replace("+00:00", "Z"),
-        "cost": round(cost, 4) if cost is not None else None,
-    }
+    parts = [(known["hourly"], "/h"), (known["cost"], " so far")]
+    return ", ".join(f"{at_least(nodes)}{format_money(value)}{what}" for value, what in parts if value is not None)
 
 
 class Asked(NamedTuple):
     """What one node says of itself and its server: the fields of `status --servers --json`."""
 
-    server: str  # serving, unlinked (a worker that its head does not use), down, or silent
+    server: str  # one of SERVER_WORDS
     server_text: str  # the same as a sentence
     load: tuple[float, ...] | None = None
     server_cores: int | None = None
@@ -6115,7 +6099,7 @@ def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
     """Return (facts, cores that the server offers, or None, and why not)."""
     facts = fetch_facts(remote)
     try:
-        return facts, ask_server(remote, facts.version), ""
+        return facts, ask_server(remote, facts.build), ""
     except NodeError as error:
         return facts, None, str(error)
 
@@ -6130,9 +6114,9 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
         progress.done = sum(future.done() for future in futures.values())
         progress.redraw()
         app.pool.wait(futures.values(), min(0.2, left))
-    late: Outcome[T] = Outcome(nodes[0], error=f"frozen or cut off: no answer within {ANSWER_LIMIT} s", silent=True)
-    found = [future.result() if future.done() else replace(late, node=node) for node, future in futures.items()]
-    return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
+    late = f"frozen or cut off: no answer within {ANSWER_LIMIT} s"
+    found = [future.result() if future.done() else Outcome(node, silent=True) for node, future in futures.items()]
+    return [Outcome(one.node, error=late, silent=True) if one.silent else one for one in found]
 
 
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
@@ -6146,23 +6130,22 @@ def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     return {outcome.node.id: judge_server(outcome, above) for outcome in outcomes}
 
 
-def format_group(app: App, group: str, overview: Overview, wide: bool, asked: dict[str, Asked] | None = None) -> str:
+def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
-    nodes = [node for node in overview.nodes if node.group == group]
-    alive = [node for node in nodes if node.state in ALIVE]
-    heading = f"Group {group} ({overview.region}): {format_count(len(alive), 'node')}"
+    nodes, alive = group.nodes, group.alive
+    heading = f"Group {group.name} ({group.region}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    of_group = [one for one in overview.security_groups if one.group == group]
-    owner = describe_owner(alive, of_group) if alive and not app.launched(alive) else ""
+    owner = describe_owner(alive, group.security_groups) if alive and not app.launched(alive) else ""
     lines = [", ".join(filter(None, [heading, format_cost(alive), idle, owner]))]
-    more: list[list[str]] = []
+    more = []
     if asked is not None:
         known = [asked.get(node.id, Asked("", "")) for node in nodes]
-        more.append(["SERVER", *(paint(one.server, fg=SERVER_LOOKS.get(one.server)) for one in known)])
-        more.append(["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)])
-        clients = (str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))
-        more.append(["CLIENTS", *clients])
+        more = [
+            ["SERVER", *(one.server and paint(one.server, fg=SERVER_WORDS[one.server][0]) for one in known)],
+            ["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)],
+            ["CLIENTS", *(str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))],
+        ]
     if nodes:
         lines.append(format_nodes(nodes, wide, more))
     for node in nodes:
@@ -6170,139 +6153,135 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
             lines.append(f"{node.name}: {node.state}: {printable(node.reason)}")
         elif app.known_identity and not is_ours(node, app.known_identity):
             lines.append(f"{node.name}: {not_ours(node)}")
-    for request in live(overview.requests):
-        if request.group == group:
-            lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
+    for request in live(group.requests):
+        lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
     mine = own_or_all(app, alive)
     if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
     elif any(node.role == "worker" for node in mine):
-        lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
+        lines.append(f"The head node is gone: {command('start', group.name)} makes another node the head")
     if not alive:
-        lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+        lines.append(f"No nodes, but a security group is left: {command('terminateAll', group.name)} removes it")
     return "\n".join(lines)
 
 
-def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]) -> dict[str, Any]:
+def node_json(node: Node) -> dict[str, Any]:
+    """Return a node as `status --json` shows it."""
+    shown = node._asdict()
+    del shown["token"]
+    return shown | {
+        "name": node.name,
+        "short": node.short,
+        "address": node.address,
+        "launched": node.launched.isoformat().replace("+00:00", "Z"),
+        "cost": totals([node])["cost"],
+    }
+
+
+def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str, Any]:
     """Return one group as `status --json` shows it."""
     key = app.known_identity
-    nodes = [node for node in overview.nodes if node.group == group]
-    alive = [node for node in nodes if node.state in ALIVE]
     return {
         "nodes": [
             node_json(node)
             | {"launched_with_this_key": is_ours(node, key) if key else None}
             | (asked[node.id]._asdict() if node.id in asked else {})
-            for node in nodes
+            for node in group.nodes
         ],
-        "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
-        "head": next((node.name for node in own_or_all(app, alive) if node.role == "head"), None),
-        "totals": totals(alive),
+        "spot_requests": [request._asdict() for request in group.requests],
+        "head": next((node.name for node in own_or_all(app, group.alive) if node.role == "head"), None),
+        "totals": totals(group.alive),
     }
 
 
-def fetch_shown(ec2: Client, group: str | None) -> tuple[list[str], Overview]:
-    """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
-    overview, _ = side_by_side(
-        lambda: fetch_overview(ec2, group),
-        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
-    )
-    alive = [node for node in overview.nodes if node.state in ALIVE]
-    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
-    groups = sorted({one.group for one in ours})
-    nodes = [node for node in overview.nodes if node.state in ALIVE or (node.reason and node.group in groups)]
-    return groups, overview._replace(nodes=in_order(nodes))
-
-
-def redraw_screen(text: str) -> None:
-    """Show TEXT alone on the terminal, as far as it has room; in a pipe after what was there."""
-    if is_lively(sys.stdout):
-        height = shutil.get_terminal_size().lines - 1
-        text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
-    put(text)
-
-
-def watch_status(app: App, group: str | None, wide: bool) -> None:
-    """Renew status, with servers, load and clients, until Ctrl-C."""
+def renew(show: Callable[[], str]) -> NoReturn:
+    """SHOW a text alone on the terminal, as far as it has room, every few seconds until Ctrl-C."""
     while True:
-        groups, overview = fetch_shown(app.ec2, group)
-        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
-        blocks = [format_group(app, name, overview, wide, asked) for name in groups]
-        now = format_time(datetime.now(timezone.utc))
-        redraw_screen("\n\n".join([*blocks, f"{now}; every {WATCH_SECONDS} s until Ctrl-C"]))
+        text = f"{show()}\n\n{format_time(datetime.now(timezone.utc))}; every {WATCH_SECONDS} s until Ctrl-C"
+        if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
+            height = shutil.get_terminal_size().lines - 1
+            text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
+        put(text)
         time.sleep(WATCH_SECONDS)
 
 
-def show_regions(app: App, group: str | None, as_json: bool, wide: bool) -> None:
-    """Show what runs in every region, past those that refuse."""
-    problems: list[str] = []
-    found = app.in_all_regions(lambda ec2: fetch_shown(ec2, group), problems)
-    if as_json:
-        shown = {
-            region: {name: group_json(app, name, overview, {}) for name in groups}
-            for region, (groups, overview) in found.items()
-            if groups
-        }
-        result(json.dumps({"regions": shown}, indent=2))
-    for groups, overview in found.values() if not as_json else ():
-        for name in groups:
-            put(format_group(app, name, overview, wide))
-    if not as_json and not any(groups for groups, _ in found.values()):
-        note("Nothing is running in any region that answers" + (f" in group {group!r}" if group else ""))
-    if problems:
-        raise ClusterError("; ".join(problems))
+def show_watched(app: App, group: str | None, wide: bool) -> str:
+    """Return status with the servers, load and clients of the nodes as columns."""
+    groups = fetch_groups(group, app.ec2)
+    asked = ask_servers(app, [node for one in groups for node in one.nodes])
+    return "\n\n".join(format_group(app, one, wide, asked) for one in groups)
+
+
+def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: bool) -> None:
+    """Print GROUPS, at once, and what their servers say below it."""
+    for group in groups:
+        put(format_group(app, group, wide))
+    nodes = [node for group in groups for node in group.nodes]
+    if len(groups) > 1 and (cost := format_cost(nodes)):
+        result(f"All groups: {cost}")
+    asked = ask_servers(app, nodes) if servers else {}
+    for node in nodes:
+        if one := asked.get(node.id):
+            put(f"{paint(node.name, fg=SERVER_WORDS[one.server][0])}: {printable_lines(one.server_text)}")
 
 
 @cli.command("status")
 @click.argument("group", type=GroupName(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
+@click.option(
+    "--servers",
+    is_flag=True,
+    help="Ask each node, over SSH, for its load and its server. In --json the field server is then "
+    f"{'; '.join(f'{word} ({meaning})' for word, (_, meaning) in SERVER_WORDS.items())}.",
+)
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
 @click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
 @click.pass_obj
-def status(
+def show_status(
     app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
 ) -> None:
     """Show what is running, since when, and what it costs."""
-    if where["all_regions"]:
-        if servers or watch:
-            raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
-        return show_regions(app, group, as_json, wide)
+    everywhere, home, problems = where["all_regions"], app.settings.AWS_REGION, list[str]()
+    if everywhere and (servers or watch):
+        raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
-        watch_status(app, group, wide)
+        renew(lambda: show_watched(app, group, wide))
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
-    groups, overview = fetch_shown(app.ec2, group)
-    nodes = overview.nodes
+    look = functools.partial(fetch_groups, group)
+    regions = app.in_all_regions(look, problems) if everywhere else {home: look(app.ec2)}
+    groups = [one for found in regions.values() for one in found]
     if as_json:
-        asked = ask_servers(app, nodes) if servers and nodes else {}
-        shown = {name: group_json(app, name, overview, asked) for name in groups}
-        everything = {"region": app.settings.AWS_REGION, "groups": shown}
-        everything["totals"] = totals([node for node in nodes if node.state in ALIVE])
-        return result(json.dumps(everything, indent=2))
-    for name in groups:
-        put(format_group(app, name, overview, wide))
-    if not groups:
-        note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
-    elif len(groups) > 1 and (cost := format_cost(nodes)):
-        result(f"All groups: {cost}")
-    if servers and nodes:
-        asked = ask_servers(app, nodes)
-        for node in nodes:
-            if node.id in asked:
-                name = paint(node.name, fg=SERVER_LOOKS[asked[node.id].server])
-                put(f"{name}: {printable_lines(asked[node.id].server_text)}")
-    if app.known_identity and overview.security_groups:
-        warn_of_rules(app.ec2, overview.security_groups, app.settings, address.result(), app.known_identity)
-    return None
+        asked = ask_servers(app, [node for one in groups for node in one.nodes]) if servers else {}
+        shown = {region: {one.name: group_json(app, one, asked) for one in found} for region, found in regions.items()}
+        found = (
+            {"regions": {region: one for region, one in shown.items() if one}}
+            if everywhere
+            else {"region": home, "groups": shown[home]}
+        )
+        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.alive])}, indent=2))
+    elif groups:
+        show_groups(app, groups, wide, servers)
+        if key := app.known_identity:
+            guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
+            warn_of_rules(app.ec2, guarded, app.settings, address.result(), key)
+    else:
+        place = "any region that answers" if everywhere else home
+        note(f"Nothing is running in {place}" + (f" in group {group!r}" if group else ""))
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
-def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
-    """Return a node's load as `systemLoad --json` shows it."""
-    if not outcome.ok:
-        return {"error": outcome.error}
-    facts = outcome.value
-    return {"error": None, "load": facts.load, "cores": facts.cores, "memory_mb": facts.memory_mb}
+def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
+    """Return the nodes' loads as a table, the highest first, and below it which nodes do not answer."""
+    rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
+    for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
+        facts = outcome.value
+        used = " of ".join(format_size(value * MIB) for value in facts.memory_mb)
+        load = (f"{value:.2f}" for value in facts.load)
+        rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
+    silent = [printable_lines(f"{outcome.node.name}: {outcome.error}") for outcome in outcomes if not outcome.ok]
+    return "\n".join([format_table(rows, terminal_width(), ["NAME"]), *silent])
 
 
 @cli.command("systemLoad")
@@ -6313,28 +6292,19 @@ def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
 def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
-    while True:
-        outcomes = ask_briefly(app, nodes, fetch_facts)
-        rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
-        good = [outcome for outcome in outcomes if outcome.ok]
-        for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
-            facts = outcome.value
-            used = " of ".join(format_size(value * MIB) for value in facts.memory_mb)
-            load = (f"{value:.2f}" for value in facts.load)
-            rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
-        if as_json:
-            result(json.dumps({outcome.node.name: load_json(outcome) for outcome in outcomes}, indent=2))
-        elif watch:
-            redraw_screen(format_table(rows, terminal_width(), ["NAME"]))
-        else:
-            result(format_table(rows, terminal_width(), ["NAME"]))
-        if not watch:
-            break
-        time.sleep(WATCH_SECONDS)
-    bad = [outcome for outcome in outcomes if not outcome.ok]
-    for outcome in bad:
-        note(f"{outcome.node.name}: {outcome.error}")
-    if bad:
+    if watch:
+        renew(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
+    outcomes = ask_briefly(app, nodes, fetch_facts)
+    if as_json:
+        fields = ("load", "cores", "memory_mb")
+        shown = {
+            one.node.name: {"error": one.error or None} | {name: getattr(one.value, name) for name in fields if one.ok}
+            for one in outcomes
+        }
+        result(json.dumps(shown, indent=2))
+    else:
+        put(format_loads(outcomes))
+    if bad := [outcome for outcome in outcomes if not outcome.ok]:
         raise ClusterError(f"{len(bad)} of {format_count(len(nodes), 'node')} did not answer")
 
 
@@ -6622,7 +6592,10 @@ def sync_step(
         try:
             done = fetch_step(data, wanted, show, remote)
             return describe_fetched(done, before + done.moved)
-        except Refused as error:  # signed addresses die with the session's credentials: boto3 may have new ones
+        except FetchError as error:
+            if error.status not in (401, 403):
+                raise
+            # Signed addresses die with the session's credentials: boto3 may have new ones.
             if progress.moved[remote.node.id] == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted, before = sign_again(), progress.moved[remote.node.id]
@@ -7119,10 +7092,10 @@ def login(app: App, name: str | None) -> None:
 
 
 class Ran(NamedTuple):
-    """What a command did on a node: its exit code, and the first megabyte of its output."""
+    """What a command did on a node: the fields of `runCommand --json` beside the error."""
 
-    code: int
-    output: str
+    code: int | None = None
+    output: str = ""  # at most a megabyte
 
 
 def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
@@ -7135,14 +7108,9 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
         code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=sink)
     finally:
         lines.end()
+    if code and not as_json:
+        raise NodeError(format_exit(code))
     return Ran(code, kept.decode("utf-8", "replace"))
-
-
-def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
-    """Return what a command did on a node, as `runCommand --json` shows it."""
-    if not outcome.ok:
-        return {"error": outcome.error, "code": None, "output": ""}
-    return {"error": None, "code": outcome.value.code, "output": outcome.value.output}
 
 
 @cli.command("runCommand", cls=OwnWords)
@@ -7163,16 +7131,12 @@ def run_command(
     nodes = app.open_group(group)
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
-    failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
     if as_json:
-        result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
-    for outcome in failed:
-        if outcome.ok:
-            note(f"{outcome.node.name}: {format_exit(outcome.value.code)}")
+        ran = {one.node.name: {"error": one.error or None} | (one.found or Ran())._asdict() for one in outcomes}
+        result(json.dumps(ran, indent=2))
+    failed = [one.node.name for one in outcomes if not one.ok or one.value.code]
     if failed:
-        raise ClusterError(
-            f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(o.node.name for o in failed)}"
-        )
+        raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
 
 
 # $1 how many lines are looked at, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
@@ -7198,7 +7162,7 @@ def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
 @click.pass_obj
-def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
+def show_logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
     """Show what a node's server wrote (default: the head's)."""
     node = find_node(app, name or "head")
     if installation:
@@ -7222,7 +7186,7 @@ def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
 @cli.command("regions")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def regions(app: App, as_json: bool) -> None:
+def list_regions(app: App, as_json: bool) -> None:
     """List the regions; the one of the settings is marked."""
     found, ours = fetch_regions(app.settings), app.settings.AWS_REGION
     if as_json:

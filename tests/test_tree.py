@@ -74,7 +74,7 @@ def test_a_head_waits_for_a_sub_head_that_restarts(monkeypatch: pytest.MonkeyPat
     """It refuses meanwhile; one that is cut off does not, and nobody waits for it."""
     refuses = GONE._replace(refuses=True)
     rounds = [{"a": refuses}, {"a": refuses}, {"a": RELAY}, {"a": RELAY, "b": GOOD}]
-    plan = {"version": "0.6.0", "workers": {"a": 12, "b": 8}, "branches": {"a": ["b"]}}
+    plan = {"build": "0.6.0 3 0", "workers": {"a": 12, "b": 8}, "branches": {"a": ["b"]}}
     written: list[str] = []
     monkeypatch.setattr(cluster, "WATCH_PAUSE", 0)
     monkeypatch.setattr(cluster, "RELAY_LIMIT", 600)
@@ -106,10 +106,10 @@ def test_only_a_head_links_anew(
     answers: tuple[cluster.Answer, ...],
     joining: set[str],
 ) -> None:
-    plan = {"role": role, "own": "o", "version": "0.6.0", "workers": {"a": 8, "b": 8}, "branches": branches}
+    plan = {"role": role, "own": "o", "build": "0.6.0 3 0", "workers": {"a": 8, "b": 8}, "branches": branches}
     monkeypatch.setattr(cluster, "ask_all", lambda *_: dict(zip("oab", (GOOD, *answers))))
     monkeypatch.setattr(cluster, "read_file", lambda _: "")
-    links = cluster.keep_serving(plan, cluster.Links(), quiet=0)
+    links = cluster.keep_serving(plan, cluster.Links())
     assert links.answering.keys() == joining
 
 
@@ -131,7 +131,9 @@ def test_start_names_a_tree_where_it_is_worth_it(capsys: pytest.CaptureFixture[s
 def offered(node: dict[str, Any]) -> int:
     """Return the cores that a process node's server announces; 0 where it does not answer."""
     try:
-        return cluster.handshake(lambda limit: socket.create_connection((node["address"], 7554), limit), "0.6.0", 20)[0]
+        return cluster.handshake(
+            lambda limit: socket.create_connection((node["address"], 7554), limit), "0.6.0 3 0", 20
+        )[0]
     except (OSError, EOFError):
         return 0
 
