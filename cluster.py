@@ -5371,25 +5371,18 @@ class Board(Progress):
             else:
                 super().finished(outcome)
 
-    def lines(self) -> list[str]:
-        """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
-        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
-        waiting = sorted(self.at.values())
-        lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
-        steps = [step for _, _, step in waiting[room:]]
-        more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
-        return [
-            *lines,
-            f"Up: {self.done}/{format_count(self.total, 'node')}{more}, {format_duration(now - self.began)}",
-        ]
-
     def redraw(self) -> None:
-        """Draw the board anew."""
+        """Draw the nodes that wait longest, as far as there is room, and the whole; in a pipe a line a minute."""
         if not is_terminal():
-            super().redraw()  # a line a minute
-            return
+            return super().redraw()
+        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
         with OUTPUT:
-            draw(*self.lines())
+            waiting = sorted(self.at.values())
+            lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
+            steps = [step for _, _, step in waiting[room:]]
+            more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
+            nodes = f"{self.done}/{format_count(self.total, 'node')}"
+            return draw(*lines, f"Up: {nodes}{more}, {format_duration(now - self.began)}")
 
 
 def count_nodes(
@@ -5594,22 +5587,18 @@ class Attempt(NamedTuple):
     ended: str = ""  # why the tool has ended it
 
 
-class Verdict(NamedTuple):
-    """Why a picture is not there: through the cluster (it is worth another try), its servers, or the scene."""
-
-    blame: str
-    reason: str
-
-
 def find_error(log: str) -> str:
     """Return the last error in what a Mitsuba program has said that is not about a connection, or ""."""
     found = [text for text in MITSUBA_ERROR.findall(log) if not CONNECTION_ERROR.search(text)]
     return printable(found[-1]) if found else ""
 
 
-def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str) -> Verdict:
+def judge(
+    attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str
+) -> tuple[str, str]:
     """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
 
+    Returns what is to blame (the cluster: it is worth another try; a server; or the scene), and the reason.
     A head restarts without a worker that it has lost and with one that has come back; it does so too after
     its own death or a worker's, which a scene can cause.
     """
@@ -5617,20 +5606,18 @@ def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | s
     now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
     lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
     if lost or attempt.ended:
-        return Verdict("cluster", ", ".join(lost) or attempt.ended)
+        return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
     heads = [name for name in died if now[name].role == "head"]
     if died == heads and any(now[name].linked != before[name].linked for name in heads):
-        return Verdict("cluster", f"{heads[0]} was restarted to link other workers")
+        return "cluster", f"{heads[0]} was restarted to link other workers"
     if server_error or died:
-        return Verdict("server", server_error or f"mtssrv died on {', '.join(died)}")
+        return "server", server_error or f"mtssrv died on {', '.join(died)}"
     if refusal := find_error(attempt.output):
-        return Verdict("scene", f"Mitsuba refuses it: {refusal}")
+        return "scene", f"Mitsuba refuses it: {refusal}"
     if attempt.code > 0:
-        return Verdict("cluster", "the connection to the head broke")
-    return Verdict(
-        "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
-    )
+        return "cluster", "the connection to the head broke"
+    return "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
 
 
 class RenderCluster:
@@ -5639,8 +5626,12 @@ class RenderCluster:
     def __init__(self, app: App, group: str) -> None:
         self.app, self.group = app, group
         self.nodes = app.open_group(group)
-        self.names: dict[str, str] = {}  # a node that has ended has no name any more
-        self.frozen: set[str] = set()  # ids of nodes that were given up
+        self.frozen: set[str] = set()  # ids of heads that were given up
+
+    @property
+    def running(self) -> list[Node]:
+        """The nodes that run, as far as EC2 has told."""
+        return [node for node in self.nodes if node.state == "running"]
 
     def refresh(self) -> None:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
@@ -5658,53 +5649,51 @@ class RenderCluster:
         began = time.monotonic()
         progress = Progress("Waiting for the head", HEAL_LIMIT)
         while True:
-            running = [node for node in self.nodes if node.state == "running"]
-            problem = "no node is left"
-            if heads := [node for node in running if node.role == "head"]:
-                (outcome,) = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)
+            waited, problem = time.monotonic() - began, "no node is left"
+            if head := next((node for node in self.running if node.role == "head"), None):
+                (outcome,) = self.app.pool.each([head], serving_step, limit=LOOK_LIMIT)
                 if outcome.ok:
-                    return heads[0], *outcome.value
-                problem = f"{heads[0].name}: {outcome.error}"
-                if outcome.silent and time.monotonic() - began > FROZEN_LIMIT and self.hears_others(heads[0]):
-                    note(f"{heads[0].name} is frozen; it costs money until {command('terminate', heads[0].id)}")
-                    with tolerate():
-                        tag_roles(self.app.ec2, None, heads[:1])
-                        self.frozen.add(heads[0].id)
-            elif running:
+                    return head, *outcome.value
+                problem = f"{head.name}: {outcome.error}"
+                if outcome.silent and waited > FROZEN_LIMIT:
+                    self.give_up(head)
+            elif self.running:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
-                    start_group(self.app, self.group, running, force=False)
-            if time.monotonic() - began > HEAL_LIMIT or not running:
+                    start_group(self.app, self.group, self.running, force=False)
+            if waited > HEAL_LIMIT or not self.running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
 
-    def hears_others(self, head: Node) -> bool:
-        """Tell whether nodes beside the HEAD answer, so that its silence is not this machine's own network."""
-        others = [node for node in self.nodes if node.state == "running" and node.id != head.id]
-        return any(outcome.ok for outcome in self.app.pool.each(others, fetch_facts, limit=LOOK_LIMIT))
+    def give_up(self, head: Node) -> None:
+        """Let a silent HEAD be none any more, if any other node answers: else this machine's network is to blame."""
+        if any(isinstance(facts, Facts) for facts in self.ask_nodes(self.running).values()):
+            note(f"{head.name} is frozen; it costs money until {command('terminate', head.id)}")
+            with tolerate():
+                tag_roles(self.app.ec2, None, [head])
+                self.frozen.add(head.id)
 
-    def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
-        """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
-        running = [node for node in self.nodes if node.state == "running"]
-        self.names = {node.id: node.name for node in running} | self.names
+    def ask_nodes(self, nodes: Sequence[Node]) -> dict[str, Facts | str]:
+        """Return, by name, what each of NODES says of itself, or what has become of it."""
         found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
+        wanted = {node.id for node in nodes}
+        running = [node for node in self.running if node.id in wanted]
         for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
             found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
-        known = {name: found.get(node_id, "is gone") for node_id, name in self.names.items()}
-        return {name: one for name, one in known.items() if names is None or name in names}
+        return {node.name: found.get(node.id, "is gone") for node in nodes}  # EC2 knows no name of one that has ended
 
-    def server_errors(self, before: dict[str, Facts]) -> str:
-        """Return what the servers have complained about in their logs since they were asked BEFORE."""
+    def server_errors(self, clocks: dict[str, str]) -> str:
+        """Return what servers have complained about in their logs since the CLOCKS of their nodes (id -> time)."""
 
         def step(remote: Remote) -> str:
-            since = f"@{before[self.names[remote.node.id]].clock}"  # by the node's own clock
-            return find_error(remote.run(root_command("server-log", RENDER_LOG, since), keep=MIB)[1])
+            asked = root_command("server-log", RENDER_LOG, f"@{clocks[remote.node.id]}")
+            return find_error(remote.run(asked, keep=MIB)[1])
 
-        asked = [node for node in self.nodes if node.state == "running" and self.names.get(node.id) in before]
-        outcomes = self.app.pool.each(asked, step, limit=LOOK_LIMIT)
+        nodes = [node for node in self.running if node.id in clocks]
+        outcomes = self.app.pool.each(nodes, step, limit=LOOK_LIMIT)
         return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
 
 
@@ -5745,22 +5734,20 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     )
     reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
     reader.start()
-    ended = ""
-    question: Future[Outcome[Facts]] | None = None
-    heard = asked = time.monotonic()
+    ended, heard = "", time.monotonic()
     try:
-        while child.poll() is None and not ended:
-            pool.wait([question] if question else [], 0.1)
-            if question and question.done():
-                outcome, question = question.result(), None
-                heard = time.monotonic() if outcome.ok else heard
-                if outcome.ok and outcome.value.started != started:
-                    break
-            if not question and time.monotonic() - asked > RENDER_POLL:
-                asked = time.monotonic()
-                question = pool.submit(head, fetch_facts, limit=RENDER_POLL)
-            if time.monotonic() - heard > RENDER_SILENCE:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(RENDER_POLL)
+                break
+            (outcome,) = pool.each([head], fetch_facts, limit=RENDER_POLL)
+            if outcome.ok and outcome.value.started != started:
+                break
+            if outcome.ok:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > RENDER_SILENCE:
                 ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
+                break
     finally:
         child.kill()
         code = child.wait()
@@ -5778,7 +5765,9 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     deaths = 0
     for attempt_number in range(1, request.tries + 1):
         head, facts, cores = cluster.await_head()
-        before = {name: one for name, one in cluster.ask_nodes().items() if isinstance(one, Facts)}
+        asked = cluster.running
+        before = {name: one for name, one in cluster.ask_nodes(asked).items() if isinstance(one, Facts)}
+        nodes = [node for node in asked if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -5796,12 +5785,12 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
                 return True
         cluster.refresh()
         cluster.await_head()
-        after = cluster.ask_nodes(before)
-        verdict = judge(attempt, before, after, cluster.server_errors(before))
-        deaths += verdict.blame == "server"
-        final = verdict.blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
+        server_errors = cluster.server_errors({node.id: before[node.name].clock for node in nodes})
+        blame, reason = judge(attempt, before, cluster.ask_nodes(nodes), server_errors)
+        deaths += blame == "server"
+        final = blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
         what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
-        note(f"{scene}: {format_duration(took)} lost: {verdict.reason}; {what}")
+        note(f"{scene}: {format_duration(took)} lost: {reason}; {what}")
         if final:
             break
     return False
@@ -5845,7 +5834,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
             if render_scene(cluster, request, scene):
                 missing.remove(scene)
     except NodeError as error:
-        note(f"Given up: {error}")
+        note(f"Given up: {error}; {command('terminate', 'NODE')}, then up, replaces a node that stays silent")
     except Exception as error:  # whatever it is, the nodes must not run on unattended
         failure = error
     if then_terminate:
