@@ -4099,6 +4099,7 @@ def await_nodes(
             if address and node.id not in begun and node.state in ("pending", "running"):
                 limit = BOOT_LIMIT if boots else LOGIN_LIMIT
                 begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
+                progress.step(node, "booting")
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
         end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
@@ -5320,11 +5321,11 @@ class Board(Progress):
     def step(self, node: Node, text: str) -> None:
         """Note what NODE does now."""
         with OUTPUT:
-            if node.id not in self.at:
-                return
-            if self.at[node.id][2] == "booting" and text != "booting" and not is_terminal():
+            before = self.at[node.id][2] if node.id in self.at else text
+            if before == "booting" != text and not is_terminal():
                 note(f"{node.name}: has booted")
-            self.at[node.id] = (time.monotonic(), node.name, text)
+            if before != text:
+                self.at[node.id] = (time.monotonic(), node.name, text)
         self.redraw()
 
     def finished(self, outcome: Outcome[Any]) -> None:
@@ -5475,10 +5476,11 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
     if dry_run:
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
-    groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
-    if cidr:
-        app.allow_access(groups, cidr)
-    warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
+    if not token:  # as a launch does
+        groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
+        if cidr:
+            app.allow_access(groups, cidr)
+        warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
     ended: set[str] = set()
     keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
