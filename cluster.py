@@ -2935,7 +2935,6 @@ WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
 JOIN_QUIET = 60  # seconds without any client before that restart of the head
-JOIN_DOUBLINGS = 7
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
@@ -2943,7 +2942,6 @@ HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a scene is m
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
-FILE_BYTES = 1 << 20  # of a file that the guard reads
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
 PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head, workers with their cores
@@ -3044,7 +3042,7 @@ def read_file(path: str) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(handle, errors="replace") as file:
-            return file.read(FILE_BYTES) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
+            return file.read(MIB) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
     except OSError:
         return ""
 
@@ -3065,18 +3063,13 @@ def read_plan() -> dict[str, Any]:
         return {}
 
 
-def note_journal(text: str) -> None:
-    """Write a line to the journal."""
-    print(text, flush=True)
-
-
 def filter_workers() -> None:
     """Before each start of the head: note those of its workers that answer, and name the others."""
     plan = read_plan()
     answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
-            note_journal(f"{one} is left out: it {answer.problem}")
+            print(f"{one} is left out: it {answer.problem}")
     write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
 
 
@@ -3110,8 +3103,8 @@ def find_joining(links: Links, now: float, quiet: float) -> list[str]:
     """Return the workers to link now; QUIET: since when nobody has connected to the head."""
     if now - quiet < JOIN_QUIET:
         return []
-    pause = {one: JOIN_ANSWERS * 2 ** min(links.losses.get(one, 0), JOIN_DOUBLINGS) for one in links.answering}
-    return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
+    patience = {one: JOIN_ANSWERS * 2 ** links.losses.get(one, 0) for one in links.answering}
+    return sorted(one for one, since in links.answering.items() if now - since >= patience[one])
 
 
 def watch_ends() -> subprocess.Popen[bytes]:
@@ -3145,14 +3138,14 @@ class Look(NamedTuple):
     working: bool = False  # a command of cluster.py is at work
 
 
-def read_connections(text: str, port: int) -> tuple[dict[str, int], dict[str, int]]:
+def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
     servers, logins = {}, {}
     for line in text.splitlines():
         _, _, own, peer, *rest = line.split()
         # ss leaves out what is 0.
         moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
-        if own.endswith(f":{port}"):
+        if own.endswith(f":{SERVER_PORT}"):
             servers[peer] = moved
         elif '"sshd' in line:
             logins[peer] = moved
@@ -3196,12 +3189,11 @@ def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
+    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
         with contextlib.suppress(OSError):
-            about = os.stat(path)
-            touched[path] = about.st_mtime_ns if path == MARK_PATH else about.st_atime_ns
+            touched[path] = os.stat(path).st_atime_ns  # of a terminal: its input; its mtime is its output
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
@@ -3272,15 +3264,10 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     return memory._replace(used=look.at, how=how) if how else memory
 
 
-def judge_idleness(memory: Memory, role: str, limit: float) -> str:
-    """Return "end", "" to stay, or "ask" of a worker: whether its head still answers. LIMIT: seconds, 0 for none.
-
-    Use is known only up to the last look over which it was judged.
-    """
+def is_idle(memory: Memory, limit: float) -> bool:
+    """Tell whether a node has been unused for LIMIT seconds (0: there is no limit), or far longer under a client."""
     patience = max(limit, CLIENT_SILENCE) if find_clients(memory) else limit
-    if not limit or memory.at - memory.used < patience or memory.at != memory.base.at:
-        return ""
-    return "ask" if role == "worker" else "end"
+    return limit > 0 and memory.at - memory.used >= patience
 
 
 def restore_memory(text: str) -> Memory | None:
@@ -3303,25 +3290,22 @@ def node_state(memory: Memory, limit: float) -> dict[str, Any]:
 
 def restart_head(why: str) -> None:
     """Restart the head's server; its filter then links all workers that answer."""
-    note_journal(f"restarts the head {why}")
+    print(f"restarts the head {why}")
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
-def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
+def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     """Shake hands with all servers once, and restart the head where that helps."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
-            note_journal(f"does not link {one}: it {answers[one].problem}")
+            print(f"does not link {one}: it {answers[one].problem}")
     linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
     links = renew_links(links, time.monotonic(), own, linked, answers)
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
         links = links._replace(heard={})
-    elif joining := find_joining(links, time.monotonic(), quiet):
-        restart_head(f"to link {' '.join(joining)}")
-        links = links._replace(answering={})
     return links
 
 
@@ -3333,27 +3317,31 @@ def guard_node(arguments: list[str]) -> None:
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
-    note_journal(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
+    print(f"guards a node with role {role}, which {end}")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
     while True:
         if role == "head":
-            links = keep_serving(plan, links, memory.quiet)
+            links = keep_serving(plan, links)
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(ends), len(workers))
+            if joining := find_joining(links, memory.at, memory.quiet):
+                restart_head(f"to link {' '.join(joining)}")
+                links = links._replace(answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
-            verdict = judge_idleness(memory, role, limit)
-            if verdict == "ask":
-                refused = 0 if ask_address(plan["head"], plan["build"], MOST_CORES).alive else refused + 1
-                if refused:
-                    note_journal(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
-            else:
-                refused = 0
-            if verdict == "end" or refused >= HEAD_ASKED:
-                note_journal(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
-                run_quietly("systemctl", "poweroff")
+            if memory.at == memory.base.at:  # use is known up to now
+                idle = is_idle(memory, limit)
+                unused = f"unused for {format_duration(memory.at - memory.used)} (before that: {memory.how})"
+                headless = idle and role == "worker" and not ask_address(plan["head"], plan["build"], MOST_CORES).alive
+                refused = refused + 1 if headless else 0
+                if headless:
+                    print(f"{unused}, and the head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+                if (idle and role != "worker") or refused >= HEAD_ASKED:
+                    print(f"ends this node: {unused}")
+                    run_quietly("systemctl", "poweroff")
         time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
 
 
@@ -3363,7 +3351,8 @@ Description=Mitsuba cluster: keeps the head serving, links nodes that come back,
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart=/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py
+ExecStart=/usr/bin/python3 -I -u /usr/local/lib/mitsuba-cluster/guard.py
+SyslogIdentifier=mitsuba-guard
 Restart=always
 RestartSec=1
 RuntimeDirectory=mitsuba-cluster

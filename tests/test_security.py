@@ -224,7 +224,7 @@ def test_a_planted_instance(cloud: LocalCloud, group: str) -> None:
         assert f"Left out: {bare}: not launched with this key, as nodes of older versions" in done.err
         assert f"Left out: {copy}: not launched with this key" in done.err
     assert done.out.endswith(f"Head node: {own['name']}\n")
-    shown = {node["id"]: node["launched_with_this_key"] for node in cloud.nodes(group)}
+    shown = {node["id"]: node["launched_with_this_key"] for node in cloud.status(group)["nodes"]}
     assert shown == {own["id"]: True, bare: False, copy: False}
     assert cloud.cluster("status", group).out.count(": not launched with this key") == 2
     refused = cloud.cluster("login", bare)
