@@ -6581,6 +6581,13 @@ def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
     return protected
 
 
+def with_untagged(requests: Sequence[SpotRequest], nodes: Sequence[Node]) -> list[SpotRequest]:
+    """Return REQUESTS, and those of NODES that lack our tag: each node names the request that it came by."""
+    known = {"", *(request.id for request in requests)}
+    untagged = [node for node in nodes if node.spot_request not in known and node.state in ALIVE]
+    return [*requests, *(SpotRequest(one.spot_request, one.group, "active", "", None, one.id) for one in untagged)]
+
+
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
     """Cancel the live ones of REQUESTS; return their ids."""
     ids = [request.id for request in live(requests)]
@@ -6598,27 +6605,15 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def begin_end(app: App, ec2: Client, nodes: Sequence[Node], others: bool) -> list[Node]:
-    """Start the end of the user's NODES (OTHERS: everybody's); return those that end."""
-    inside = [node for node in nodes if node.is_inside]
-    targets = inside if others else app.launched(inside, ec2)
-    protected, unknown = terminate_nodes(ec2, [node for node in targets if node.state != "shutting-down"])
-    return [node for node in targets if node not in [*protected, *unknown]]
-
-
-def end_group(
-    app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node], show: Callable[[str], None]
-) -> Ended:
+def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
     """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
-
-    The end of those in BEGUN has been asked for.
 
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    seen = {node.id: node for node in begun}
+    seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
     before: Any = None
@@ -6641,7 +6636,7 @@ def end_group(
         seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
         if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
             with excused("their spot requests are not cancelled"):
-                cancelled = cancel_spot_requests(ec2, fetch_spot_requests(ec2, group))
+                cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
         present = (len(seen), {node.id for node in living})
         since, before = (since if present == before else time.monotonic()), present
         held = len(protected) + len(inside) > len(targets)
@@ -6674,11 +6669,11 @@ def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
     )
 
 
-def terminate_in(app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node] = ()) -> bool:
+def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    done = end_group(app, ec2, group, others, begun, progress.show)
+    done = end_group(app, ec2, group, others, progress.show)
     for node in done.nodes:
         result(f"{node.name}: terminated")
     for node in done.left:
@@ -6749,36 +6744,28 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     app.left = f"Some nodes may still run; end them with {command('terminateAll', *options)}."
     home = app.settings.AWS_REGION
     problems: list[str] = []
-    regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
-    chosen: dict[str, list[str]] = {}
-    begun: list[tuple[str, str, list[Node], str]] = []
-    found = False
+    found: list[str] = []
 
-    @contextlib.contextmanager
-    def noted(region: str) -> Iterator[None]:
+    def end(region: str, present: Present, name: str) -> None:
+        nodes = [node for node in present.nodes if node.group == name]
         try:
-            yield
+            app.check_owner(name, nodes, others, present.ec2)
+            client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
+            found.extend([name] if terminate_in(app, present.ec2, name, others) else [])
+            if client:
+                note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
             problem = error.message if isinstance(error, ClusterError) else app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
-    for region, present in regions.items():  # every node is asked to end before any end is waited for
-        groups = own_groups(app, present) if all_groups else [group]
-        if region != home:
-            there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
-            groups = [one for one in groups if one in there]
-        chosen[region] = groups
-        for one in groups:
-            with noted(region):
-                nodes = [node for node in present.nodes if node.group == one]
-                app.check_owner(one, nodes, others, present.ec2)
-                client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
-                begun.append((region, one, begin_end(app, present.ec2, nodes, others), client))
-    for region, one, nodes, client in begun:
-        with noted(region):
-            found = terminate_in(app, regions[region].ec2, one, others, nodes) or found
-            if client:
-                note(f"{client}, was connected to the head of group {one!r}")
+    regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
+    chosen: dict[str, list[str]] = {}
+    for region, present in regions.items():
+        there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
+        chosen[region] = own_groups(app, present) if all_groups else [group] if region == home or group in there else []
+    ends = [functools.partial(end, name, regions[name], one) for name, groups in chosen.items() for one in groups]
+    if ends:
+        side_by_side(*ends)  # no group waits for another's end
     for region, present in regions.items():
         name_running(app, present, chosen[region])
     if not found and not problems:
@@ -6859,12 +6846,18 @@ def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
         note("No spot request is open")
 
 
+def our_requests(app: App) -> list[SpotRequest]:
+    """Return all spot requests that this tool made."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.is_inside]
+    return with_untagged(fetch_spot_requests(app.ec2), nodes)
+
+
 @cli.command("cancelSpot")
 @click.argument("name", metavar="ID")
 @click.pass_obj
 def cancel_spot(app: App, name: str) -> None:
     """Cancel one spot request."""
-    found = [request for request in fetch_spot_requests(app.ec2) if request.id == name]
+    found = [request for request in our_requests(app) if request.id == name]
     if not found:
         raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
     if found[0].state not in ("open", "active"):
@@ -6876,7 +6869,7 @@ def cancel_spot(app: App, name: str) -> None:
 @click.pass_obj
 def cancel_all_spot(app: App) -> None:
     """Cancel all spot requests that this tool made."""
-    cancel_requests(app, fetch_spot_requests(app.ec2))
+    cancel_requests(app, our_requests(app))
 
 
 # --- Small commands ----------------------------------------------------------

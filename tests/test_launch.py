@@ -98,9 +98,10 @@ def test_quota_that_is_used_up(cloud: LocalCloud, group: str) -> None:
 
 
 def test_quota_that_is_used_up_half_way(cloud: LocalCloud, group: str) -> None:
-    with cloud.options(vcpu_limit=8, pace="none"):
+    rule = {"kind": "code:VcpuLimitExceeded", "action": "RunInstances", "nth": 2}
+    with cloud.options(pace="none"), cloud.faults(rule):
         made = cloud.cluster(*CREATE, group, limits={"LAUNCH_BATCH": 1})
-    assert "\n16 vCPUs asked, your quota is 8 (Running On-Demand Standard" in made.err
+    assert "\n16 vCPUs asked, your quota is 1152 (Running On-Demand Standard" in made.err
     assert made.code == 1
     assert "1 of 2 nodes ready" in made.last_line
     assert "quota is used up" in made.last_line
