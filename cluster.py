@@ -1112,6 +1112,7 @@ def warn_of_rules(
 TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
 IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
+BOOT_LIMIT = 600  # from the launch to an answering sshd
 LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
@@ -2483,16 +2484,25 @@ class App:
         """Return "group 'default' (us-east-1)"."""
         return f"group {group!r} ({self.settings.AWS_REGION})"
 
+    def awaits_address(self, node: Node) -> bool:
+        """Tell whether EC2 has yet to tell NODE's public address, seconds after the private one."""
+        boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
+        return boots and not node.public_ip and not self.settings.PRIVATE_NODES
+
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
         path = self.settings.key_file
         if nodes and self.known_identity is None and path.exists() and b"placeholder" not in path.read_bytes():
             _ = self.identity  # asks for its passphrase, or says what is wrong with it, before others are suspected
         self.check_owner(group, nodes)
-        ready = self.ours([node for node in nodes if node.state == "running"])
-        waiting = [node for node in nodes if node.state == "pending"]
+        running = [node for node in nodes if node.state == "running"]
+        ready = self.ours([node for node in running if not self.awaits_address(node)])
+        waiting = [node for node in nodes if node.state == "pending"] + list(filter(self.awaits_address, running))
         if waiting:
-            note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
+            names = ", ".join(node.id for node in waiting)
+            note(f"{format_count(len(waiting), 'node')} still pending (no public address yet), left out: {names}")
+        if not ready and waiting:
+            raise ClusterError(f"no node of {self.where(group)} can be reached yet; run this again in a minute")
         if not ready:
             raise ClusterError(
                 f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE', 'COUNT', group)} makes some"
@@ -3434,7 +3444,6 @@ QUOTAS = {
     "x": ("L-7295265B", "L-E3A00192"),
     "": ("L-1216C47A", "L-34B43A08"),
 }
-BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
@@ -4094,9 +4103,9 @@ def await_nodes(
                 raise
         waiting |= seen
         for node in seen.values():
-            boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
-            address = node.public_ip if boots and not app.settings.PRIVATE_NODES else node.address
-            if address and node.id not in begun and node.state in ("pending", "running"):
+            reachable = node.address and node.state in ("pending", "running") and not app.awaits_address(node)
+            if reachable and node.id not in begun:
+                boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
                 limit = BOOT_LIMIT if boots else LOGIN_LIMIT
                 begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
         running = sum(node.state == "running" for node in waiting.values()) + len(done)

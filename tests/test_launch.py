@@ -21,7 +21,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 import cluster
-from tests.support import LocalCloud, create, free_port, interrupt, make_node, serve, wait_until
+from tests.support import LocalCloud, create, free_port, interrupt, killed, make_node, serve, wait_until
 
 CREATE = ("createNodes", "c1.xlarge", "2")
 
@@ -231,6 +231,17 @@ def test_a_subnet_that_gives_no_public_addresses(cloud: LocalCloud, group: str) 
     assert made.code == 0, made.err
     assert f"Without public addresses of its own: {subnet}; the nodes ask for one each" in made.err
     assert public_address(cloud, group)
+
+
+def test_a_node_is_not_tried_at_its_private_address_before_it_has_its_public_one(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(pace="none"), cloud.options(address_lag=1000):
+        rule = {"kind": "kill-after", "action": "RunInstances"}
+        assert killed(cloud, rule, "createNodes", "c1.xlarge", "1", group).code == -signal.SIGKILL
+        (node,) = wait_until(lambda: [one for one in cloud.nodes(group) if one["state"] == "running"])
+        refused = cloud.cluster("runCommand", "true", group)
+    assert (refused.code, node["public_ip"]) == (1, "")
+    assert f"1 node still pending (no public address yet), left out: {node['id']}\n" in refused.err
+    assert "can be reached yet; run this again in a minute" in refused.last_line
 
 
 def test_private_nodes(cloud: LocalCloud, group: str) -> None:
