@@ -2932,13 +2932,13 @@ GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
 WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a client sends more
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
 JOIN_QUIET = 60  # seconds without any client before that restart of the head
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
-HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a scene is more
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
@@ -3022,19 +3022,10 @@ def ask_address(address: str, build: str, most_cores: int) -> Answer:
 
 
 def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
-    """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
-    found: dict[str, Answer] = {}
-    askers = [
-        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, build, most)}), args=pair)
-        for pair in addresses.items()
-    ]
-    deadline = time.monotonic() + 2 * GUARD_TIMEOUT
-    for thread in askers:
-        thread.daemon = True
-        thread.start()
-    for thread in askers:
-        thread.join(max(0, deadline - time.monotonic()))
-    return {one: found.get(one, Answer(False, "does not answer")) for one in addresses}
+    """Ask many servers at once; ADDRESSES have the most cores of each."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(addresses))) as pool:
+        answers = pool.map(ask_address, addresses, [build] * len(addresses), addresses.values())
+        return dict(zip(addresses, answers))
 
 
 def read_file(path: str) -> str:
@@ -3055,17 +3046,8 @@ def write_file(path: str, text: str) -> None:
     os.replace(f"{path}.new", path)
 
 
-def read_plan() -> dict[str, Any]:
-    """Return what start wants of this node; {} before the first start."""
-    try:
-        return dict(json.loads(read_file(PLAN_PATH)))
-    except ValueError:
-        return {}
-
-
-def filter_workers() -> None:
+def filter_workers(plan: dict[str, Any]) -> None:
     """Before each start of the head: note those of its workers that answer, and name the others."""
-    plan = read_plan()
     answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
@@ -3311,9 +3293,11 @@ def keep_serving(plan: dict[str, Any], links: Links) -> Links:
 
 def guard_node(arguments: list[str]) -> None:
     """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
+    plan: dict[str, Any] = {}  # before the first start
+    with contextlib.suppress(ValueError):
+        plan = json.loads(read_file(PLAN_PATH))
     if arguments == ["filter"]:
-        return filter_workers()
-    plan = read_plan()
+        return filter_workers(plan)
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
@@ -3382,11 +3366,6 @@ systemctl start --no-block mitsuba-guard.service
 """
 
 
-def guard_program() -> str:
-    """Return the guard as a program of its own."""
-    return node_program(guard_node)
-
-
 def guard_at_boot(minutes: float) -> list[list[str]]:
     """Return the command that installs the guard at a node's first boot; none where no MINUTES of idleness end it."""
     import base64
@@ -3394,7 +3373,7 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 
     if not minutes:
         return []
-    program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
+    program = base64.b64encode(gzip.compress(node_program(guard_node).encode(), mtime=0)).decode()
     return [["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]]
 
 
@@ -4913,6 +4892,7 @@ StartLimitIntervalSec=0
 User=mitsuba
 Group=mitsuba
 UMask=0002
+SyslogIdentifier=mtssrv
 WorkingDirectory={data}
 {before}ExecStart=/usr/bin/env mtssrv {arguments}
 Restart=always
@@ -5181,7 +5161,7 @@ def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None, f
     A worker's only client is its head, which may be gone.
     """
     cores = fetch_cores(app.ec2, nodes)
-    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, cores, guard_program(), force=force)
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, cores, node_program(guard_node), force=force)
     if not force and looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
         start = start._replace(client=client, linked=frozenset(looked.value.linked))
     return start
