@@ -54,7 +54,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar, cast
 
 MISSING = (
     "cluster.py needs {name}. On Debian and Ubuntu: sudo apt-get install -y python3-venv && python3 -m venv "
@@ -1112,6 +1112,7 @@ def warn_of_rules(
 TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
 IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
+BOOT_LIMIT = 600  # from the launch to an answering sshd
 LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
@@ -1698,7 +1699,7 @@ def raise_limits() -> None:
 class Progress:
     """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
 
-    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
+    TOTAL nodes are counted; a bar shows SIZE bytes, whose number grows steadily. Any thread may feed it.
     """
 
     def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
@@ -1731,9 +1732,9 @@ class Progress:
         """Draw the bar anew."""
         with OUTPUT:
             if is_terminal():
-                done, whole = (sum(self.moved.values()), self.size) if self.size else (self.done, self.total)
-                filled = int(20 * min(done, whole) / whole) if whole else 0
-                draw(f"{self.label} [{'#' * filled:·<20}] {self.describe()}")
+                filled = 20 * sum(self.moved.values()) // self.size if self.size else 0
+                bar = f" [{'#' * filled:·<20}]" if 0 < filled < 20 else ""
+                draw(f"{self.label}{bar}: {self.describe()}")
             elif time.monotonic() - self.told > 60:
                 self.told = time.monotonic()
                 note(f"{self.label}: {self.describe()}")
@@ -1836,10 +1837,10 @@ RANGE_STREAMS = 8  # requests, and files, at once
 RANGE_TRIES = 6
 RANGE_TIMEOUT = 30
 FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
+OWN_FAULT = 507  # HTTP's code for a full disk
 REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
 RECEIVERS = 2  # that a node serves at once
-SERVE_SECONDS = 600  # then a node serves no more, whatever happens here
-SERVE_RATE = 1_000_000  # bytes a second: large files are served for longer
+SERVE_SECONDS = 600  # then a node's program ends, whatever happens here; a next one goes on where it has ended
 PEERS_TRIED = 2  # that failed a node; then it fetches from here
 PEER_TRIES, PEER_TIMEOUT = 2, 10  # of a range from another node, which may have died
 SPREAD_PATIENCE = 2  # seconds in which nodes say what they have, before anything is sent from here
@@ -1857,7 +1858,7 @@ class Wanted(NamedTuple):
 
 
 class FetchFailed(Exception):
-    """A file can't be had; STATUS is HTTP's where its source refuses it."""
+    """A file can't be had; STATUS is HTTP's where its source refuses it, and OWN_FAULT where the node can't keep it."""
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -2054,7 +2055,7 @@ class Fetcher:
                 raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
             except OSError as error:
                 where = f"{error.filename}: " if error.filename in jobs[job].split("/") else ""
-                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
+                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}", OWN_FAULT) from None
             finally:
                 files.shutdown(wait=False, cancel_futures=True)
                 self.ranges.shutdown(wait=False, cancel_futures=True)
@@ -2093,10 +2094,11 @@ def fetch_files(arguments: list[str]) -> None:
         say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
         os._exit(1)
 
 
+@functools.cache
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
     return node_program(fetch_files)
@@ -2112,8 +2114,12 @@ class Fetched(NamedTuple):
     lacking: int  # bytes of what is missing, without what an earlier try has brought
 
 
-class Refused(NodeError):
-    """The files' source refuses the node: its signed address, or its token, is good no more."""
+class FetchError(NodeError):
+    """A node's FetchFailed, as it has told it."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def read_report(line: bytes) -> dict[str, Any]:
@@ -2149,7 +2155,7 @@ def fetch_step(
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
-        raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
+        raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
     return Fetched(**{name: last[name] for name in Fetched._fields})
@@ -2216,6 +2222,19 @@ class FileServer:
                 os.close(handle)
 
 
+def end_predecessor(address: str, port: str) -> None:
+    """End the program that serves at this address for an earlier run, whose client may have lost its network."""
+    import glob
+    import signal
+
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        number = int(path.split("/")[2])
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            words = file.read().split(b"\0")
+            if number != os.getpid() and [address.encode(), port.encode(), b""] == words[-3:]:
+                os.kill(number, signal.SIGKILL)
+
+
 def serve_files(arguments: list[str]) -> None:
     """Run on a node: serve complete files of a folder at its private address, until stdin ends or time is up.
 
@@ -2237,7 +2256,12 @@ def serve_files(arguments: list[str]) -> None:
         handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
         os.close(below)
     server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
-    listener = socket.create_server((address, int(port)), backlog=64)
+    end_predecessor(address, port)
+    listener = None
+    while not listener:
+        with contextlib.suppress(OSError):  # until the predecessor's end; the client waits so long for an answer
+            listener = socket.create_server((address, int(port)), backlog=64)
+        time.sleep(0.01)
 
     def accept() -> None:
         while True:
@@ -2251,6 +2275,7 @@ def serve_files(arguments: list[str]) -> None:
     os._exit(0)
 
 
+@functools.cache
 def serve_program() -> str:
     """Return serve_files as a program of its own."""
     return node_program(serve_files)
@@ -2263,6 +2288,11 @@ class Source:
     remote: Remote | None = None
     channel: paramiko.Channel | None = None
     failures: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the node's program has ended as it should: its time was up."""
+        return bool(self.channel and self.channel.exit_status_ready() and self.channel.recv_exit_status() == 0)
 
 
 class Spread:
@@ -2278,8 +2308,8 @@ class Spread:
         self.folder, self.wanted, self.paths = folder, wanted, paths
         self.token = secrets.token_hex(16)
         self.changed = threading.Condition()
-        self.here: Source | None = Source()  # while nobody fetches from it
-        self.idle: list[Source] = []  # nodes that serve nobody
+        self.here = Source()
+        self.idle = [self.here]  # sources that serve nobody
         self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
@@ -2294,18 +2324,18 @@ class Spread:
 
     def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
-        fresh = [source for source in self.idle if source not in tried]
-        if len(tried) < PEERS_TRIED and fresh:
-            source = fresh[0]
-            self.idle.remove(source)
-        else:
-            alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
-            alone = alone and lacking <= min(self.waiting, default=lacking)  # so least comes from here
-            if not self.here or not (alone or len(tried) >= PEERS_TRIED):
-                return None
-            source, self.here = self.here, None
-        self.fetching += 1
-        return source
+        peers = [source for source in self.idle if source.remote and source not in tried]
+        if len(tried) >= PEERS_TRIED:
+            peers = [self.here]
+        elif not peers and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until):
+            # Nobody else has it, or will have it soon. The node that lacks least comes first.
+            peers = [self.here] if lacking <= min(self.waiting, default=lacking) else []
+        for source in peers[:1]:
+            if source in self.idle:
+                self.idle.remove(source)
+                self.fetching += 1
+                return source
+        return None
 
     def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
@@ -2316,14 +2346,13 @@ class Spread:
             self.waiting.remove(lacking)
         return source
 
-    def give_back(self, source: Source, done: bool) -> None:
+    def give_back(self, source: Source, failed: bool = False) -> None:
         """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
         with self.changed:
             self.fetching -= 1
-            source.failures += not done
-            if not source.remote:
-                self.here = source
-            elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
+            source.failures += failed
+            remote = source.remote
+            if not remote or (source.failures < PEERS_TRIED and remote.transport.is_active()):
                 self.idle.append(source)
             self.changed.notify()
 
@@ -2333,7 +2362,7 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.channel or source.channel.exit_status_ready():  # not yet, or its time was up
+            if not source.channel or source.channel.exit_status_ready():
                 try:
                     source.channel = self.start(source.remote)
                 except SilentNode as error:  # the source's silence is not the receiver's
@@ -2358,14 +2387,13 @@ class Spread:
 
     def start(self, remote: Remote) -> paramiko.Channel:
         """Start a node's program that serves the files; return the session whose end is its end."""
-        seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
-        job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
-        arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
+        words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
         with contextlib.ExitStack() as stack:
             channel = stack.enter_context(remote.session())
             channel.settimeout(LIVENESS_LIMIT)
             channel.set_combine_stderr(True)
-            remote.execute(channel, shlex.join(["python3", "-I", "-c", serve_program(), *arguments]))
+            remote.execute(channel, shlex.join(words))
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
@@ -2380,7 +2408,7 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, complete = self.take(tried, done.lacking), False
+            source, failed = self.take(tried, done.lacking), False
             try:
                 with self.address(source, remote) as url:
                     headers = {"Authorization": f"Bearer {self.token}"}
@@ -2389,15 +2417,14 @@ class Spread:
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
                     done = fetch_step(self.folder, wanted, show, remote, *patience)
-                complete = True
-            except SilentNode:
-                raise
-            except NodeError:
-                if not source.remote:
+            except NodeError as error:
+                full = isinstance(error, FetchError) and error.status == OWN_FAULT
+                if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
                     raise
-                tried.append(source)
+                failed = not source.has_ended
+                tried += [source] if failed else []
             finally:
-                self.give_back(source, complete)
+                self.give_back(source, failed)
         with self.changed:
             self.idle.append(Source(remote))
             self.changed.notify()
@@ -2483,16 +2510,25 @@ class App:
         """Return "group 'default' (us-east-1)"."""
         return f"group {group!r} ({self.settings.AWS_REGION})"
 
+    def awaits_address(self, node: Node) -> bool:
+        """Tell whether EC2 has yet to tell NODE's public address, seconds after the private one."""
+        boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
+        return boots and not node.public_ip and not self.settings.PRIVATE_NODES
+
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
         path = self.settings.key_file
         if nodes and self.known_identity is None and path.exists() and b"placeholder" not in path.read_bytes():
             _ = self.identity  # asks for its passphrase, or says what is wrong with it, before others are suspected
         self.check_owner(group, nodes)
-        ready = self.ours([node for node in nodes if node.state == "running"])
-        waiting = [node for node in nodes if node.state == "pending"]
+        running = [node for node in nodes if node.state == "running"]
+        ready = self.ours([node for node in running if not self.awaits_address(node)])
+        waiting = [node for node in nodes if node.state == "pending"] + list(filter(self.awaits_address, running))
         if waiting:
-            note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
+            names = ", ".join(node.id for node in waiting)
+            note(f"{format_count(len(waiting), 'node')} still pending (no public address yet), left out: {names}")
+        if not ready and waiting:
+            raise ClusterError(f"no node of {self.where(group)} can be reached yet; run this again in a minute")
         if not ready:
             raise ClusterError(
                 f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE', 'COUNT', group)} makes some"
@@ -2871,8 +2907,9 @@ def find_node(app: App, name: str) -> Node:
         exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
         found = exact or [node for node in nodes if (node.id.startswith(name) or node.name.startswith(name))]
     if len(found) > 1:
-        which = ", ".join(f"{node.name} ({node.group}, {node.id})" for node in in_order(found))
-        raise ClusterError(f"{printable(name)!r} may be {which}: name one of them by its id")
+        which = [f"{node.short} ({node.group}, {node.id})" for node in in_order(found)]
+        more = f" or {len(which) - 3} more" if len(which) > 3 else ""
+        raise ClusterError(f"{printable(name)!r} may be {', '.join(which[:3])}{more}: name one of them by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
@@ -2932,13 +2969,13 @@ GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
 WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a client sends more
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
 JOIN_QUIET = 60  # seconds without any client before that restart of the head
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
-HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a scene is more
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
@@ -3022,19 +3059,10 @@ def ask_address(address: str, build: str, most_cores: int) -> Answer:
 
 
 def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
-    """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
-    found: dict[str, Answer] = {}
-    askers = [
-        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, build, most)}), args=pair)
-        for pair in addresses.items()
-    ]
-    deadline = time.monotonic() + 2 * GUARD_TIMEOUT
-    for thread in askers:
-        thread.daemon = True
-        thread.start()
-    for thread in askers:
-        thread.join(max(0, deadline - time.monotonic()))
-    return {one: found.get(one, Answer(False, "does not answer")) for one in addresses}
+    """Ask many servers at once; ADDRESSES have the most cores of each."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(addresses))) as pool:
+        answers = pool.map(ask_address, addresses, [build] * len(addresses), addresses.values())
+        return dict(zip(addresses, answers))
 
 
 def read_file(path: str) -> str:
@@ -3055,17 +3083,8 @@ def write_file(path: str, text: str) -> None:
     os.replace(f"{path}.new", path)
 
 
-def read_plan() -> dict[str, Any]:
-    """Return what start wants of this node; {} before the first start."""
-    try:
-        return dict(json.loads(read_file(PLAN_PATH)))
-    except ValueError:
-        return {}
-
-
-def filter_workers() -> None:
+def filter_workers(plan: dict[str, Any]) -> None:
     """Before each start of the head: note those of its workers that answer, and name the others."""
-    plan = read_plan()
     answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
@@ -3311,9 +3330,11 @@ def keep_serving(plan: dict[str, Any], links: Links) -> Links:
 
 def guard_node(arguments: list[str]) -> None:
     """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
+    plan: dict[str, Any] = {}  # before the first start
+    with contextlib.suppress(ValueError):
+        plan = json.loads(read_file(PLAN_PATH))
     if arguments == ["filter"]:
-        return filter_workers()
-    plan = read_plan()
+        return filter_workers(plan)
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
@@ -3382,11 +3403,6 @@ systemctl start --no-block mitsuba-guard.service
 """
 
 
-def guard_program() -> str:
-    """Return the guard as a program of its own."""
-    return node_program(guard_node)
-
-
 def guard_at_boot(minutes: float) -> list[list[str]]:
     """Return the command that installs the guard at a node's first boot; none where no MINUTES of idleness end it."""
     import base64
@@ -3394,7 +3410,7 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 
     if not minutes:
         return []
-    program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
+    program = base64.b64encode(gzip.compress(node_program(guard_node).encode(), mtime=0)).decode()
     return [["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]]
 
 
@@ -3423,7 +3439,6 @@ QUOTAS = {
     "x": ("L-7295265B", "L-E3A00192"),
     "": ("L-1216C47A", "L-34B43A08"),
 }
-BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
@@ -4083,9 +4098,9 @@ def await_nodes(
                 raise
         waiting |= seen
         for node in seen.values():
-            boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
-            address = node.public_ip if boots and not app.settings.PRIVATE_NODES else node.address
-            if address and node.id not in begun and node.state in ("pending", "running"):
+            reachable = node.address and node.state in ("pending", "running") and not app.awaits_address(node)
+            if reachable and node.id not in begun:
+                boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
                 limit = BOOT_LIMIT if boots else LOGIN_LIMIT
                 begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
                 progress.step(node, "booting")
@@ -4914,6 +4929,7 @@ StartLimitIntervalSec=0
 User=mitsuba
 Group=mitsuba
 UMask=0002
+SyslogIdentifier=mtssrv
 WorkingDirectory={data}
 {before}ExecStart=/usr/bin/env mtssrv {arguments}
 Restart=always
@@ -5182,7 +5198,7 @@ def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None, f
     A worker's only client is its head, which may be gone.
     """
     cores = fetch_cores(app.ec2, nodes)
-    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, cores, guard_program(), force=force)
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, cores, node_program(guard_node), force=force)
     if not force and looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
         start = start._replace(client=client, linked=frozenset(looked.value.linked))
     return start
@@ -5603,7 +5619,7 @@ class RenderCluster:
         A head that is gone, or frozen for good, is replaced as start does it.
         """
         began = time.monotonic()
-        progress = Progress("Waiting for the head", HEAL_LIMIT)
+        progress = Progress("Waiting for the head", 0)
         while True:
             waited, problem = time.monotonic() - began, "no node is left"
             if head := next((node for node in self.running if node.role == "head"), None):
@@ -5808,66 +5824,70 @@ BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting
 LOOK_LIMIT = 10  # for connecting, where all that is wanted is a look
 ANSWER_LIMIT = 5  # for a node's whole answer to status
 ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
-WATCH_SECONDS = 3  # between two looks of --watch
-SERVER_LOOKS = {"serving": "green", "unlinked": "yellow", "down": "red", "silent": "red"}
+WATCH_SECONDS = 3  # between two polls of --watch
+SERVER_WORDS = {  # colour, meaning
+    "serving": ("green", "it renders"),
+    "unlinked": ("yellow", "a worker that its head does not use"),
+    "down": ("red", "mtssrv does not answer, or not as it should"),
+    "silent": ("red", "the node itself does not answer"),
+}
 
 
-class Overview(NamedTuple):
-    """Everything of ours in a region."""
+class GroupState(NamedTuple):
+    """What there is of one group in a region; of the nodes that have ended only those that EC2 itself ended."""
 
+    name: str
+    region: str
     nodes: list[Node]
     requests: list[SpotRequest]
     security_groups: list[SecurityGroup]
-    region: str
+
+    @property
+    def alive(self) -> list[Node]:
+        """The nodes that are not terminated."""
+        return [node for node in self.nodes if node.state in ALIVE]
 
 
-def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
-    """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
-    nodes, requests, security_groups = side_by_side(
-        lambda: fetch_nodes(ec2, group),
+def fetch_groups(group: str | None, ec2: Client) -> list[GroupState]:
+    """Return what there is of GROUP (None: of all groups), by three calls side by side."""
+    nodes, requests, security_groups, _ = side_by_side(
+        lambda: in_order(node for node in fetch_nodes(ec2, group) if node.state in ALIVE or node.reason),
         lambda: fetch_spot_requests(ec2, group),
         lambda: fetch_security_groups(ec2, group),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
     )
-    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
+    present = [*(node for node in nodes if node.state in ALIVE), *live(requests), *security_groups]
+    return [
+        GroupState(
+            name,
+            ec2.meta.region_name,
+            [node for node in nodes if node.group == name],
+            [request for request in requests if request.group == name],
+            [one for one in security_groups if one.group == name],
+        )
+        for name in sorted({one.group for one in present})
+    ]
 
 
 def totals(nodes: Sequence[Node]) -> dict[str, Any]:
     """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
-    hourly = sum_known(
-        node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
-        for node in nodes
-        if node.price is not None and node.state in BILLED
-    )
+    billed = [node for node in nodes if node.price is not None and node.state in BILLED]
+    hourly = sum_known((node.price or 0) + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0) for node in billed)
     cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    rounded = {"hourly": hourly, "cost": cost}
-    return {"nodes": len(nodes)} | {key: round(x, 4) if x is not None else None for key, x in rounded.items()}
+    return {"nodes": len(nodes), "hourly": hourly and round(hourly, 4), "cost": cost and round(cost, 4)}
 
 
 def format_cost(nodes: Sequence[Node]) -> str:
-    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+    """Return "$0.52/h, $1.04 so far" of NODES, as far as it is known."""
     known = totals(nodes)
-    parts = [(known["hourly"], "an hour"), (known["cost"], "so far")]
-    return ", ".join(f"{at_least(nodes)}{format_money(value)} {what}" for value, what in parts if value is not None)
-
-
-def node_json(node: Node) -> dict[str, Any]:
-    """Return a node as `status --json` shows it."""
-    cost = spent(node, datetime.now(timezone.utc))
-    shown = node._asdict()
-    del shown["token"]
-    return shown | {
-        "name": node.name,
-        "short": node.short,
-        "address": node.address,
-        "launched": node.launched.isoformat().replace("+00:00", "Z"),
-        "cost": round(cost, 4) if cost is not None else None,
-    }
+    parts = [(known["hourly"], "/h"), (known["cost"], " so far")]
+    return ", ".join(f"{at_least(nodes)}{format_money(value)}{what}" for value, what in parts if value is not None)
 
 
 class Asked(NamedTuple):
     """What one node says of itself and its server: the fields of `status --servers --json`."""
 
-    server: str  # serving, unlinked (a worker that its head does not use), down, or silent
+    server: str  # one of SERVER_WORDS
     server_text: str  # the same as a sentence
     load: tuple[float, ...] | None = None
     server_cores: int | None = None
@@ -5916,9 +5936,9 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
         progress.done = sum(future.done() for future in futures.values())
         progress.redraw()
         app.pool.wait(futures.values(), min(0.2, left))
-    late: Outcome[T] = Outcome(nodes[0], error=f"frozen or cut off: no answer within {ANSWER_LIMIT} s", silent=True)
-    found = [future.result() if future.done() else replace(late, node=node) for node, future in futures.items()]
-    return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
+    late = f"frozen or cut off: no answer within {ANSWER_LIMIT} s"
+    found = [future.result() if future.done() else Outcome(node, silent=True) for node, future in futures.items()]
+    return [Outcome(one.node, error=late, silent=True) if one.silent else one for one in found]
 
 
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
@@ -5929,23 +5949,22 @@ def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
 
-def format_group(app: App, group: str, overview: Overview, wide: bool, asked: dict[str, Asked] | None = None) -> str:
+def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
-    nodes = [node for node in overview.nodes if node.group == group]
-    alive = [node for node in nodes if node.state in ALIVE]
-    heading = f"Group {group} ({overview.region}): {format_count(len(alive), 'node')}"
+    nodes, alive = group.nodes, group.alive
+    heading = f"Group {group.name} ({group.region}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    of_group = [one for one in overview.security_groups if one.group == group]
-    owner = describe_owner(alive, of_group) if alive and not app.launched(alive) else ""
+    owner = describe_owner(alive, group.security_groups) if alive and not app.launched(alive) else ""
     lines = [", ".join(filter(None, [heading, format_cost(alive), idle, owner]))]
-    more: list[list[str]] = []
+    more = []
     if asked is not None:
         known = [asked.get(node.id, Asked("", "")) for node in nodes]
-        more.append(["SERVER", *(paint(one.server, fg=SERVER_LOOKS.get(one.server)) for one in known)])
-        more.append(["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)])
-        clients = (str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))
-        more.append(["CLIENTS", *clients])
+        more = [
+            ["SERVER", *(one.server and paint(one.server, fg=SERVER_WORDS[one.server][0]) for one in known)],
+            ["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)],
+            ["CLIENTS", *(str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))],
+        ]
     if nodes:
         lines.append(format_nodes(nodes, wide, more))
     for node in nodes:
@@ -5953,139 +5972,135 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
             lines.append(f"{node.name}: {node.state}: {printable(node.reason)}")
         elif app.known_identity and not is_ours(node, app.known_identity):
             lines.append(f"{node.name}: {not_ours(node)}")
-    for request in live(overview.requests):
-        if request.group == group:
-            lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
+    for request in live(group.requests):
+        lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
     mine = own_or_all(app, alive)
     if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
     elif any(node.role == "worker" for node in mine):
-        lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
+        lines.append(f"The head node is gone: {command('start', group.name)} makes another node the head")
     if not alive:
-        lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+        lines.append(f"No nodes, but a security group is left: {command('terminateAll', group.name)} removes it")
     return "\n".join(lines)
 
 
-def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]) -> dict[str, Any]:
+def node_json(node: Node) -> dict[str, Any]:
+    """Return a node as `status --json` shows it."""
+    shown = node._asdict()
+    del shown["token"]
+    return shown | {
+        "name": node.name,
+        "short": node.short,
+        "address": node.address,
+        "launched": node.launched.isoformat().replace("+00:00", "Z"),
+        "cost": totals([node])["cost"],
+    }
+
+
+def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str, Any]:
     """Return one group as `status --json` shows it."""
     key = app.known_identity
-    nodes = [node for node in overview.nodes if node.group == group]
-    alive = [node for node in nodes if node.state in ALIVE]
     return {
         "nodes": [
             node_json(node)
             | {"launched_with_this_key": is_ours(node, key) if key else None}
             | (asked[node.id]._asdict() if node.id in asked else {})
-            for node in nodes
+            for node in group.nodes
         ],
-        "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
-        "head": next((node.name for node in own_or_all(app, alive) if node.role == "head"), None),
-        "totals": totals(alive),
+        "spot_requests": [request._asdict() for request in group.requests],
+        "head": next((node.name for node in own_or_all(app, group.alive) if node.role == "head"), None),
+        "totals": totals(group.alive),
     }
 
 
-def fetch_shown(ec2: Client, group: str | None) -> tuple[list[str], Overview]:
-    """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
-    overview, _ = side_by_side(
-        lambda: fetch_overview(ec2, group),
-        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
-    )
-    alive = [node for node in overview.nodes if node.state in ALIVE]
-    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
-    groups = sorted({one.group for one in ours})
-    nodes = [node for node in overview.nodes if node.state in ALIVE or (node.reason and node.group in groups)]
-    return groups, overview._replace(nodes=in_order(nodes))
-
-
-def redraw_screen(text: str) -> None:
-    """Show TEXT alone on the terminal, as far as it has room; in a pipe after what was there."""
-    if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
-        height = shutil.get_terminal_size().lines - 1
-        text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
-    put(text)
-
-
-def watch_status(app: App, group: str | None, wide: bool) -> None:
-    """Renew status, with servers, load and clients, until Ctrl-C."""
+def renew(show: Callable[[], str]) -> NoReturn:
+    """SHOW a text alone on the terminal, as far as it has room, every few seconds until Ctrl-C."""
     while True:
-        groups, overview = fetch_shown(app.ec2, group)
-        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
-        blocks = [format_group(app, name, overview, wide, asked) for name in groups]
-        now = format_time(datetime.now(timezone.utc))
-        redraw_screen("\n\n".join([*blocks, f"{now}; every {WATCH_SECONDS} s until Ctrl-C"]))
+        text = f"{show()}\n\n{format_time(datetime.now(timezone.utc))}; every {WATCH_SECONDS} s until Ctrl-C"
+        if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
+            height = shutil.get_terminal_size().lines - 1
+            text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
+        put(text)
         time.sleep(WATCH_SECONDS)
 
 
-def show_regions(app: App, group: str | None, as_json: bool, wide: bool) -> None:
-    """Show what runs in every region, past those that refuse."""
-    problems: list[str] = []
-    found = app.in_all_regions(lambda ec2: fetch_shown(ec2, group), problems)
-    if as_json:
-        shown = {
-            region: {name: group_json(app, name, overview, {}) for name in groups}
-            for region, (groups, overview) in found.items()
-            if groups
-        }
-        result(json.dumps({"regions": shown}, indent=2))
-    for groups, overview in found.values() if not as_json else ():
-        for name in groups:
-            put(format_group(app, name, overview, wide))
-    if not as_json and not any(groups for groups, _ in found.values()):
-        note("Nothing is running in any region that answers" + (f" in group {group!r}" if group else ""))
-    if problems:
-        raise ClusterError("; ".join(problems))
+def show_watched(app: App, group: str | None, wide: bool) -> str:
+    """Return status with the servers, load and clients of the nodes as columns."""
+    groups = fetch_groups(group, app.ec2)
+    asked = ask_servers(app, [node for one in groups for node in one.nodes])
+    return "\n\n".join(format_group(app, one, wide, asked) for one in groups)
+
+
+def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: bool) -> None:
+    """Print GROUPS, at once, and what their servers say below it."""
+    for group in groups:
+        put(format_group(app, group, wide))
+    nodes = [node for group in groups for node in group.nodes]
+    if len(groups) > 1 and (cost := format_cost(nodes)):
+        result(f"All groups: {cost}")
+    asked = ask_servers(app, nodes) if servers else {}
+    for node in nodes:
+        if one := asked.get(node.id):
+            put(f"{paint(node.name, fg=SERVER_WORDS[one.server][0])}: {printable_lines(one.server_text)}")
 
 
 @cli.command("status")
 @click.argument("group", type=GroupName(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
+@click.option(
+    "--servers",
+    is_flag=True,
+    help="Ask each node, over SSH, for its load and its server. In --json the field server is then "
+    f"{'; '.join(f'{word} ({meaning})' for word, (_, meaning) in SERVER_WORDS.items())}.",
+)
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
 @click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
 @click.pass_obj
-def status(
+def show_status(
     app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
 ) -> None:
     """Show what is running, since when, and what it costs."""
-    if where["all_regions"]:
-        if servers or watch:
-            raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
-        return show_regions(app, group, as_json, wide)
+    everywhere, home, problems = where["all_regions"], app.settings.AWS_REGION, list[str]()
+    if everywhere and (servers or watch):
+        raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
-        watch_status(app, group, wide)
+        renew(lambda: show_watched(app, group, wide))
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
-    groups, overview = fetch_shown(app.ec2, group)
-    nodes = overview.nodes
+    look = functools.partial(fetch_groups, group)
+    regions = app.in_all_regions(look, problems) if everywhere else {home: look(app.ec2)}
+    groups = [one for found in regions.values() for one in found]
     if as_json:
-        asked = ask_servers(app, nodes) if servers and nodes else {}
-        shown = {name: group_json(app, name, overview, asked) for name in groups}
-        everything = {"region": app.settings.AWS_REGION, "groups": shown}
-        everything["totals"] = totals([node for node in nodes if node.state in ALIVE])
-        return result(json.dumps(everything, indent=2))
-    for name in groups:
-        put(format_group(app, name, overview, wide))
-    if not groups:
-        note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
-    elif len(groups) > 1 and (cost := format_cost(nodes)):
-        result(f"All groups: {cost}")
-    if servers and nodes:
-        asked = ask_servers(app, nodes)
-        for node in nodes:
-            if node.id in asked:
-                name = paint(node.name, fg=SERVER_LOOKS[asked[node.id].server])
-                put(f"{name}: {printable_lines(asked[node.id].server_text)}")
-    if app.known_identity and overview.security_groups:
-        warn_of_rules(app.ec2, overview.security_groups, app.settings, address.result(), app.known_identity)
-    return None
+        asked = ask_servers(app, [node for one in groups for node in one.nodes]) if servers else {}
+        shown = {region: {one.name: group_json(app, one, asked) for one in found} for region, found in regions.items()}
+        found = (
+            {"regions": {region: one for region, one in shown.items() if one}}
+            if everywhere
+            else {"region": home, "groups": shown[home]}
+        )
+        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.alive])}, indent=2))
+    elif groups:
+        show_groups(app, groups, wide, servers)
+        if key := app.known_identity:
+            guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
+            warn_of_rules(app.ec2, guarded, app.settings, address.result(), key)
+    else:
+        place = "any region that answers" if everywhere else home
+        note(f"Nothing is running in {place}" + (f" in group {group!r}" if group else ""))
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
-def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
-    """Return a node's load as `systemLoad --json` shows it."""
-    if not outcome.ok:
-        return {"error": outcome.error}
-    facts = outcome.value
-    return {"error": None, "load": facts.load, "cores": facts.cores, "memory_mb": facts.memory_mb}
+def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
+    """Return the nodes' loads as a table, the highest first, and below it which nodes do not answer."""
+    rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
+    for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
+        facts = outcome.value
+        used = " of ".join(format_size(value * MIB) for value in facts.memory_mb)
+        load = (f"{value:.2f}" for value in facts.load)
+        rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
+    silent = [printable_lines(f"{outcome.node.name}: {outcome.error}") for outcome in outcomes if not outcome.ok]
+    return "\n".join([format_table(rows, terminal_width(), ["NAME"]), *silent])
 
 
 @cli.command("systemLoad")
@@ -6096,28 +6111,19 @@ def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
 def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
-    while True:
-        outcomes = ask_briefly(app, nodes, fetch_facts)
-        rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
-        good = [outcome for outcome in outcomes if outcome.ok]
-        for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
-            facts = outcome.value
-            used = " of ".join(format_size(value * MIB) for value in facts.memory_mb)
-            load = (f"{value:.2f}" for value in facts.load)
-            rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
-        if as_json:
-            result(json.dumps({outcome.node.name: load_json(outcome) for outcome in outcomes}, indent=2))
-        elif watch:
-            redraw_screen(format_table(rows, terminal_width(), ["NAME"]))
-        else:
-            result(format_table(rows, terminal_width(), ["NAME"]))
-        if not watch:
-            break
-        time.sleep(WATCH_SECONDS)
-    bad = [outcome for outcome in outcomes if not outcome.ok]
-    for outcome in bad:
-        note(f"{outcome.node.name}: {outcome.error}")
-    if bad:
+    if watch:
+        renew(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
+    outcomes = ask_briefly(app, nodes, fetch_facts)
+    if as_json:
+        fields = ("load", "cores", "memory_mb")
+        shown = {
+            one.node.name: {"error": one.error or None} | {name: getattr(one.value, name) for name in fields if one.ok}
+            for one in outcomes
+        }
+        result(json.dumps(shown, indent=2))
+    else:
+        put(format_loads(outcomes))
+    if bad := [outcome for outcome in outcomes if not outcome.ok]:
         raise ClusterError(f"{len(bad)} of {format_count(len(nodes), 'node')} did not answer")
 
 
@@ -6405,7 +6411,10 @@ def sync_step(
         try:
             done = fetch_step(data, wanted, show, remote)
             return describe_fetched(done, before + done.moved)
-        except Refused as error:  # signed addresses die with the session's credentials: boto3 may have new ones
+        except FetchError as error:
+            if error.status not in (401, 403):
+                raise
+            # Signed addresses die with the session's credentials: boto3 may have new ones.
             if progress.moved[remote.node.id] == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted, before = sign_again(), progress.moved[remote.node.id]
@@ -6561,6 +6570,13 @@ def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
     return protected
 
 
+def with_untagged(requests: Sequence[SpotRequest], nodes: Sequence[Node]) -> list[SpotRequest]:
+    """Return REQUESTS, and those of NODES that lack our tag: each node names the request that it came by."""
+    known = {"", *(request.id for request in requests)}
+    untagged = [node for node in nodes if node.spot_request not in known and node.state in ALIVE]
+    return [*requests, *(SpotRequest(one.spot_request, one.group, "active", "", None, one.id) for one in untagged)]
+
+
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
     """Cancel the live ones of REQUESTS; return their ids."""
     ids = [request.id for request in live(requests)]
@@ -6578,27 +6594,15 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def begin_end(app: App, ec2: Client, nodes: Sequence[Node], others: bool) -> list[Node]:
-    """Start the end of the user's NODES (OTHERS: everybody's); return those that end."""
-    inside = [node for node in nodes if node.is_inside]
-    targets = inside if others else app.launched(inside, ec2)
-    protected, unknown = terminate_nodes(ec2, [node for node in targets if node.state != "shutting-down"])
-    return [node for node in targets if node not in [*protected, *unknown]]
-
-
-def end_group(
-    app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node], show: Callable[[str], None]
-) -> Ended:
+def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
     """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
-
-    The end of those in BEGUN has been asked for.
 
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    seen = {node.id: node for node in begun}
+    seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
     before: Any = None
@@ -6621,7 +6625,7 @@ def end_group(
         seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
         if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
             with excused("their spot requests are not cancelled"):
-                cancelled = cancel_spot_requests(ec2, fetch_spot_requests(ec2, group))
+                cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
         present = (len(seen), {node.id for node in living})
         since, before = (since if present == before else time.monotonic()), present
         held = len(protected) + len(inside) > len(targets)
@@ -6654,11 +6658,11 @@ def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
     )
 
 
-def terminate_in(app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node] = ()) -> bool:
+def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    done = end_group(app, ec2, group, others, begun, progress.show)
+    done = end_group(app, ec2, group, others, progress.show)
     for node in done.nodes:
         result(f"{node.name}: terminated")
     for node in done.left:
@@ -6729,36 +6733,28 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     app.left = f"Some nodes may still run; end them with {command('terminateAll', *options)}."
     home = app.settings.AWS_REGION
     problems: list[str] = []
-    regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
-    chosen: dict[str, list[str]] = {}
-    begun: list[tuple[str, str, list[Node], str]] = []
-    found = False
+    found: list[str] = []
 
-    @contextlib.contextmanager
-    def noted(region: str) -> Iterator[None]:
+    def end(region: str, present: Present, name: str) -> None:
+        nodes = [node for node in present.nodes if node.group == name]
         try:
-            yield
+            app.check_owner(name, nodes, others, present.ec2)
+            client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
+            found.extend([name] if terminate_in(app, present.ec2, name, others) else [])
+            if client:
+                note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
             problem = error.message if isinstance(error, ClusterError) else app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
-    for region, present in regions.items():  # every node is asked to end before any end is waited for
-        groups = own_groups(app, present) if all_groups else [group]
-        if region != home:
-            there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
-            groups = [one for one in groups if one in there]
-        chosen[region] = groups
-        for one in groups:
-            with noted(region):
-                nodes = [node for node in present.nodes if node.group == one]
-                app.check_owner(one, nodes, others, present.ec2)
-                client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
-                begun.append((region, one, begin_end(app, present.ec2, nodes, others), client))
-    for region, one, nodes, client in begun:
-        with noted(region):
-            found = terminate_in(app, regions[region].ec2, one, others, nodes) or found
-            if client:
-                note(f"{client}, was connected to the head of group {one!r}")
+    regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
+    chosen: dict[str, list[str]] = {}
+    for region, present in regions.items():
+        there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
+        chosen[region] = own_groups(app, present) if all_groups else [group] if region == home or group in there else []
+    ends = [functools.partial(end, name, regions[name], one) for name, groups in chosen.items() for one in groups]
+    if ends:
+        side_by_side(*ends)  # no group waits for another's end
     for region, present in regions.items():
         name_running(app, present, chosen[region])
     if not found and not problems:
@@ -6839,12 +6835,18 @@ def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
         note("No spot request is open")
 
 
+def our_requests(app: App) -> list[SpotRequest]:
+    """Return all spot requests that this tool made."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.is_inside]
+    return with_untagged(fetch_spot_requests(app.ec2), nodes)
+
+
 @cli.command("cancelSpot")
 @click.argument("name", metavar="ID")
 @click.pass_obj
 def cancel_spot(app: App, name: str) -> None:
     """Cancel one spot request."""
-    found = [request for request in fetch_spot_requests(app.ec2) if request.id == name]
+    found = [request for request in our_requests(app) if request.id == name]
     if not found:
         raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
     if found[0].state not in ("open", "active"):
@@ -6856,7 +6858,7 @@ def cancel_spot(app: App, name: str) -> None:
 @click.pass_obj
 def cancel_all_spot(app: App) -> None:
     """Cancel all spot requests that this tool made."""
-    cancel_requests(app, fetch_spot_requests(app.ec2))
+    cancel_requests(app, our_requests(app))
 
 
 # --- Small commands ----------------------------------------------------------
@@ -6902,10 +6904,10 @@ def login(app: App, name: str | None) -> None:
 
 
 class Ran(NamedTuple):
-    """What a command did on a node: its exit code, and the first megabyte of its output."""
+    """What a command did on a node: the fields of `runCommand --json` beside the error."""
 
-    code: int
-    output: str
+    code: int | None = None
+    output: str = ""  # at most a megabyte
 
 
 def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
@@ -6918,14 +6920,9 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
         code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=sink)
     finally:
         lines.end()
+    if code and not as_json:
+        raise NodeError(format_exit(code))
     return Ran(code, kept.decode("utf-8", "replace"))
-
-
-def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
-    """Return what a command did on a node, as `runCommand --json` shows it."""
-    if not outcome.ok:
-        return {"error": outcome.error, "code": None, "output": ""}
-    return {"error": None, "code": outcome.value.code, "output": outcome.value.output}
 
 
 @cli.command("runCommand", cls=OwnWords)
@@ -6946,16 +6943,12 @@ def run_command(
     nodes = app.open_group(group)
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
-    failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
     if as_json:
-        result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
-    for outcome in failed:
-        if outcome.ok:
-            note(f"{outcome.node.name}: {format_exit(outcome.value.code)}")
+        ran = {one.node.name: {"error": one.error or None} | (one.found or Ran())._asdict() for one in outcomes}
+        result(json.dumps(ran, indent=2))
+    failed = [one.node.name for one in outcomes if not one.ok or one.value.code]
     if failed:
-        raise ClusterError(
-            f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(o.node.name for o in failed)}"
-        )
+        raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
 
 
 # $1 how many lines are looked at, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
@@ -6981,7 +6974,7 @@ def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
 @click.pass_obj
-def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
+def show_logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
     """Show what a node's server wrote (default: the head's)."""
     node = find_node(app, name or "head")
     if installation:
@@ -7005,7 +6998,7 @@ def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
 @cli.command("regions")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def regions(app: App, as_json: bool) -> None:
+def list_regions(app: App, as_json: bool) -> None:
     """List the regions; the one of the settings is marked."""
     found, ours = fetch_regions(app.settings), app.settings.AWS_REGION
     if as_json:

@@ -184,8 +184,8 @@ class LocalCloud:
         """Return GROUP's nodes as `status --json` shows them; of process nodes without a run of it."""
         if self.kind == "nspawn":
             return list(self.status(group).get("nodes", []))
-        groups, overview = cluster.fetch_shown(self.client("ec2"), group)
-        return [cluster.node_json(node) for node in overview.nodes] if group in groups else []
+        groups = cluster.fetch_groups(group, self.client("ec2"))
+        return [cluster.node_json(node) for one in groups for node in one.nodes]
 
 
 def wait_until(check: Callable[[], Any], limit: float = 60, what: str = "it") -> Any:
