@@ -78,15 +78,14 @@ def test_a_head_waits_for_a_sub_head_that_restarts(monkeypatch: pytest.MonkeyPat
     written: list[str] = []
     monkeypatch.setattr(cluster, "WATCH_PAUSE", 0)
     monkeypatch.setattr(cluster, "RELAY_LIMIT", 600)
-    monkeypatch.setattr(cluster, "read_plan", lambda: plan)
     monkeypatch.setattr(cluster, "ask_all", lambda *_: rounds.pop(0))
     monkeypatch.setattr(cluster, "write_file", lambda _, text: written.append(text))
-    cluster.filter_workers()
+    cluster.filter_workers(plan)
     rounds = [{"a": GONE}, {"a": GONE, "b": GOOD}]
-    cluster.filter_workers()
+    cluster.filter_workers(plan)
     monkeypatch.setattr(cluster, "RELAY_LIMIT", 0)
     rounds = [{"a": refuses}, {"a": refuses, "b": GOOD}]
-    cluster.filter_workers()
+    cluster.filter_workers(plan)
     assert (written, rounds) == (["a\n", "b\n", "b\n"], [])
 
 
