@@ -7168,10 +7168,10 @@ def list_regions(app: App, as_json: bool) -> None:
 
 
 COMPLETE_VARIABLE = "_CLUSTER_PY_COMPLETE"
-COMPLETIONS = {
-    "bash": ("~/.bashrc", 'eval "$({variable}=bash_source {program})"'),
-    "zsh": ("~/.zshrc", 'eval "$({variable}=zsh_source {program})"'),
-    "fish": ("~/.config/fish/config.fish", "{variable}=fish_source {program} | source"),
+COMPLETIONS = {  # file; what adds a folder to PATH, where zsh and fish must find the program; the line itself
+    "bash": ("~/.bashrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=bash_source {name})"'),
+    "zsh": ("~/.zshrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=zsh_source {name})"'),
+    "fish": ("~/.config/fish/config.fish", "set -a PATH {folder}; ", "{variable}=fish_source {name} | source"),
 }
 
 
@@ -7182,11 +7182,11 @@ def completion(shell: str | None) -> None:
     shell = shell or os.path.basename(os.environ.get("SHELL", ""))
     if shell not in COMPLETIONS:
         raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")
-    path, line = COMPLETIONS[shell]
+    path, add, line = COMPLETIONS[shell]
     called = shlex.split(Call.program)[0]
-    program = shlex.quote(os.path.abspath(called)) if os.sep in called else Call.program
+    folder, name = map(shlex.quote, os.path.split(os.path.abspath(called)))
     note(f"Add this line to {path}:")
-    result(line.format(variable=COMPLETE_VARIABLE, program=program))
+    result((add if os.sep in called else "").format(folder=folder) + line.format(variable=COMPLETE_VARIABLE, name=name))
 
 
 # $1: seconds to add to the deadline, if there is one. The idle time begins anew.
