@@ -3325,11 +3325,11 @@ def guard_node(arguments: list[str]) -> None:
         plan = json.loads(read_file(PLAN_PATH))
     if arguments == ["filter"]:
         return filter_workers(plan)
-    role, workers = plan.get("role", "none"), plan.get("workers", {})
+    role, workers = plan.get("role", "node"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
     end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
-    print(f"guards a node with role {role}, which {end}")
+    print(f"guards this {role}, which {end}")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
