@@ -1112,6 +1112,7 @@ def warn_of_rules(
 TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
 IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
+BOOT_LIMIT = 600  # from the launch to an answering sshd
 LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
@@ -2509,16 +2510,25 @@ class App:
         """Return "group 'default' (us-east-1)"."""
         return f"group {group!r} ({self.settings.AWS_REGION})"
 
+    def awaits_address(self, node: Node) -> bool:
+        """Tell whether EC2 has yet to tell NODE's public address, seconds after the private one."""
+        boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
+        return boots and not node.public_ip and not self.settings.PRIVATE_NODES
+
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
         path = self.settings.key_file
         if nodes and self.known_identity is None and path.exists() and b"placeholder" not in path.read_bytes():
             _ = self.identity  # asks for its passphrase, or says what is wrong with it, before others are suspected
         self.check_owner(group, nodes)
-        ready = self.ours([node for node in nodes if node.state == "running"])
-        waiting = [node for node in nodes if node.state == "pending"]
+        running = [node for node in nodes if node.state == "running"]
+        ready = self.ours([node for node in running if not self.awaits_address(node)])
+        waiting = [node for node in nodes if node.state == "pending"] + list(filter(self.awaits_address, running))
         if waiting:
-            note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
+            names = ", ".join(node.id for node in waiting)
+            note(f"{format_count(len(waiting), 'node')} still pending (no public address yet), left out: {names}")
+        if not ready and waiting:
+            raise ClusterError(f"no node of {self.where(group)} can be reached yet; run this again in a minute")
         if not ready:
             raise ClusterError(
                 f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE', 'COUNT', group)} makes some"
@@ -3429,7 +3439,6 @@ QUOTAS = {
     "x": ("L-7295265B", "L-E3A00192"),
     "": ("L-1216C47A", "L-34B43A08"),
 }
-BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
@@ -4089,11 +4098,12 @@ def await_nodes(
                 raise
         waiting |= seen
         for node in seen.values():
-            boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
-            address = node.public_ip if boots and not app.settings.PRIVATE_NODES else node.address
-            if address and node.id not in begun and node.state in ("pending", "running"):
+            reachable = node.address and node.state in ("pending", "running") and not app.awaits_address(node)
+            if reachable and node.id not in begun:
+                boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
                 limit = BOOT_LIMIT if boots else LOGIN_LIMIT
                 begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
+                progress.step(node, "booting")
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
         end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
@@ -5316,11 +5326,11 @@ class Board(Progress):
     def step(self, node: Node, text: str) -> None:
         """Note what NODE does now."""
         with OUTPUT:
-            if node.id not in self.at:
-                return
-            if self.at[node.id][2] == "booting" and text != "booting" and not is_terminal():
+            before = self.at[node.id][2] if node.id in self.at else text
+            if before == "booting" != text and not is_terminal():
                 note(f"{node.name}: has booted")
-            self.at[node.id] = (time.monotonic(), node.name, text)
+            if before != text:
+                self.at[node.id] = (time.monotonic(), node.name, text)
         self.redraw()
 
     def finished(self, outcome: Outcome[Any]) -> None:
@@ -5332,25 +5342,18 @@ class Board(Progress):
             else:
                 super().finished(outcome)
 
-    def lines(self) -> list[str]:
-        """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
-        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
-        waiting = sorted(self.at.values())
-        lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
-        steps = [step for _, _, step in waiting[room:]]
-        more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
-        return [
-            *lines,
-            f"Up: {self.done}/{format_count(self.total, 'node')}{more}, {format_duration(now - self.began)}",
-        ]
-
     def redraw(self) -> None:
-        """Draw the board anew."""
+        """Draw the nodes that wait longest, as far as there is room, and the whole; in a pipe a line a minute."""
         if not is_terminal():
-            super().redraw()  # a line a minute
-            return
+            return super().redraw()
+        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
         with OUTPUT:
-            draw(*self.lines())
+            waiting = sorted(self.at.values())
+            lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
+            steps = [step for _, _, step in waiting[room:]]
+            more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
+            nodes = f"{self.done}/{format_count(self.total, 'node')}"
+            return draw(*lines, f"Up: {nodes}{more}, {format_duration(now - self.began)}")
 
 
 def count_nodes(
@@ -5478,10 +5481,11 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
     if dry_run:
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
-    groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
-    if cidr:
-        app.allow_access(groups, cidr)
-    warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
+    if not token:  # as a launch does
+        groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
+        if cidr:
+            app.allow_access(groups, cidr)
+        warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
     ended: set[str] = set()
     keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
@@ -5555,22 +5559,18 @@ class Attempt(NamedTuple):
     ended: str = ""  # why the tool has ended it
 
 
-class Verdict(NamedTuple):
-    """Why a picture is not there: through the cluster (it is worth another try), its servers, or the scene."""
-
-    blame: str
-    reason: str
-
-
 def find_error(log: str) -> str:
     """Return the last error in what a Mitsuba program has said that is not about a connection, or ""."""
     found = [text for text in MITSUBA_ERROR.findall(log) if not CONNECTION_ERROR.search(text)]
     return printable(found[-1]) if found else ""
 
 
-def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str) -> Verdict:
+def judge(
+    attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str
+) -> tuple[str, str]:
     """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
 
+    Returns what is to blame (the cluster: it is worth another try; a server; or the scene), and the reason.
     A head restarts without a worker that it has lost and with one that has come back; it does so too after
     its own death or a worker's, which a scene can cause.
     """
@@ -5578,20 +5578,18 @@ def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | s
     now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
     lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
     if lost or attempt.ended:
-        return Verdict("cluster", ", ".join(lost) or attempt.ended)
+        return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
     heads = [name for name in died if now[name].role == "head"]
     if died == heads and any(now[name].linked != before[name].linked for name in heads):
-        return Verdict("cluster", f"{heads[0]} was restarted to link other workers")
+        return "cluster", f"{heads[0]} was restarted to link other workers"
     if server_error or died:
-        return Verdict("server", server_error or f"mtssrv died on {', '.join(died)}")
+        return "server", server_error or f"mtssrv died on {', '.join(died)}"
     if refusal := find_error(attempt.output):
-        return Verdict("scene", f"Mitsuba refuses it: {refusal}")
+        return "scene", f"Mitsuba refuses it: {refusal}"
     if attempt.code > 0:
-        return Verdict("cluster", "the connection to the head broke")
-    return Verdict(
-        "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
-    )
+        return "cluster", "the connection to the head broke"
+    return "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
 
 
 class RenderCluster:
@@ -5600,8 +5598,12 @@ class RenderCluster:
     def __init__(self, app: App, group: str) -> None:
         self.app, self.group = app, group
         self.nodes = app.open_group(group)
-        self.names: dict[str, str] = {}  # a node that has ended has no name any more
-        self.frozen: set[str] = set()  # ids of nodes that were given up
+        self.frozen: set[str] = set()  # ids of heads that were given up
+
+    @property
+    def running(self) -> list[Node]:
+        """The nodes that run, as far as EC2 has told."""
+        return [node for node in self.nodes if node.state == "running"]
 
     def refresh(self) -> None:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
@@ -5619,53 +5621,51 @@ class RenderCluster:
         began = time.monotonic()
         progress = Progress("Waiting for the head", 0)
         while True:
-            running = [node for node in self.nodes if node.state == "running"]
-            problem = "no node is left"
-            if heads := [node for node in running if node.role == "head"]:
-                (outcome,) = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)
+            waited, problem = time.monotonic() - began, "no node is left"
+            if head := next((node for node in self.running if node.role == "head"), None):
+                (outcome,) = self.app.pool.each([head], serving_step, limit=LOOK_LIMIT)
                 if outcome.ok:
-                    return heads[0], *outcome.value
-                problem = f"{heads[0].name}: {outcome.error}"
-                if outcome.silent and time.monotonic() - began > FROZEN_LIMIT and self.hears_others(heads[0]):
-                    note(f"{heads[0].name} is frozen; it costs money until {command('terminate', heads[0].id)}")
-                    with tolerate():
-                        tag_roles(self.app.ec2, None, heads[:1])
-                        self.frozen.add(heads[0].id)
-            elif running:
+                    return head, *outcome.value
+                problem = f"{head.name}: {outcome.error}"
+                if outcome.silent and waited > FROZEN_LIMIT:
+                    self.give_up(head)
+            elif self.running:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
-                    start_group(self.app, self.group, running, force=False)
-            if time.monotonic() - began > HEAL_LIMIT or not running:
+                    start_group(self.app, self.group, self.running, force=False)
+            if waited > HEAL_LIMIT or not self.running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
 
-    def hears_others(self, head: Node) -> bool:
-        """Tell whether nodes beside the HEAD answer, so that its silence is not this machine's own network."""
-        others = [node for node in self.nodes if node.state == "running" and node.id != head.id]
-        return any(outcome.ok for outcome in self.app.pool.each(others, fetch_facts, limit=LOOK_LIMIT))
+    def give_up(self, head: Node) -> None:
+        """Let a silent HEAD be none any more, if any other node answers: else this machine's network is to blame."""
+        if any(isinstance(facts, Facts) for facts in self.ask_nodes(self.running).values()):
+            note(f"{head.name} is frozen; it costs money until {command('terminate', head.id)}")
+            with tolerate():
+                tag_roles(self.app.ec2, None, [head])
+                self.frozen.add(head.id)
 
-    def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
-        """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
-        running = [node for node in self.nodes if node.state == "running"]
-        self.names = {node.id: node.name for node in running} | self.names
+    def ask_nodes(self, nodes: Sequence[Node]) -> dict[str, Facts | str]:
+        """Return, by name, what each of NODES says of itself, or what has become of it."""
         found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
+        wanted = {node.id for node in nodes}
+        running = [node for node in self.running if node.id in wanted]
         for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
             found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
-        known = {name: found.get(node_id, "is gone") for node_id, name in self.names.items()}
-        return {name: one for name, one in known.items() if names is None or name in names}
+        return {node.name: found.get(node.id, "is gone") for node in nodes}  # EC2 knows no name of one that has ended
 
-    def server_errors(self, before: dict[str, Facts]) -> str:
-        """Return what the servers have complained about in their logs since they were asked BEFORE."""
+    def server_errors(self, clocks: dict[str, str]) -> str:
+        """Return what servers have complained about in their logs since the CLOCKS of their nodes (id -> time)."""
 
         def step(remote: Remote) -> str:
-            since = f"@{before[self.names[remote.node.id]].clock}"  # by the node's own clock
-            return find_error(remote.run(root_command("server-log", RENDER_LOG, since), keep=MIB)[1])
+            asked = root_command("server-log", RENDER_LOG, f"@{clocks[remote.node.id]}")
+            return find_error(remote.run(asked, keep=MIB)[1])
 
-        asked = [node for node in self.nodes if node.state == "running" and self.names.get(node.id) in before]
-        outcomes = self.app.pool.each(asked, step, limit=LOOK_LIMIT)
+        nodes = [node for node in self.running if node.id in clocks]
+        outcomes = self.app.pool.each(nodes, step, limit=LOOK_LIMIT)
         return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
 
 
@@ -5706,22 +5706,20 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     )
     reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
     reader.start()
-    ended = ""
-    question: Future[Outcome[Facts]] | None = None
-    heard = asked = time.monotonic()
+    ended, heard = "", time.monotonic()
     try:
-        while child.poll() is None and not ended:
-            pool.wait([question] if question else [], 0.1)
-            if question and question.done():
-                outcome, question = question.result(), None
-                heard = time.monotonic() if outcome.ok else heard
-                if outcome.ok and outcome.value.started != started:
-                    break
-            if not question and time.monotonic() - asked > RENDER_POLL:
-                asked = time.monotonic()
-                question = pool.submit(head, fetch_facts, limit=RENDER_POLL)
-            if time.monotonic() - heard > RENDER_SILENCE:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(RENDER_POLL)
+                break
+            (outcome,) = pool.each([head], fetch_facts, limit=RENDER_POLL)
+            if outcome.ok and outcome.value.started != started:
+                break
+            if outcome.ok:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > RENDER_SILENCE:
                 ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
+                break
     finally:
         child.kill()
         code = child.wait()
@@ -5739,7 +5737,9 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     deaths = 0
     for attempt_number in range(1, request.tries + 1):
         head, facts, cores = cluster.await_head()
-        before = {name: one for name, one in cluster.ask_nodes().items() if isinstance(one, Facts)}
+        asked = cluster.running
+        before = {name: one for name, one in cluster.ask_nodes(asked).items() if isinstance(one, Facts)}
+        nodes = [node for node in asked if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -5757,12 +5757,12 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
                 return True
         cluster.refresh()
         cluster.await_head()
-        after = cluster.ask_nodes(before)
-        verdict = judge(attempt, before, after, cluster.server_errors(before))
-        deaths += verdict.blame == "server"
-        final = verdict.blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
+        server_errors = cluster.server_errors({node.id: before[node.name].clock for node in nodes})
+        blame, reason = judge(attempt, before, cluster.ask_nodes(nodes), server_errors)
+        deaths += blame == "server"
+        final = blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
         what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
-        note(f"{scene}: {format_duration(took)} lost: {verdict.reason}; {what}")
+        note(f"{scene}: {format_duration(took)} lost: {reason}; {what}")
         if final:
             break
     return False
@@ -5806,7 +5806,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
             if render_scene(cluster, request, scene):
                 missing.remove(scene)
     except NodeError as error:
-        note(f"Given up: {error}")
+        note(f"Given up: {error}; {command('terminate', 'NODE')}, then up, replaces a node that stays silent")
     except Exception as error:  # whatever it is, the nodes must not run on unattended
         failure = error
     if then_terminate:
@@ -6570,6 +6570,13 @@ def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
     return protected
 
 
+def with_untagged(requests: Sequence[SpotRequest], nodes: Sequence[Node]) -> list[SpotRequest]:
+    """Return REQUESTS, and those of NODES that lack our tag: each node names the request that it came by."""
+    known = {"", *(request.id for request in requests)}
+    untagged = [node for node in nodes if node.spot_request not in known and node.state in ALIVE]
+    return [*requests, *(SpotRequest(one.spot_request, one.group, "active", "", None, one.id) for one in untagged)]
+
+
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
     """Cancel the live ones of REQUESTS; return their ids."""
     ids = [request.id for request in live(requests)]
@@ -6587,27 +6594,15 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def begin_end(app: App, ec2: Client, nodes: Sequence[Node], others: bool) -> list[Node]:
-    """Start the end of the user's NODES (OTHERS: everybody's); return those that end."""
-    inside = [node for node in nodes if node.is_inside]
-    targets = inside if others else app.launched(inside, ec2)
-    protected, unknown = terminate_nodes(ec2, [node for node in targets if node.state != "shutting-down"])
-    return [node for node in targets if node not in [*protected, *unknown]]
-
-
-def end_group(
-    app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node], show: Callable[[str], None]
-) -> Ended:
+def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
     """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
-
-    The end of those in BEGUN has been asked for.
 
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    seen = {node.id: node for node in begun}
+    seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
     before: Any = None
@@ -6630,7 +6625,7 @@ def end_group(
         seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
         if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
             with excused("their spot requests are not cancelled"):
-                cancelled = cancel_spot_requests(ec2, fetch_spot_requests(ec2, group))
+                cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
         present = (len(seen), {node.id for node in living})
         since, before = (since if present == before else time.monotonic()), present
         held = len(protected) + len(inside) > len(targets)
@@ -6663,11 +6658,11 @@ def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
     )
 
 
-def terminate_in(app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node] = ()) -> bool:
+def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    done = end_group(app, ec2, group, others, begun, progress.show)
+    done = end_group(app, ec2, group, others, progress.show)
     for node in done.nodes:
         result(f"{node.name}: terminated")
     for node in done.left:
@@ -6738,36 +6733,28 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     app.left = f"Some nodes may still run; end them with {command('terminateAll', *options)}."
     home = app.settings.AWS_REGION
     problems: list[str] = []
-    regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
-    chosen: dict[str, list[str]] = {}
-    begun: list[tuple[str, str, list[Node], str]] = []
-    found = False
+    found: list[str] = []
 
-    @contextlib.contextmanager
-    def noted(region: str) -> Iterator[None]:
+    def end(region: str, present: Present, name: str) -> None:
+        nodes = [node for node in present.nodes if node.group == name]
         try:
-            yield
+            app.check_owner(name, nodes, others, present.ec2)
+            client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
+            found.extend([name] if terminate_in(app, present.ec2, name, others) else [])
+            if client:
+                note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
             problem = error.message if isinstance(error, ClusterError) else app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
-    for region, present in regions.items():  # every node is asked to end before any end is waited for
-        groups = own_groups(app, present) if all_groups else [group]
-        if region != home:
-            there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
-            groups = [one for one in groups if one in there]
-        chosen[region] = groups
-        for one in groups:
-            with noted(region):
-                nodes = [node for node in present.nodes if node.group == one]
-                app.check_owner(one, nodes, others, present.ec2)
-                client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
-                begun.append((region, one, begin_end(app, present.ec2, nodes, others), client))
-    for region, one, nodes, client in begun:
-        with noted(region):
-            found = terminate_in(app, regions[region].ec2, one, others, nodes) or found
-            if client:
-                note(f"{client}, was connected to the head of group {one!r}")
+    regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
+    chosen: dict[str, list[str]] = {}
+    for region, present in regions.items():
+        there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
+        chosen[region] = own_groups(app, present) if all_groups else [group] if region == home or group in there else []
+    ends = [functools.partial(end, name, regions[name], one) for name, groups in chosen.items() for one in groups]
+    if ends:
+        side_by_side(*ends)  # no group waits for another's end
     for region, present in regions.items():
         name_running(app, present, chosen[region])
     if not found and not problems:
@@ -6848,12 +6835,18 @@ def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
         note("No spot request is open")
 
 
+def our_requests(app: App) -> list[SpotRequest]:
+    """Return all spot requests that this tool made."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.is_inside]
+    return with_untagged(fetch_spot_requests(app.ec2), nodes)
+
+
 @cli.command("cancelSpot")
 @click.argument("name", metavar="ID")
 @click.pass_obj
 def cancel_spot(app: App, name: str) -> None:
     """Cancel one spot request."""
-    found = [request for request in fetch_spot_requests(app.ec2) if request.id == name]
+    found = [request for request in our_requests(app) if request.id == name]
     if not found:
         raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
     if found[0].state not in ("open", "active"):
@@ -6865,7 +6858,7 @@ def cancel_spot(app: App, name: str) -> None:
 @click.pass_obj
 def cancel_all_spot(app: App) -> None:
     """Cancel all spot requests that this tool made."""
-    cancel_requests(app, fetch_spot_requests(app.ec2))
+    cancel_requests(app, our_requests(app))
 
 
 # --- Small commands ----------------------------------------------------------

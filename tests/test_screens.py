@@ -19,8 +19,8 @@ import pytest
 
 import cluster
 from tests.localcloud.places import PROJECT
-from tests.screens import Terminal, show, stop
-from tests.support import LocalCloud, make_node
+from tests.screens import Terminal, render, show, stop
+from tests.support import LocalCloud, impatience, make_node
 
 GROUP = "screens"
 SCREENS = PROJECT / "tests" / "screens.txt"
@@ -66,7 +66,7 @@ def test_screens(cloud: LocalCloud) -> None:
     """The session at 80x24 is what tests/screens.txt shows; to renew it, delete that file and look at the new one."""
     data = cloud.where.root / "smoke.vol"
     data.write_bytes(b"v" * 1_200_000)
-    patience = {"MITSUBA_CLUSTER_LIMITS": '{"ANSWER_LIMIT": 15}'}  # a slow machine, where healthy nodes take long
+    patience = impatience({"ANSWER_LIMIT": 15, "EXCHANGE_LIMIT": 15})  # a slow machine: healthy nodes take long
     screens = []
     cloud.end("default")
     for words in (
@@ -88,6 +88,16 @@ def test_screens(cloud: LocalCloud) -> None:
         assert all(len(line) <= 80 for line in seen.lines if "c1.xlarge  running" in line)
         name = " ".join(words).replace(str(data), "smoke.vol")
         screens.append(f"$ ./cluster.py {name}\n{in_own_words(cloud, seen.lines)}\n")
+    with cloud.options(pace="none", launch_faults=["", "sshd-silent", ""]):
+        terminal = Terminal(cloud, *PROGRAM, "up", "c1.xlarge", "3", env=cloud.environment(), **patience)
+        terminal.read(until="Up: 2/3 nodes", times=2)
+        whole, _, _ = terminal.raw.decode().rpartition("\r\x1b[1A")  # the last frame may lack its end
+        cloud.fault("heal", cloud.nodes("default")[1])
+        seen = terminal.end()
+    assert seen.code == 0, seen.raw
+    screens.append(f"$ ./cluster.py up c1.xlarge 3\n{in_own_words(cloud, seen.lines)}\n")
+    screens.append(f"While the second node boots:\n{in_own_words(cloud, render(whole))}\n")
+    cloud.end("default")
     text = in_own_addresses("\n".join(screens))
     if not SCREENS.exists():
         SCREENS.write_text(text)
