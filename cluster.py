@@ -35,6 +35,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import glob
 import importlib
 import inspect
 import json
@@ -1311,7 +1312,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, json, os, re, socket, stat, subprocess, sys, threading, time
+import concurrent.futures, contextlib, glob, json, os, re, socket, stat, subprocess, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
@@ -2224,7 +2225,6 @@ class FileServer:
 
 def end_predecessor(address: str, port: str) -> None:
     """End the program that serves at this address for an earlier run, whose client may have lost its network."""
-    import glob
     import signal
 
     for path in glob.glob("/proc/[0-9]*/cmdline"):
@@ -3158,12 +3158,11 @@ class Look(NamedTuple):
 
 
 def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
+    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from ss, which leaves out what is 0."""
     servers, logins = {}, {}
     for line in text.splitlines():
-        _, _, own, peer, *rest = line.split()
-        # ss leaves out what is 0.
-        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
+        _, _, own, peer, *_ = line.split()
+        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", line)))
         if own.endswith(f":{SERVER_PORT}"):
             servers[peer] = moved
         elif '"sshd' in line:
@@ -3184,8 +3183,6 @@ def is_below_sshd(process: str) -> bool:
 
 def is_held(path: str) -> bool:
     """Tell whether a command that somebody waits for holds PATH open."""
-    import glob
-
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(link) == path and is_below_sshd(link.split("/")[2]):
@@ -3205,8 +3202,6 @@ def run_quietly(*words: str) -> str:
 
 def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
     """Look at this node; ENDS: of a head, see watch_ends."""
-    import glob
-
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
     touched = {}

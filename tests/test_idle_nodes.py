@@ -140,7 +140,7 @@ def test_a_forgotten_cluster_ends_but_not_under_a_client_nor_a_worker_before_its
         wait_until(lambda: len(ssh_bytes(nodes, workers[0])) >= 4, PATIENCE, "the watches, the log and the shell")
         before, began = ssh_bytes(nodes, workers[0]), time.monotonic()
         for node in (head, *workers):
-            wait_until(lambda node=node: idle_seconds(nodes, node) > 3 * IDLE, PATIENCE, f"idle time of {node}")  # type: ignore[misc]
+            wait_until(lambda node=node: idle_seconds(nodes, node) > 2 * IDLE, PATIENCE, f"idle time of {node}")  # type: ignore[misc]
         after, minutes = ssh_bytes(nodes, workers[0]), (time.monotonic() - began) / 60
         moved = {peer: (after[peer] - before[peer]) / minutes for peer in before.keys() & after.keys()}
         assert moved
