@@ -166,7 +166,7 @@ def test_workers_that_come_back_are_linked_and_end_when_their_head_is_frozen_or_
         return nodes.run("timeout", "5", *words).out
 
     def linked() -> int:
-        return journal(nodes, head).count(f"restarts the head to link {worker['private_ip']}\n")
+        return journal(nodes, head).count(f"restarts mtssrv to link {worker['private_ip']}\n")
 
     wait_until(lambda: idle_seconds(nodes, worker) > IDLE / 2, PATIENCE, "a worker's idle time")
     rebooted = time.monotonic()
@@ -178,7 +178,7 @@ def test_workers_that_come_back_are_linked_and_end_when_their_head_is_frozen_or_
     assert idle < time.monotonic() - rebooted
     shown = nodes.cluster("logs", head["id"]).out
     left_out = rf" mtssrv\[\d+\]: {worker['private_ip']} is left out: it does not answer: .*\n"
-    assert re.search(rf"{left_out}(.*\n)+.* mitsuba-guard\[\d+\]: restarts the head to link ", shown), shown
+    assert re.search(rf"{left_out}(.*\n)+.* mitsuba-guard\[\d+\]: restarts mtssrv to link ", shown), shown
     wait_until(lambda: everything in offered(), PATIENCE, "an offer of all cores")
 
     short = json.dumps({"seconds": 0.3, "name": "a short render"})
