@@ -5499,17 +5499,14 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
         kept = {node.id for node in nodes if is_ours(node, app.identity)}
         if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
+    outcomes = [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
     try:
-        link_up(
-            app, group, plan, [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
-        )
+        link_up(app, group, plan, outcomes)
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
-        reason = f" ({why})" if why else ""
-        raise ClusterError(
-            f"the group has {len(nodes)} of {format_count(count, 'node')}{reason}; {again} makes the others"
-        )
+        has = f"the group has {len(nodes)} of {format_count(count, 'node')}{f' ({why})' if why else ''}"
+        raise ClusterError(f"{has}; {again} makes the others")
 
 
 # --- render ------------------------------------------------------------------
@@ -5585,8 +5582,8 @@ def judge(
         return "cluster", f"{heads[0]} was restarted to link other workers"
     if server_error or died:
         return "server", server_error or f"mtssrv died on {', '.join(died)}"
-    if refusal := find_error(attempt.output):
-        return "scene", f"Mitsuba refuses it: {refusal}"
+    if said := find_error(attempt.output):
+        return "scene", f"Mitsuba refuses it: {said}"
     if attempt.code > 0:
         return "cluster", "the connection to the head broke"
     return "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"

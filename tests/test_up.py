@@ -160,11 +160,10 @@ CALLS = [("RunInstances", "kill-before"), ("RunInstances", "kill-after"), ("Crea
 
 @pytest.mark.sweep
 def test_killed_at_aws_calls(cloud: LocalCloud, request: pytest.FixtureRequest) -> None:
-    """With --all-faults: at every call, until up makes no more calls than that."""
+    """With --all-faults: after every call (so before the next), until up makes no more calls than that."""
     rules = [{"service": "ec2", "action": action, "kind": kind, "nth": 1} for action, kind in CALLS]
     if everything := request.config.getoption("--all-faults"):
-        kinds = ("kill-before", "kill-after")
-        rules = [{"service": "*", "kind": kind, "nth": call} for call in range(1, 200) for kind in kinds]
+        rules = [{"service": "*", "kind": "kill-after", "nth": call} for call in range(1, 200)]
     with cloud.options(pace="brief"):
         for number, rule in enumerate(rules):
             group = f"up-killed-{number}"
@@ -175,5 +174,5 @@ def test_killed_at_aws_calls(cloud: LocalCloud, request: pytest.FixtureRequest) 
             assert_serving(cloud, group, 2)
             cloud.end(group)
             if everything and done.code == 0:
-                assert number > 40, "up makes more calls than that: it was not killed"
+                assert number > 20, "up makes more calls than that: it was not killed"
                 break
