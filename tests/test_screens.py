@@ -309,18 +309,27 @@ def test_completion_knows_groups_nodes_and_files(serving: LocalCloud) -> None:
     assert complete(serving, "cluster.py stat") == {"plain,status"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_the_line_to_add(shell: str) -> None:
+SHELLS = {  # begin, what asks the shell, and what it must say
+    "bash": ("", "complete -p cluster.py", "-F _clusterpy_completion cluster.py"),
+    "zsh": (
+        "autoload -Uz compinit; compinit -D; ",
+        "echo $+commands[cluster.py] $+functions[_clusterpy_completion]",
+        "1 1",
+    ),
+    "fish": ("", "complete -C './cluster.py stat'", "status"),
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_prints_the_line_to_add(shell: str, tmp_path: Path) -> None:
     run = functools.partial(subprocess.run, cwd=PROJECT, capture_output=True, text=True, check=True)
     line = run([*PROGRAM, "completion", shell]).stdout.strip()
-    assert line.count(str(PROJECT / "cluster.py")) == 1
-    assert f"_CLUSTER_PY_COMPLETE={shell}_source" in line
-    if shutil.which(shell) and shell == "bash":
-        script = f"{line}; complete -p cluster.py"
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        assert (
-            "-F _clusterpy_completion cluster.py" in run(["bash", "-c", script], env=os.environ | {"PATH": path}).stdout
-        )
+    assert line.count(str(PROJECT)) == 1
+    assert f"_CLUSTER_PY_COMPLETE={shell}_source cluster.py" in line
+    if shutil.which(shell):
+        begin, ask, says = SHELLS[shell]
+        env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        assert says in run([shell, "-c", f"{begin}{line}; {ask}"], env=env).stdout
 
 
 def test_version_is_pyprojects() -> None:
