@@ -5625,7 +5625,7 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: b
 
     Run it again to complete or mend the group, whatever became of the first run.
     """
-    again = command("up", machine, str(count), group)
+    again = f"{Call.program} {shlex.join(sys.argv[1:])}"  # with its options, which a second run needs, too
     package = plan_package(app.settings)
     nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
     if dry_run:

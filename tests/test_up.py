@@ -74,13 +74,13 @@ def test_dry_run(cloud: LocalCloud, group: str) -> None:
 
 def test_a_node_that_never_answers_and_one_whose_installation_fails(cloud: LocalCloud, group: str) -> None:
     with cloud.options(launch_faults=["", "sshd-silent", "install-fails", ""]):
-        made = up(cloud, 4, group, limits={"BOOT_LIMIT": 15, "EXCHANGE_LIMIT": 5})
+        made = up(cloud, 4, group, "--idle-minutes", "9", limits={"BOOT_LIMIT": 15, "EXCHANGE_LIMIT": 5})
     assert made.code == 1
     assert made.out.splitlines()[-1].startswith("Head node: ")
     assert "the installation failed" in made.err
     assert re.search(r"port \d+ of .* does not answer", made.err), made.err
     assert "Error: 2 of 4 nodes serving; failed: " in made.last_line
-    assert made.last_line.endswith(f"; ./cluster.py up c1.xlarge 4 {group} tries again")
+    assert made.last_line.endswith(f"; ./cluster.py up c1.xlarge 4 {group} --idle-minutes 9 tries again")
     for node in cloud.nodes(group):
         cloud.fault("heal", node)
     again = up(cloud, 4, group)
