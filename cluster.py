@@ -2964,8 +2964,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 
 # --- Guard -------------------------------------------------------------------
 # mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
-# links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
-# each other, constants, and Python's own modules. All times are of the monotonic clock.
+# links nodes that come back, and ends idle nodes (node_program sends its functions). All times are monotonic.
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
@@ -3319,8 +3318,7 @@ def restore_memory(text: str) -> Memory | None:
 def node_state(memory: Memory, limit: float) -> dict[str, Any]:
     """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
-    idle = memory.at - memory.used
-    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients}
+    return {"idle": memory.at - memory.used, "limit": limit, "clients": clients}
 
 
 def restart_head(why: str) -> None:
