@@ -35,6 +35,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import glob
 import importlib
 import inspect
 import json
@@ -1316,7 +1317,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, json, os, re, socket, stat, subprocess, sys, threading, time
+import concurrent.futures, contextlib, glob, json, os, re, socket, stat, subprocess, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
@@ -2229,7 +2230,6 @@ class FileServer:
 
 def end_predecessor(address: str, port: str) -> None:
     """End the program that serves at this address for an earlier run, whose client may have lost its network."""
-    import glob
     import signal
 
     for path in glob.glob("/proc/[0-9]*/cmdline"):
@@ -3179,12 +3179,11 @@ class Look(NamedTuple):
 
 
 def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
+    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from ss, which leaves out what is 0."""
     servers, logins = {}, {}
     for line in text.splitlines():
-        _, _, own, peer, *rest = line.split()
-        # ss leaves out what is 0.
-        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
+        _, _, own, peer, *_ = line.split()
+        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", line)))
         if own.endswith(f":{SERVER_PORT}"):
             servers[peer] = moved
         elif '"sshd' in line:
@@ -3205,8 +3204,6 @@ def is_below_sshd(process: str) -> bool:
 
 def is_held(path: str) -> bool:
     """Tell whether a command that somebody waits for holds PATH open."""
-    import glob
-
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(link) == path and is_below_sshd(link.split("/")[2]):
@@ -3226,8 +3223,6 @@ def run_quietly(*words: str) -> str:
 
 def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
     """Look at this node; ENDS: of a head, see watch_ends."""
-    import glob
-
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
     touched = {}
@@ -3359,12 +3354,12 @@ def guard_node(arguments: list[str]) -> None:
         plan = json.loads(read_file(PLAN_PATH))
     if arguments == ["filter"]:
         return filter_workers(plan)
-    role, workers = plan.get("role", "none"), plan.get("workers", {})
+    role, workers = plan.get("role", "node"), plan.get("workers", {})
     watches = role == "head" or workers  # a sub-head does, whose role is that of a worker
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
     end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
-    print(f"guards a node with role {role}, which {end}")
+    print(f"guards this {role}, which {end}")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
