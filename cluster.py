@@ -90,6 +90,7 @@ TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of t
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 TAG_IDLE = "mitsuba-idle-minutes"
+TAG_TREE = "mitsuba-tree"  # "yes": start links the group in two levels
 SERVER_PORT = 7554  # mtssrv's own default
 PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
@@ -709,6 +710,7 @@ class Node(NamedTuple):
     price: float | None = None  # $ an hour
     max_hours: float | None = None
     idle_minutes: float | None = None
+    tree: bool = False  # its group is linked in two levels
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
     token: str = ""  # its launch's ClientToken
@@ -755,6 +757,7 @@ class InstanceType(NamedTuple):
     cores: int
     encrypts: bool
     burstable: bool
+    gbits: float = 0  # a second, that its first network card has at all times; 0: unknown
 
 
 class SpotRequest(NamedTuple):
@@ -843,6 +846,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
         idle_minutes=to_number(tags.get(TAG_IDLE)),
+        tree=tags.get(TAG_TREE) == "yes",
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
         token=raw.get("ClientToken") or "",
@@ -964,6 +968,7 @@ def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
         cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
         encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
         burstable=raw.get("BurstablePerformanceSupported", False),
+        gbits=raw.get("NetworkInfo", {}).get("NetworkCards", [{}])[0].get("BaselineBandwidthInGbps", 0),
     )
 
 
@@ -2990,12 +2995,15 @@ BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
+RELAY = "relay-"  # what the name of a sub-head's server begins with: it links the workers of its branch
+RELAY_LIMIT = 15  # seconds that a head waits for a sub-head that restarts; below systemd's TimeoutStartSec
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
-PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head, workers with their cores
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head; of a head and of a sub-head
+# also the workers with their cores, a head's are all of the tree; and a head's branches: sub-head -> its workers
 IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
-LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
+LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which a head or sub-head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
 STATE_PATH = "/run/mitsuba-cluster/state.json"
 
@@ -3054,20 +3062,22 @@ class Answer(NamedTuple):
 
     alive: bool
     problem: str = ""  # why the server can't be linked
+    relays: bool = False  # it is a sub-head, with workers of its own
+    refuses: bool = False  # nothing listens there, as while it restarts
 
 
 def ask_address(address: str, build: str, most_cores: int) -> Answer:
     """Shake hands with the server at ADDRESS, which may have so many cores."""
     try:
-        cores, _ = handshake(
+        cores, name = handshake(
             lambda limit: socket.create_connection((address, SERVER_PORT), limit), build, GUARD_TIMEOUT
         )
     except AnotherBuild:
         return Answer(True, "is another build of Mitsuba than this node's")
     except (OSError, EOFError, ValueError) as error:
-        return Answer(False, f"does not answer: {error}")
+        return Answer(False, f"does not answer: {error}", refuses=isinstance(error, ConnectionRefusedError))
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong)
+    return Answer(True, wrong, relays=name.startswith(RELAY) and not wrong)
 
 
 def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
@@ -3095,13 +3105,24 @@ def write_file(path: str, text: str) -> None:
     os.replace(f"{path}.new", path)
 
 
+def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
+    """Return whom to link of those that gave ANSWERS: each that can be, but for the workers of sub-heads that serve."""
+    branches = plan.get("branches", {}).items()
+    below = {one for head, workers in branches if answers[head].relays for one in workers}
+    return [one for one in plan["workers"] if not answers[one].problem and one not in below]
+
+
 def filter_workers(plan: dict[str, Any]) -> None:
-    """Before each start of the head: note those of its workers that answer, and name the others."""
+    """Before each start of a head or sub-head: note those of its workers that answer, and name the others."""
+    heads = {one: plan["workers"][one] for one in plan.get("branches", ())}
+    deadline = time.monotonic() + RELAY_LIMIT
+    while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
+        time.sleep(WATCH_PAUSE)
     answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
             print(f"{one} is left out: it {answer.problem}")
-    write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
+    write_file(LINKED_PATH, "".join(f"{one}\n" for one in pick_workers(plan, answers)))
 
 
 class Links(NamedTuple):
@@ -3320,20 +3341,23 @@ def node_state(memory: Memory, limit: float) -> dict[str, Any]:
 
 
 def restart_head(why: str) -> None:
-    """Restart the head's server; its filter then links all workers that answer."""
-    print(f"restarts the head {why}")
+    """Restart the server of a head or sub-head; its filter then links all workers that answer."""
+    print(f"restarts mtssrv {why}")
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
 def keep_serving(plan: dict[str, Any], links: Links) -> Links:
-    """Shake hands with all servers once, and restart the head where that helps."""
+    """Shake hands with all servers once, and restart the own one where that helps."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
             print(f"does not link {one}: it {answers[one].problem}")
     linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
-    links = renew_links(links, time.monotonic(), own, linked, answers)
+    # A sub-head links nobody anew: it does not know whether its head has a client, who would lose a render.
+    wanted = {own, *linked, *(pick_workers(plan, answers) if plan["role"] == "head" else ())}
+    seen = {one: answer for one, answer in answers.items() if one in wanted or answer.problem}
+    links = renew_links(links, time.monotonic(), own, linked, seen)
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
         links = links._replace(heard={})
@@ -3348,6 +3372,7 @@ def guard_node(arguments: list[str]) -> None:
     if arguments == ["filter"]:
         return filter_workers(plan)
     role, workers = plan.get("role", "none"), plan.get("workers", {})
+    watches = role == "head" or workers  # a sub-head does, whose role is that of a worker
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
     end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
@@ -3356,9 +3381,9 @@ def guard_node(arguments: list[str]) -> None:
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
     while True:
-        if role == "head":
+        if watches:
             links = keep_serving(plan, links)
-        if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
+        if not watches or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(ends), len(workers))
             if joining := find_joining(links, memory.at, memory.quiet):
                 restart_head(f"to link {' '.join(joining)}")
@@ -3375,7 +3400,7 @@ def guard_node(arguments: list[str]) -> None:
                 if (idle and role != "worker") or refused >= HEAD_ASKED:
                     print(f"ends this node: {unused}")
                     run_quietly("systemctl", "poweroff")
-        time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
+        time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if watches else USE_LOOK)
 
 
 GUARD_UNIT = """\
@@ -4115,6 +4140,7 @@ def await_nodes(
                 boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
                 limit = BOOT_LIMIT if boots else LOGIN_LIMIT
                 begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
+                progress.step(node, "booting")
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
         end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
@@ -4851,15 +4877,29 @@ def install(app: App, group: str) -> None:
 
 SERVER_LIMIT = 40  # seconds from starting a server to its handshake
 LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
+TREE_WORTH = 30  # workers for each Gbit/s of the head, from which on two levels are worth two cores a sub-head
+SCENE_GBITS = 4  # of 500 MB
 HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
 
 
 NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 
+def head_rank(node: Node) -> tuple[Any, ...]:
+    """What sorts nodes by their fitness for a head: the one that was it, on-demand before spot, the oldest."""
+    return node.role != "head", node.market == "spot", node.age
+
+
 def plan_head(nodes: Sequence[Node]) -> Node:
-    """Choose the head: the one that was it, else on-demand before spot, else the oldest."""
-    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.age))
+    """Choose the head."""
+    return min(nodes, key=head_rank)
+
+
+def plan_branches(workers: Sequence[Node]) -> dict[str, list[str]]:
+    """Return sub-head -> its workers, by private address, √N of √N each; none where a tree would save no sending."""
+    order = [node.private_ip for node in sorted(workers, key=head_rank)]
+    count = round(len(order) ** 0.5)
+    return {head: order[count + i :: count] for i, head in enumerate(order[:count])} if len(order) > 3 else {}
 
 
 def plan_head_cores(own: int) -> int:
@@ -4867,18 +4907,23 @@ def plan_head_cores(own: int) -> int:
     return max(1, own - 2)
 
 
-# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 its plan.
+# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 its plan,
+# $6 what makes a worker a sub-head. That does not outlast a boot: by then the head has linked its workers itself.
 START_SERVER = r"""
 set -euo pipefail
-role=$1 server=$2 guard=$3 program=$4 plan=$5
+role=$1 server=$2 guard=$3 program=$4 plan=$5 relay=$6
 command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
-units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster
+units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster relays=/run/systemd/system/mtssrv.service.d
 mkdir -p /etc/mitsuba-cluster $library /run/mitsuba-cluster
 printf '%s\n' "$plan" > /etc/mitsuba-cluster/plan.json
 printf '%s\n' "$program" > $library/guard.py
 printf '%s\n' "$guard" > $units/mitsuba-guard.service
 touch /run/mitsuba-cluster/in-use
-if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
+if [ -n "$server" ]; then
+  printf '%s\n' "$server" > $units/mtssrv.service
+  rm -rf $relays /run/mitsuba-cluster/linked
+  if [ -n "$relay" ]; then mkdir -p $relays; printf '%s\n' "$relay" > $relays/relay.conf; fi
+fi
 systemctl enable --quiet --no-reload mtssrv.service mitsuba-guard.service
 systemctl daemon-reload
 if [ -n "$server" ]; then
@@ -4908,7 +4953,7 @@ Group=mitsuba
 UMask=0002
 SyslogIdentifier=mtssrv
 WorkingDirectory={data}
-{before}ExecStart=/usr/bin/env mtssrv {arguments}
+ExecStart=/usr/bin/env mtssrv -i {address} -l {port}
 Restart=always
 RestartSec=1
 TimeoutStopSec=2
@@ -4924,20 +4969,30 @@ ProtectKernelModules=yes
 ProtectControlGroups=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 IPAddressDeny=169.254.169.254 fd00:ec2::254
-
+{links}
 [Install]
 WantedBy=multi-user.target
 """
 
+# The filter runs as root, so that nothing of the renderer's can stand in the place of what it writes.
+LINKS_UNIT = """
+[Service]
+ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter
+ExecStart=
+ExecStart=/usr/bin/env mtssrv -i {address} -l {port} -n {name} -p {cores} -s {linked}
+"""
+
+
+def links_unit(name: str, address: str, cores: int) -> str:
+    """Return what makes mtssrv.service link workers; CORES are the node's own."""
+    cores = plan_head_cores(cores)
+    return LINKS_UNIT.format(name=name, address=address, port=SERVER_PORT, cores=cores, linked=LINKED_PATH)
+
 
 def server_unit(role: str, address: str, cores: int, data: str) -> str:
     """Return the text of mtssrv.service; CORES are the node's own."""
-    arguments, before = f"-i {address} -l {SERVER_PORT}", ""
-    if role == "head":
-        # As root, so that nothing of the renderer's can stand in the place of what it writes.
-        before = "ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter\n"
-        arguments += f" -p {plan_head_cores(cores)} -s {LINKED_PATH}"
-    return SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
+    links = links_unit("%H", address, cores) if role == "head" else ""
+    return SERVER_UNIT.format(role=role, data=data, address=address, port=SERVER_PORT, links=links)
 
 
 def local_mitsuba() -> str:
@@ -4960,15 +5015,27 @@ class StartPlan(NamedTuple):
 
     head: Node
     data: str  # directory
-    cores: dict[str, int]  # of an instance type
+    types: dict[str, InstanceType]  # those of the nodes, by name
     guard: str  # the program
     client: str = ""  # the head has one, whom no restart may end
     linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
     force: bool = False  # whatever client there is
+    tree: bool = False  # link in two levels
 
     def most_cores(self, node: Node) -> int:
-        """Return how many cores a node's server may announce."""
-        return self.cores.get(node.type) or MOST_CORES
+        """Return how many cores a node's own server may announce."""
+        return (node.type in self.types and self.types[node.type].cores) or MOST_CORES
+
+    def node_plan(self, role: str, node: Node, build: str, **more: Any) -> dict[str, Any]:
+        """Return the plan for a node's guard."""
+        return {"role": role, "build": build, "own": node.private_ip, "head": self.head.private_ip} | more
+
+    def head_plan(self, build: str, workers: Sequence[Node], branches: dict[str, list[str]]) -> dict[str, Any]:
+        """Return the plan for the head's guard: these WORKERS, each with the most cores that it may announce."""
+        most = {node.private_ip: self.most_cores(node) for node in workers}
+        for one in branches:
+            most[one] = min(MOST_CORES, most[one] + sum(most.get(worker, MOST_CORES) for worker in branches[one]))
+        return self.node_plan("head", self.head, build, workers=most, branches=branches)
 
 
 class Served(NamedTuple):
@@ -5062,6 +5129,11 @@ def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
     return f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
 
 
+def head_client(facts: Facts) -> str:
+    """Describe the client of a node that is a head."""
+    return describe_client(facts) if facts.role == "head" else ""
+
+
 def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
     """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
     identity = app.known_identity
@@ -5074,18 +5146,17 @@ def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
     return Facts(0)
 
 
-def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
-    """Return the cores of each of the NODES' instance types, as far as EC2 tells."""
+def fetch_types(ec2: Client, nodes: Sequence[Node]) -> dict[str, InstanceType]:
+    """Return the NODES' instance types by name, as far as EC2 tells."""
     with excused("the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
         types = sorted({node.type for node in nodes})
-        found = side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))
-        return {one.type: one.cores for one in found}
+        return dict(zip(types, side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))))
     return {}
 
 
-def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "") -> None:
+def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
     """Give a node's guard its PLAN, with which its idle time begins anew; with a UNIT (re)start its server, too."""
-    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan)]
+    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan), relay]
     remote.check(root_command("start-server", START_SERVER, *arguments))
 
 
@@ -5100,7 +5171,7 @@ def look_step(remote: Remote) -> Facts:
 def worker_step(start: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
-    plan = {"role": "worker", "build": facts.build, "own": node.private_ip, "head": start.head.private_ip}
+    plan = start.node_plan("worker", node, facts.build)
     if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
             cores = ask_server(remote, facts.build)
@@ -5109,7 +5180,9 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
         if node.private_ip in start.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
         configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
-        cores = await_server(remote, facts.build)
+        cores, facts = await_server(remote, facts.build), facts._replace(linked=())
+    elif facts.linked:
+        return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
         configure_node(remote, start.guard, plan)
     if not 0 < cores <= start.most_cores(node):
@@ -5119,20 +5192,43 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
     return Served(facts, cores, action)
 
 
-def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
-    """Make the head serve with those WORKERS that do, unless it does, or a client would lose it."""
+def branch_step(
+    start: StartPlan, good: dict[str, Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+) -> Served:
+    """Make a worker that serves link the workers of its branch and no others, unless it does."""
+    node, address = remote.node, remote.node.private_ip
+    (facts, offered, *_), cores, relay = good[address].value, None, ""
+    workers = [good[one] for one in branches.get(address, ())]
+    plan = start.node_plan("worker", node, facts.build)
+    action = f"with {format_count(len(workers), 'worker')} of its own, "
+    if workers:
+        plan["workers"] = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+        cores = plan_head_cores(facts.cores) + sum(one.value.cores for one in workers)
+        relay = links_unit(f"{RELAY}{address}", address, facts.cores)
+    if offered == cores and set(facts.linked) == set(branches.get(address, ())):
+        configure_node(remote, start.guard, plan)
+        return Served(facts, offered, f"{action}serves already")
+    configure_node(remote, start.guard, plan, server_unit("worker", address, facts.cores, start.data), relay)
+    return Served(facts, await_server(remote, facts.build, cores, len(workers)), f"{action}started")
+
+
+def head_step(
+    start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+) -> Served:
+    """Make the head serve with those WORKERS that do, but for branches, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
-    wanted = {one.node.private_ip: start.most_cores(one.node) for one in good}
     mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
     if mismatches:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another build: {', '.join(mismatches)}; run install again"
         )
-    cores = sum(one.value.cores for one in good) + plan_head_cores(facts.cores)
+    below = {one for branch in branches.values() for one in branch}
+    wanted = {one.node.private_ip: one.value.cores for one in good if one.node.private_ip not in below}
+    cores = sum(wanted.values()) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan: dict[str, Any] = {"role": "head", "build": facts.build, "own": own, "head": own, "workers": wanted}
+    plan = start.head_plan(facts.build, [one.node for one in good], branches)
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
@@ -5143,9 +5239,8 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     # Asked again: installing may have taken minutes since the first look.
     if offered is not None and not start.force and (client := describe_client(fetch_facts(remote))):
         # A linked worker that SSH can't reach is still the guard's to watch.
-        kept = {one.node.private_ip: start.most_cores(one.node) for one in workers}
-        plan["workers"] = {one: most for one, most in kept.items() if one in wanted or one in facts.linked}
-        configure_node(remote, start.guard, plan)
+        kept = [one.node for one in workers if one.ok or one.node.private_ip in facts.linked]
+        configure_node(remote, start.guard, start.head_plan(facts.build, kept, branches))
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
@@ -5169,65 +5264,125 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
     return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
 
 
-def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None, force: bool = False) -> StartPlan:
+def plan_start(
+    app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None, tree: bool | None, force: bool = False
+) -> StartPlan:
     """Return what every node's server needs; no restart may end the client of a head that was LOOKED at, but by FORCE.
 
-    A worker's only client is its head, which may be gone.
+    A worker's only client is its head, which may be gone. TREE: None to stay with what was chosen before.
     """
-    cores = fetch_cores(app.ec2, nodes)
-    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, cores, node_program(guard_node), force=force)
-    if not force and looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
-        start = start._replace(client=client, linked=frozenset(looked.value.linked))
+    is_tree = any(node.tree for node in nodes)
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_types(app.ec2, nodes), node_program(guard_node))
+    start = start._replace(force=force, tree=is_tree if tree is None else tree)
+    if not force and looked and looked.ok and (client := head_client(looked.value)):
+        linked = [node.private_ip for node in nodes] if is_tree else looked.value.linked
+        start = start._replace(client=client, linked=frozenset(linked))
     return start
+
+
+def link_branches(
+    app: App, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+) -> tuple[dict[str, list[str]], Sequence[Outcome[Served]], str]:
+    """Make the sub-heads of a tree link their workers, and former ones none, unless a client would lose its render.
+
+    Return the branches that there are now, what has become of the WORKERS, and what waits for which client.
+    """
+    build = looked.value.build
+    good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.build == build}
+    now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.linked}
+    branches = plan_branches([one.node for one in good.values()]) if start.tree else {}
+    if not now and not branches:
+        return {}, workers, ""
+    (asked,) = app.pool.each([looked.node], fetch_facts)
+    if asked.ok and not start.force and (client := head_client(asked.value)):
+        same = {own: set(branch) for own, branch in now.items()} == {own: set(one) for own, one in branches.items()}
+        return now, workers, "" if same else f"the nodes wait to be linked in another way: {client}"
+    if asked.ok and asked.value.role == "head":
+        # First, since it loses its links to them, and its guard is to link nobody twice then.
+        plan = start.head_plan(build, [one.node for one in good.values()], branches)
+        app.pool.each([looked.node], lambda remote: configure_node(remote, start.guard, plan))
+    heads = [good[own].node for own in now.keys() | branches.keys()]
+    step = functools.partial(branch_step, start, good, branches)
+    progress = Progress("Linking branches", len(heads), describe_server)
+    done = {one.node.id: one for one in app.pool.each(heads, step, progress)}
+    branches = {own: branch for own, branch in branches.items() if done[good[own].node.id].ok}
+    return branches, [done.get(one.node.id, one) for one in workers], ""
+
+
+def suggest_tree(group: str, start: StartPlan, workers: int) -> None:
+    """Name --tree where the head alone would send a big scene to its WORKERS for long."""
+    gbits = start.head.type in start.types and start.types[start.head.type].gbits
+    if gbits and not start.tree and workers / gbits >= TREE_WORTH:
+        heads = round(workers**0.5)
+        flat, tree = (format_duration(SCENE_GBITS * copies / gbits) for copies in (workers, heads + workers / heads))
+        note(
+            f"A scene of 500 MB takes the head {flat} to send to {workers} workers at {gbits:g} Gbit/s, and in two "
+            f"levels about {tree}: {command('start', group, '--tree')}"
+        )
 
 
 def link_group(
     app: App, group: str, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
 ) -> None:
     """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
-    head, linked = looked.node, [outcome for outcome in workers if outcome.ok]
+    head, waiting = looked.node, ""
     ready: Outcome[Any] = looked
     if looked.ok:
-        step = functools.partial(head_step, start, looked.value, workers)
+        branches, workers, waiting = link_branches(app, start, looked, workers)
+        step = functools.partial(head_step, start, looked.value, workers, branches)
         (ready,) = app.pool.each([head], step, Progress("Linking", 1))
     else:
         note(f"{head.name}: {looked.error}")
-    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
+    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in workers if outcome.ok])
+    others = [node for node in (head, *(one.node for one in workers)) if node.tree != start.tree]
+    tag_nodes(app.ec2, others, TAG_TREE, "yes" if start.tree else "no")
     failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
     if not ready.ok:
         raise ClusterError(explain_failed_head(group, ready, failed))
+    suggest_tree(group, start, len(workers))
     say_how_to_connect(app, group, head, ready.value)
     if failed:
         count = len(workers) + 1
         raise ClusterError(
             f"{count - len(failed)} of {format_count(count, 'node')} serving; failed: {', '.join(failed)}"
         )
-    if ready.value.waiting:
+    if ready.value.waiting or waiting:
+        later = (
+            "they join when it leaves" if ready.value.waiting else f"{command('start', group)} does when it has left"
+        )
         raise ClusterError(
-            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
-            "else they join when it leaves"
+            f"{ready.value.waiting or waiting}; {command('start', group, '--force')} links them now and ends that "
+            f"client, else {later}"
         )
 
 
-def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
+def start_group(app: App, group: str, nodes: Sequence[Node], force: bool, tree: bool | None = None) -> None:
     """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
     (looked,) = app.pool.each([head], look_step)
-    start = plan_start(app, nodes, looked, force)
+    start = plan_start(app, nodes, looked, tree, force)
     workers = app.pool.each(
         others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
     )
     link_group(app, group, start, looked, workers)
 
 
+tree_option = click.option(
+    "--tree/--flat",
+    default=None,
+    help="Link the nodes in two levels, so that a scene goes out faster, or all to the head; kept for later runs.",
+)
+
+
 @cli.command("start")
 @group_argument
+@tree_option
 @click.option("--force", is_flag=True, help="Restart the head even if a client is connected, who loses it.")
 @click.pass_obj
-def start(app: App, group: str, force: bool) -> None:
+def start(app: App, group: str, tree: bool | None, force: bool) -> None:
     """Start Mitsuba's servers; the last line names the head node."""
-    start_group(app, group, app.open_group(group), force)
+    start_group(app, group, app.open_group(group), force, tree)
 
 
 def check_local_port(port: int) -> None:
@@ -5303,11 +5458,11 @@ class Board(Progress):
     def step(self, node: Node, text: str) -> None:
         """Note what NODE does now."""
         with OUTPUT:
-            if node.id not in self.at:
-                return
-            if self.at[node.id][2] == "booting" and text != "booting" and not is_terminal():
+            before = self.at[node.id][2] if node.id in self.at else text
+            if before == "booting" != text and not is_terminal():
                 note(f"{node.name}: has booted")
-            self.at[node.id] = (time.monotonic(), node.name, text)
+            if before != text:
+                self.at[node.id] = (time.monotonic(), node.name, text)
         self.redraw()
 
     def finished(self, outcome: Outcome[Any]) -> None:
@@ -5319,25 +5474,18 @@ class Board(Progress):
             else:
                 super().finished(outcome)
 
-    def lines(self) -> list[str]:
-        """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
-        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
-        waiting = sorted(self.at.values())
-        lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
-        steps = [step for _, _, step in waiting[room:]]
-        more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
-        return [
-            *lines,
-            f"Up: {self.done}/{format_count(self.total, 'node')}{more}, {format_duration(now - self.began)}",
-        ]
-
     def redraw(self) -> None:
-        """Draw the board anew."""
+        """Draw the nodes that wait longest, as far as there is room, and the whole; in a pipe a line a minute."""
         if not is_terminal():
-            super().redraw()  # a line a minute
-            return
+            return super().redraw()
+        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
         with OUTPUT:
-            draw(*self.lines())
+            waiting = sorted(self.at.values())
+            lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
+            steps = [step for _, _, step in waiting[room:]]
+            more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
+            nodes = f"{self.done}/{format_count(self.total, 'node')}"
+            return draw(*lines, f"Up: {nodes}{more}, {format_duration(now - self.began)}")
 
 
 def count_nodes(
@@ -5387,7 +5535,7 @@ def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board,
 
 
 def bring_up(
-    app: App, group: str, nodes: Sequence[Node], package: Package, ended: Container[str]
+    app: App, group: str, nodes: Sequence[Node], package: Package, tree: bool | None, ended: Container[str]
 ) -> tuple[StartPlan, list[Outcome[Served]]]:
     """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link.
 
@@ -5396,7 +5544,7 @@ def bring_up(
     head = plan_head(nodes)
     spread = make_spread(package, 1)  # whoever comes first need not wait for the others
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
-    plan = plan_start(app, nodes, looked)
+    plan = plan_start(app, nodes, looked, tree)
     board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
     outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
@@ -5413,7 +5561,7 @@ def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Se
     if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
         looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
         return link_group(app, group, plan, looked, workers)
-    start_group(app, group, good, force=False)
+    start_group(app, group, good, force=False, tree=plan.tree)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
     raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
 
@@ -5453,8 +5601,9 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 
 @cli.command("up")
 @launch_options
+@tree_option
 @click.pass_obj
-def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: bool | None, **options: Any) -> None:
     """Create, install and start what GROUP lacks of COUNT nodes.
 
     Run it again to complete or mend the group, whatever became of the first run.
@@ -5465,17 +5614,18 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **optio
     if dry_run:
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
-    groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
-    if cidr:
-        app.allow_access(groups, cidr)
-    warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
+    if not token:  # as a launch does
+        groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
+        if cidr:
+            app.allow_access(groups, cidr)
+        warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
     ended: set[str] = set()
     keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
         (plan, outcomes), nodes = side_by_side(
-            functools.partial(bring_up, app, group, mine, package, ended),
+            functools.partial(bring_up, app, group, mine, package, tree, ended),
             functools.partial(keep, nodes, least=LIST_LAG if token else 0),
         )
         nodes = keep(nodes, limit=0)
@@ -5542,22 +5692,18 @@ class Attempt(NamedTuple):
     ended: str = ""  # why the tool has ended it
 
 
-class Verdict(NamedTuple):
-    """Why a picture is not there: through the cluster (it is worth another try), its servers, or the scene."""
-
-    blame: str
-    reason: str
-
-
 def find_error(log: str) -> str:
     """Return the last error in what a Mitsuba program has said that is not about a connection, or ""."""
     found = [text for text in MITSUBA_ERROR.findall(log) if not CONNECTION_ERROR.search(text)]
     return printable(found[-1]) if found else ""
 
 
-def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str) -> Verdict:
+def judge(
+    attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str
+) -> tuple[str, str]:
     """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
 
+    Returns what is to blame (the cluster: it is worth another try; a server; or the scene), and the reason.
     A head restarts without a worker that it has lost and with one that has come back; it does so too after
     its own death or a worker's, which a scene can cause.
     """
@@ -5565,20 +5711,18 @@ def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | s
     now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
     lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
     if lost or attempt.ended:
-        return Verdict("cluster", ", ".join(lost) or attempt.ended)
+        return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
     heads = [name for name in died if now[name].role == "head"]
     if died == heads and any(now[name].linked != before[name].linked for name in heads):
-        return Verdict("cluster", f"{heads[0]} was restarted to link other workers")
+        return "cluster", f"{heads[0]} was restarted to link other workers"
     if server_error or died:
-        return Verdict("server", server_error or f"mtssrv died on {', '.join(died)}")
+        return "server", server_error or f"mtssrv died on {', '.join(died)}"
     if refusal := find_error(attempt.output):
-        return Verdict("scene", f"Mitsuba refuses it: {refusal}")
+        return "scene", f"Mitsuba refuses it: {refusal}"
     if attempt.code > 0:
-        return Verdict("cluster", "the connection to the head broke")
-    return Verdict(
-        "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
-    )
+        return "cluster", "the connection to the head broke"
+    return "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
 
 
 class RenderCluster:
@@ -5587,8 +5731,12 @@ class RenderCluster:
     def __init__(self, app: App, group: str) -> None:
         self.app, self.group = app, group
         self.nodes = app.open_group(group)
-        self.names: dict[str, str] = {}  # a node that has ended has no name any more
-        self.frozen: set[str] = set()  # ids of nodes that were given up
+        self.frozen: set[str] = set()  # ids of heads that were given up
+
+    @property
+    def running(self) -> list[Node]:
+        """The nodes that run, as far as EC2 has told."""
+        return [node for node in self.nodes if node.state == "running"]
 
     def refresh(self) -> None:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
@@ -5606,53 +5754,51 @@ class RenderCluster:
         began = time.monotonic()
         progress = Progress("Waiting for the head", 0)
         while True:
-            running = [node for node in self.nodes if node.state == "running"]
-            problem = "no node is left"
-            if heads := [node for node in running if node.role == "head"]:
-                (outcome,) = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)
+            waited, problem = time.monotonic() - began, "no node is left"
+            if head := next((node for node in self.running if node.role == "head"), None):
+                (outcome,) = self.app.pool.each([head], serving_step, limit=LOOK_LIMIT)
                 if outcome.ok:
-                    return heads[0], *outcome.value
-                problem = f"{heads[0].name}: {outcome.error}"
-                if outcome.silent and time.monotonic() - began > FROZEN_LIMIT and self.hears_others(heads[0]):
-                    note(f"{heads[0].name} is frozen; it costs money until {command('terminate', heads[0].id)}")
-                    with tolerate():
-                        tag_roles(self.app.ec2, None, heads[:1])
-                        self.frozen.add(heads[0].id)
-            elif running:
+                    return head, *outcome.value
+                problem = f"{head.name}: {outcome.error}"
+                if outcome.silent and waited > FROZEN_LIMIT:
+                    self.give_up(head)
+            elif self.running:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
-                    start_group(self.app, self.group, running, force=False)
-            if time.monotonic() - began > HEAL_LIMIT or not running:
+                    start_group(self.app, self.group, self.running, force=False)
+            if waited > HEAL_LIMIT or not self.running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
 
-    def hears_others(self, head: Node) -> bool:
-        """Tell whether nodes beside the HEAD answer, so that its silence is not this machine's own network."""
-        others = [node for node in self.nodes if node.state == "running" and node.id != head.id]
-        return any(outcome.ok for outcome in self.app.pool.each(others, fetch_facts, limit=LOOK_LIMIT))
+    def give_up(self, head: Node) -> None:
+        """Let a silent HEAD be none any more, if any other node answers: else this machine's network is to blame."""
+        if any(isinstance(facts, Facts) for facts in self.ask_nodes(self.running).values()):
+            note(f"{head.name} is frozen; it costs money until {command('terminate', head.id)}")
+            with tolerate():
+                tag_roles(self.app.ec2, None, [head])
+                self.frozen.add(head.id)
 
-    def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
-        """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
-        running = [node for node in self.nodes if node.state == "running"]
-        self.names = {node.id: node.name for node in running} | self.names
+    def ask_nodes(self, nodes: Sequence[Node]) -> dict[str, Facts | str]:
+        """Return, by name, what each of NODES says of itself, or what has become of it."""
         found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
+        wanted = {node.id for node in nodes}
+        running = [node for node in self.running if node.id in wanted]
         for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
             found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
-        known = {name: found.get(node_id, "is gone") for node_id, name in self.names.items()}
-        return {name: one for name, one in known.items() if names is None or name in names}
+        return {node.name: found.get(node.id, "is gone") for node in nodes}  # EC2 knows no name of one that has ended
 
-    def server_errors(self, before: dict[str, Facts]) -> str:
-        """Return what the servers have complained about in their logs since they were asked BEFORE."""
+    def server_errors(self, clocks: dict[str, str]) -> str:
+        """Return what servers have complained about in their logs since the CLOCKS of their nodes (id -> time)."""
 
         def step(remote: Remote) -> str:
-            since = f"@{before[self.names[remote.node.id]].clock}"  # by the node's own clock
-            return find_error(remote.run(root_command("server-log", RENDER_LOG, since), keep=MIB)[1])
+            asked = root_command("server-log", RENDER_LOG, f"@{clocks[remote.node.id]}")
+            return find_error(remote.run(asked, keep=MIB)[1])
 
-        asked = [node for node in self.nodes if node.state == "running" and self.names.get(node.id) in before]
-        outcomes = self.app.pool.each(asked, step, limit=LOOK_LIMIT)
+        nodes = [node for node in self.running if node.id in clocks]
+        outcomes = self.app.pool.each(nodes, step, limit=LOOK_LIMIT)
         return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
 
 
@@ -5693,22 +5839,20 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     )
     reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
     reader.start()
-    ended = ""
-    question: Future[Outcome[Facts]] | None = None
-    heard = asked = time.monotonic()
+    ended, heard = "", time.monotonic()
     try:
-        while child.poll() is None and not ended:
-            pool.wait([question] if question else [], 0.1)
-            if question and question.done():
-                outcome, question = question.result(), None
-                heard = time.monotonic() if outcome.ok else heard
-                if outcome.ok and outcome.value.started != started:
-                    break
-            if not question and time.monotonic() - asked > RENDER_POLL:
-                asked = time.monotonic()
-                question = pool.submit(head, fetch_facts, limit=RENDER_POLL)
-            if time.monotonic() - heard > RENDER_SILENCE:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(RENDER_POLL)
+                break
+            (outcome,) = pool.each([head], fetch_facts, limit=RENDER_POLL)
+            if outcome.ok and outcome.value.started != started:
+                break
+            if outcome.ok:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > RENDER_SILENCE:
                 ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
+                break
     finally:
         child.kill()
         code = child.wait()
@@ -5726,7 +5870,9 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     deaths = 0
     for attempt_number in range(1, request.tries + 1):
         head, facts, cores = cluster.await_head()
-        before = {name: one for name, one in cluster.ask_nodes().items() if isinstance(one, Facts)}
+        asked = cluster.running
+        before = {name: one for name, one in cluster.ask_nodes(asked).items() if isinstance(one, Facts)}
+        nodes = [node for node in asked if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -5744,12 +5890,12 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
                 return True
         cluster.refresh()
         cluster.await_head()
-        after = cluster.ask_nodes(before)
-        verdict = judge(attempt, before, after, cluster.server_errors(before))
-        deaths += verdict.blame == "server"
-        final = verdict.blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
+        server_errors = cluster.server_errors({node.id: before[node.name].clock for node in nodes})
+        blame, reason = judge(attempt, before, cluster.ask_nodes(nodes), server_errors)
+        deaths += blame == "server"
+        final = blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
         what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
-        note(f"{scene}: {format_duration(took)} lost: {verdict.reason}; {what}")
+        note(f"{scene}: {format_duration(took)} lost: {reason}; {what}")
         if final:
             break
     return False
@@ -5793,7 +5939,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
             if render_scene(cluster, request, scene):
                 missing.remove(scene)
     except NodeError as error:
-        note(f"Given up: {error}")
+        note(f"Given up: {error}; {command('terminate', 'NODE')}, then up, replaces a node that stays silent")
     except Exception as error:  # whatever it is, the nodes must not run on unattended
         failure = error
     if then_terminate:
@@ -5883,14 +6029,17 @@ class Asked(NamedTuple):
     restarts: int | None = None
 
 
-def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[str]) -> Asked:
-    """Say in words and numbers what one node's server does."""
+def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], above: dict[str, Node]) -> Asked:
+    """Say in words and numbers what one node's server does, ABOVE which those are that link it."""
     if not outcome.ok:
         return Asked("silent" if outcome.silent else "down", outcome.error)
     facts, cores, why = outcome.value
     word, text = ("serving", f"serves {format_count(cores, 'core')}") if cores is not None else ("down", why)
-    if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
+    over = above.get(outcome.node.private_ip)
+    if facts.role == "worker" and cores is not None and not over:
         word, text = "unlinked", f"up but not linked: run {command('start', outcome.node.group)}"
+    elif cores is not None and over and over.role != "head":
+        text += f", linked to {over.name}"
     parts = [text, f"load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"]
     clients = facts.clients if facts.role == "head" else {}
     for peer, (connected, silent) in clients.items():
@@ -5931,9 +6080,12 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     """Return node id -> what its server says, of the running NODES."""
     outcomes = ask_briefly(app, nodes, server_step)
-    facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
-    linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
-    return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
+    facts = {outcome.node: outcome.value[0] for outcome in outcomes if outcome.ok}
+    above = {address: node for node, one in facts.items() if one.role == "head" for address in one.linked}
+    # A sub-head's workers, unless the head links them itself; whom the head does not link, links nobody to it.
+    for node in [node for node in facts if node.private_ip in above]:
+        above = dict.fromkeys(facts[node].linked, node) | above
+    return {outcome.node.id: judge_server(outcome, above) for outcome in outcomes}
 
 
 def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
@@ -6762,7 +6914,7 @@ def terminate(app: App, name: str, others: bool, force: bool) -> None:
     app.check_owner(node.group, [node], others)
     facts = Facts(0) if force else ask_head(app, fetch_nodes(app.ec2, node.group), ASK_LIMIT)
     client = describe_client(facts, CLIENT_ACTIVE)
-    if client and (node.role == "head" or node.private_ip in facts.linked):
+    if client and (node.role == "head" or node.tree or node.private_ip in facts.linked):
         raise ClusterError(f"{client}, would lose its render; {command('terminate', name, '--force')} ends the node")
     app.left = f"{node.name} may still run; {command('status')} shows it."
     if protected := terminate_young(app.ec2, [node]):
@@ -6990,10 +7142,10 @@ def list_regions(app: App, as_json: bool) -> None:
 
 
 COMPLETE_VARIABLE = "_CLUSTER_PY_COMPLETE"
-COMPLETIONS = {
-    "bash": ("~/.bashrc", 'eval "$({variable}=bash_source {program})"'),
-    "zsh": ("~/.zshrc", 'eval "$({variable}=zsh_source {program})"'),
-    "fish": ("~/.config/fish/config.fish", "{variable}=fish_source {program} | source"),
+COMPLETIONS = {  # file; what adds a folder to PATH, where zsh and fish must find the program; the line itself
+    "bash": ("~/.bashrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=bash_source {name})"'),
+    "zsh": ("~/.zshrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=zsh_source {name})"'),
+    "fish": ("~/.config/fish/config.fish", "set -a PATH {folder}; ", "{variable}=fish_source {name} | source"),
 }
 
 
@@ -7004,11 +7156,11 @@ def completion(shell: str | None) -> None:
     shell = shell or os.path.basename(os.environ.get("SHELL", ""))
     if shell not in COMPLETIONS:
         raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")
-    path, line = COMPLETIONS[shell]
+    path, add, line = COMPLETIONS[shell]
     called = shlex.split(Call.program)[0]
-    program = shlex.quote(os.path.abspath(called)) if os.sep in called else Call.program
+    folder, name = map(shlex.quote, os.path.split(os.path.abspath(called)))
     note(f"Add this line to {path}:")
-    result(line.format(variable=COMPLETE_VARIABLE, program=program))
+    result((add if os.sep in called else "").format(folder=folder) + line.format(variable=COMPLETE_VARIABLE, name=name))
 
 
 # $1: seconds to add to the deadline, if there is one. The idle time begins anew.
