@@ -2964,8 +2964,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 
 # --- Guard -------------------------------------------------------------------
 # mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
-# links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
-# each other, constants, and Python's own modules. All times are of the monotonic clock.
+# links nodes that come back, and ends idle nodes (node_program sends its functions). All times are monotonic.
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
@@ -3319,8 +3318,7 @@ def restore_memory(text: str) -> Memory | None:
 def node_state(memory: Memory, limit: float) -> dict[str, Any]:
     """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
-    idle = memory.at - memory.used
-    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients}
+    return {"idle": memory.at - memory.used, "limit": limit, "clients": clients}
 
 
 def restart_head(why: str) -> None:
@@ -5594,7 +5592,7 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: b
 
     Run it again to complete or mend the group, whatever became of the first run.
     """
-    again = command("up", machine, str(count), group)
+    again = f"{Call.program} {shlex.join(sys.argv[1:])}"  # with its options, which a second run needs, too
     package = plan_package(app.settings)
     nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
     if dry_run:
@@ -5618,17 +5616,14 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: b
         kept = {node.id for node in nodes if is_ours(node, app.identity)}
         if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
+    outcomes = [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
     try:
-        link_up(
-            app, group, plan, [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
-        )
+        link_up(app, group, plan, outcomes)
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
-        reason = f" ({why})" if why else ""
-        raise ClusterError(
-            f"the group has {len(nodes)} of {format_count(count, 'node')}{reason}; {again} makes the others"
-        )
+        has = f"the group has {len(nodes)} of {format_count(count, 'node')}{f' ({why})' if why else ''}"
+        raise ClusterError(f"{has}; {again} makes the others")
 
 
 # --- render ------------------------------------------------------------------
@@ -5704,8 +5699,8 @@ def judge(
         return "cluster", f"{heads[0]} was restarted to link other workers"
     if server_error or died:
         return "server", server_error or f"mtssrv died on {', '.join(died)}"
-    if refusal := find_error(attempt.output):
-        return "scene", f"Mitsuba refuses it: {refusal}"
+    if said := find_error(attempt.output):
+        return "scene", f"Mitsuba refuses it: {said}"
     if attempt.code > 0:
         return "cluster", "the connection to the head broke"
     return "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
