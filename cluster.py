@@ -35,6 +35,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import glob
 import importlib
 import inspect
 import json
@@ -50,7 +51,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -1316,7 +1317,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, json, os, re, socket, stat, subprocess, sys, threading, time
+import concurrent.futures, contextlib, glob, json, os, re, socket, stat, subprocess, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
@@ -1808,10 +1809,10 @@ class NodePool:
         except ClusterError as error:
             return Outcome(node, error=error.message)
 
-    def wait(self, futures: Iterable[Future[Outcome[T]]], seconds: float, until: str = ALL_COMPLETED) -> None:
+    def wait(self, futures: Iterable[Future[Outcome[T]]], seconds: float) -> None:
         """Wait for FUTURES, for at most SECONDS; give up the nodes that do not consent to a command in time."""
         if waiting := list(futures):
-            concurrent.futures.wait(waiting, seconds, until)
+            concurrent.futures.wait(waiting, seconds)
         else:
             time.sleep(seconds)
         for remote in list(self.remotes.values()):
@@ -2238,7 +2239,6 @@ class FileServer:
 
 def end_predecessor(address: str, port: str) -> None:
     """End the program that serves at this address for an earlier run, whose client may have lost its network."""
-    import glob
     import signal
 
     for path in glob.glob("/proc/[0-9]*/cmdline"):
@@ -2976,8 +2976,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 
 # --- Guard -------------------------------------------------------------------
 # mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
-# links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
-# each other, constants, and Python's own modules. All times are of the monotonic clock.
+# links nodes that come back, and ends idle nodes (node_program sends its functions). All times are monotonic.
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
@@ -3191,12 +3190,11 @@ class Look(NamedTuple):
 
 
 def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
+    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from ss, which leaves out what is 0."""
     servers, logins = {}, {}
     for line in text.splitlines():
-        _, _, own, peer, *rest = line.split()
-        # ss leaves out what is 0.
-        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
+        _, _, own, peer, *_ = line.split()
+        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", line)))
         if own.endswith(f":{SERVER_PORT}"):
             servers[peer] = moved
         elif '"sshd' in line:
@@ -3217,8 +3215,6 @@ def is_below_sshd(process: str) -> bool:
 
 def is_held(path: str) -> bool:
     """Tell whether a command that somebody waits for holds PATH open."""
-    import glob
-
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(link) == path and is_below_sshd(link.split("/")[2]):
@@ -3238,8 +3234,6 @@ def run_quietly(*words: str) -> str:
 
 def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
     """Look at this node; ENDS: of a head, see watch_ends."""
-    import glob
-
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
     touched = {}
@@ -3336,8 +3330,7 @@ def restore_memory(text: str) -> Memory | None:
 def node_state(memory: Memory, limit: float) -> dict[str, Any]:
     """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
-    idle = memory.at - memory.used
-    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients}
+    return {"idle": memory.at - memory.used, "limit": limit, "clients": clients}
 
 
 def restart_head(why: str) -> None:
@@ -3371,12 +3364,12 @@ def guard_node(arguments: list[str]) -> None:
         plan = json.loads(read_file(PLAN_PATH))
     if arguments == ["filter"]:
         return filter_workers(plan)
-    role, workers = plan.get("role", "none"), plan.get("workers", {})
+    role, workers = plan.get("role", "node"), plan.get("workers", {})
     watches = role == "head" or workers  # a sub-head does, whose role is that of a worker
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
     end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
-    print(f"guards a node with role {role}, which {end}")
+    print(f"guards this {role}, which {end}")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
@@ -3674,15 +3667,13 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
     )
 
 
-def check_image(machine: InstanceType, image: Image, named: bool) -> None:
-    """Refuse an image that can't boot on the machine; NAMED: the user chose it."""
-    if "x86_64" not in machine.architectures and not named:
-        raise ClusterError(
-            f"{machine.type} is an {machine.architectures[0]} machine, and Mitsuba 0.6 is an x86-64 program: "
-            "choose another type (or name an image of your own in AMI_IDS)"
-        )
+def check_image(machine: InstanceType, image: Image) -> None:
+    """Refuse an image that can't boot on the machine."""
     if image.architecture not in machine.architectures:
-        raise ClusterError(f"image {image.id} is for {image.architecture}, which {machine.type} is not; see AMI_IDS")
+        raise ClusterError(
+            f"{machine.type} is an {machine.architectures[0]} machine, and image {image.id} (as Mitsuba 0.6) is for "
+            f"{image.architecture}: choose another type, or an image of your own in AMI_IDS"
+        )
     if image.virtualization not in machine.virtualization:
         raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {machine.type}; see AMI_IDS")
     modes = {"uefi-preferred": ("uefi", "legacy-bios")}.get(image.boot_mode, (image.boot_mode,))
@@ -3725,12 +3716,6 @@ def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
     return {}
 
 
-def by_price(subnets: Sequence[Subnet], prices: dict[str, float]) -> list[Subnet]:
-    """Return SUBNETS with their prices ("": that of all zones), the cheapest first, those of unknown price last."""
-    priced = [one._replace(price=prices.get(one.zone, prices.get(""))) for one in subnets]
-    return sorted(priced, key=lambda one: (one.price is None, one.price or 0.0, one.zone))
-
-
 def quota_code(machine: str, spot: bool) -> str:
     """Return Service Quotas' code for the vCPUs of an instance type; "" where there is none."""
     letters = re.sub("[^a-z].*", "", machine)
@@ -3755,13 +3740,6 @@ def format_price(machine: str, count: int, price: float | None, public: bool = T
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
     return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
-
-
-def format_limits(hours: float, idle: float) -> str:
-    """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
-    limits = [format_count(hours, "hour")] if hours else []
-    limits += [f"{format_count(idle, 'minute')} without use"] if idle else []
-    return f"Each ends itself after {', or '.join(limits)}." if limits else ""
 
 
 def check_key_pair(app: App) -> None:
@@ -3799,8 +3777,9 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
     )
     app.check_owner(request.group, before, request.others)
-    check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
-    subnets = by_price(subnets, spot if request.spot else {} if on_demand is None else {"": on_demand})
+    check_image(machine, image)
+    subnets = [one._replace(price=spot.get(one.zone) if request.spot else on_demand) for one in subnets]
+    subnets.sort(key=lambda one: (one.price is None, one.price or 0.0, one.zone))
     lowest = subnets[0].price
     if request.max_price is not None and lowest is not None and request.max_price < lowest:
         raise ClusterError(
@@ -3847,8 +3826,10 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         )
     elif closed := [subnet.id for subnet in plan.subnets if not subnet.gives_addresses]:
         yield f"Without public addresses of its own: {', '.join(closed)}; the nodes ask for one each"
-    limits = format_limits(plan.hours, plan.idle)
-    yield limits or f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
+    ends = [format_count(plan.hours, "hour")] if plan.hours else []
+    ends += [f"{format_count(plan.idle, 'minute')} without use"] if plan.idle else []
+    for_ever = f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
+    yield f"Each ends itself after {', or '.join(ends)}." if ends else for_ever
     if plan.package:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
@@ -3961,7 +3942,7 @@ def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]
     except paramiko.SSHException as error:
         raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
     text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
-    parts = (text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH))
+    parts = (text[at : at + TAG_LENGTH] for at in range(0, len(text), TAG_LENGTH))
     return dict(zip(SIGNATURE_TAGS, parts))
 
 
@@ -4124,7 +4105,7 @@ def await_nodes(
     waiting = {node.id: node for node in nodes}
     begun: dict[str, Future[Outcome[T]]] = {}
     done: dict[str, Outcome[T]] = {}
-    start = good = time.monotonic()
+    began = good = time.monotonic()
     while waiting:
         try:
             seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
@@ -4143,16 +4124,13 @@ def await_nodes(
                 progress.step(node, "booting")
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
-        end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
-        while waiting and time.monotonic() < end:
-            app.pool.wait(
-                [begun[name] for name in waiting if name in begun], max(0.01, end - time.monotonic()), FIRST_COMPLETED
-            )
-            for node in list(waiting.values()):
-                if outcome := decide(app, node, begun.get(node.id), time.monotonic() - start):
-                    done[node.id] = outcome
-                    del waiting[node.id]
-                    progress.finished(outcome)
+        at_work = [begun[name] for name in waiting if name in begun]
+        app.pool.wait(at_work, POLL if len(at_work) == len(waiting) else POLL / 3)
+        for node in list(waiting.values()):
+            if outcome := decide(app, node, begun.get(node.id), time.monotonic() - began):
+                done[node.id] = outcome
+                del waiting[node.id]
+                progress.finished(outcome)
     return [done[node.id] for node in nodes]
 
 
@@ -4202,42 +4180,34 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
-count_argument = click.argument("count", type=Number(1, 5000, whole=True))
-
-
-hours_option = click.option(
-    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
-)
-
-
-idle_option = click.option(
-    "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
-)
-
-
-dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
-without_option = click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
-
-
-def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what createNodes and up can be asked for."""
-    for add in (
-        dry_run_option,
-        without_option,
-        others_option,
-        idle_option,
-        hours_option,
-        click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back."),
-        group_argument,
-        count_argument,
+def launch_options(*own: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds what each launch can be asked for, and a command's OWN argument or option."""
+    options = (
         type_argument,
-    ):
-        command = add(command)
-    return command
+        click.argument("count", type=Number(1, 5000, whole=True)),
+        *own,
+        group_argument,
+        click.option(
+            "--max-hours",
+            type=Number(0, 8760),
+            metavar="HOURS",
+            help="Terminate the nodes automatically after so long.",
+        ),
+        click.option(
+            "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
+        ),
+        others_option,
+        click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
+    )
+    return lambda function: functools.reduce(lambda decorated, add: add(decorated), reversed(options), function)
+
+
+spot_option = click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 
 
 @cli.command("createNodes")
-@launch_options
+@launch_options(spot_option)
 @click.pass_obj
 def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
@@ -4245,15 +4215,7 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 
 
 @cli.command("addSpotNodes")
-@type_argument
-@count_argument
-@click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True))
-@group_argument
-@hours_option
-@idle_option
-@others_option
-@without_option
-@dry_run_option
+@launch_options(click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True)))
 @click.pass_obj
 def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
@@ -5600,7 +5562,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 
 
 @cli.command("up")
-@launch_options
+@launch_options(spot_option)
 @tree_option
 @click.pass_obj
 def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: bool | None, **options: Any) -> None:
@@ -5608,7 +5570,7 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: b
 
     Run it again to complete or mend the group, whatever became of the first run.
     """
-    again = command("up", machine, str(count), group)
+    again = f"{Call.program} {shlex.join(sys.argv[1:])}"  # with its options, which a second run needs, too
     package = plan_package(app.settings)
     nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
     if dry_run:
@@ -5632,17 +5594,14 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: b
         kept = {node.id for node in nodes if is_ours(node, app.identity)}
         if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
+    outcomes = [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
     try:
-        link_up(
-            app, group, plan, [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
-        )
+        link_up(app, group, plan, outcomes)
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
-        reason = f" ({why})" if why else ""
-        raise ClusterError(
-            f"the group has {len(nodes)} of {format_count(count, 'node')}{reason}; {again} makes the others"
-        )
+        has = f"the group has {len(nodes)} of {format_count(count, 'node')}{f' ({why})' if why else ''}"
+        raise ClusterError(f"{has}; {again} makes the others")
 
 
 # --- render ------------------------------------------------------------------
@@ -5718,8 +5677,8 @@ def judge(
         return "cluster", f"{heads[0]} was restarted to link other workers"
     if server_error or died:
         return "server", server_error or f"mtssrv died on {', '.join(died)}"
-    if refusal := find_error(attempt.output):
-        return "scene", f"Mitsuba refuses it: {refusal}"
+    if said := find_error(attempt.output):
+        return "scene", f"Mitsuba refuses it: {said}"
     if attempt.code > 0:
         return "cluster", "the connection to the head broke"
     return "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
@@ -6673,7 +6632,7 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], lis
     from botocore.exceptions import ClientError
 
     ids = [node.id for node in nodes]
-    requests = [ids[start : start + TERMINATE_BATCH] for start in range(0, len(ids), TERMINATE_BATCH)]
+    requests = [ids[at : at + TERMINATE_BATCH] for at in range(0, len(ids), TERMINATE_BATCH)]
     protected: set[str] = set()
     unknown: set[str] = set()
     while requests:
