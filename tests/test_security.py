@@ -188,6 +188,12 @@ def test_an_address_that_cannot_be_let_in(cloud: LocalCloud, answer: str) -> Non
     assert says in done.last_line
 
 
+def test_this_machines_address_alone_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    with address_service("198.51.100.7\n") as url:
+        monkeypatch.setenv("MITSUBA_CLUSTER_ADDRESS_URL", url)
+        assert cluster.fetch_client_cidr(cluster.Settings()) == "198.51.100.7/32"
+
+
 # Nodes that others have tagged
 
 
@@ -490,10 +496,27 @@ def test_ssh_obeys_no_settings_of_the_user(tmp_path: Path) -> None:
 
     with cluster.ssh_command(node, cluster.Settings()) as words:
         assert shown(*words) == set()
+        told = subprocess.run([words[0], "-G", *words[1:]], capture_output=True, text=True, check=True).stdout
+        for line in ("stricthostkeychecking true", "globalknownhostsfile /dev/null", "identitiesonly yes"):
+            assert f"\n{line}\n" in told
         assert shown(*[str(path) if word == "none" else word for word in words]) >= {
             "ForwardAgent",
             "KnownHostsCommand",
         }
+
+
+def test_the_programs_that_are_run_here_get_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+    for name in ("git", "ssh-keygen"):
+        (tmp_path / name).write_text(f"#!/bin/sh\nenv > '{tmp_path}/{name}.env'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cluster.hide_from_git(tmp_path / "key.pem")
+    cluster.read_fingerprint(tmp_path / "key.pem")
+    for name in ("git", "ssh-keygen"):
+        seen = (tmp_path / f"{name}.env").read_text()
+        assert "PATH=" in seen
+        assert "topsecret" not in seen
 
 
 SIGNED = "https://me:hunter2@example.org/m.deb?X-Amz-Signature=5ec4e7&X-Amz-Date=1#sha256=0"
@@ -575,6 +598,36 @@ def test_the_boot_script_fails_if_a_part_does(tmp_path: Path, broken: str, secon
     done = subprocess.run(["bash", "-c", cluster.BOOT, "boot", seconds], env=env, check=False)
     assert (done.returncode != 0) == bool(broken)
     assert ("date" in (tmp_path / "ran").read_text().split()) == (seconds != "0")  # even without the guard
+
+
+def test_an_image_of_a_node_brings_nothing_of_it_along(tmp_path: Path) -> None:
+    """The old deadline would end the new node, the old guard and server would act as the old node's."""
+    units, own = tmp_path / "etc/systemd/system", tmp_path / "etc/mitsuba-cluster"
+    library = tmp_path / "usr/local/lib/mitsuba-cluster"
+    (tmp_path / "bin").mkdir()
+    old = [units / name for name in ("mtssrv.service", "mitsuba-guard.service", "mitsuba-deadline.timer")]
+    old += [own / "plan.json", own / "role", library / "guard.py"]
+    (tmp_path / "bin/systemctl").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/ran\n")
+    (tmp_path / "bin/nft").write_text("#!/bin/sh\n")
+    for name in ("systemctl", "nft"):
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = cluster.BOOT.replace("/etc/", f"{tmp_path}/etc/").replace("/usr/local/", f"{tmp_path}/usr/local/")
+
+    def boot(instance: str) -> list[str]:
+        """Write the old node's files, boot; return those that are left."""
+        for path in old:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("old")
+        env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "INSTANCE_ID": instance}
+        subprocess.run(["bash", "-c", script, "boot", "60"], env=env, check=True)
+        return [path.name for path in old if path.exists() and path.read_text() == "old"]
+
+    assert boot("i-1") == []
+    assert "OnCalendar" in (units / "mitsuba-deadline.timer").read_text()
+    ran = (tmp_path / "ran").read_text()
+    assert all(f"disable --now --no-block {path.name}" in ran for path in old[:3])
+    assert boot("i-1") == [path.name for path in old]  # a reboot: these are the node's own
+    assert boot("i-2") == []
 
 
 def test_cloud_init_sees_a_boot_script_that_fails(tmp_path: Path) -> None:
