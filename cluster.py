@@ -2186,7 +2186,7 @@ class FileServer:
 
     def answer(self, stream: Stream, peer: str) -> None:
         """Answer one request, and close the STREAM."""
-        try:
+        with contextlib.closing(stream), contextlib.suppress(OSError, EOFError):  # a receiver that goes asks again
             stream.settimeout(RANGE_TIMEOUT)
             request = b""
             while b"\r\n\r\n" not in request and len(request) < 1 << 14:
@@ -2196,17 +2196,19 @@ class FileServer:
             status, number, begin, end = self.judge(request)
             with self.counting:
                 if status == 206 and peer not in self.receivers and len(set(self.receivers)) >= RECEIVERS:
-                    status = 503
+                    status, end = 503, begin
                 self.receivers.append(peer)
             try:
-                self.send(stream, status, number, begin, end)
+                head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
+                stream.sendall(head.encode())
+                if status == 206:
+                    with open(self.open_file(number), "rb") as file:
+                        while begin < end and (block := os.pread(file.fileno(), min(MIB, end - begin), begin)):
+                            stream.sendall(block)
+                            begin += len(block)
             finally:
                 with self.counting:
                     self.receivers.remove(peer)
-        except (OSError, EOFError):  # the receiver has gone; it asks again if it can
-            pass
-        finally:
-            stream.close()
 
     def judge(self, request: bytes) -> tuple[int, int, int, int]:
         """Return (HTTP status, number of the file, first byte, end) for a REQUEST."""
@@ -2222,19 +2224,6 @@ class FileServer:
         if not span or not int(span[1]) <= int(span[2]) < self.sizes[int(number[1])]:
             return 416, 0, 0, 0
         return 206, int(number[1]), int(span[1]), int(span[2]) + 1
-
-    def send(self, stream: Stream, status: int, number: int, begin: int, end: int) -> None:
-        """Send the answer."""
-        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
-        stream.sendall(head.encode())
-        if status == 206:
-            handle = self.open_file(number)
-            try:
-                while begin < end and (block := os.pread(handle, min(MIB, end - begin), begin)):
-                    stream.sendall(block)
-                    begin += len(block)
-            finally:
-                os.close(handle)
 
 
 def end_predecessor(address: str, port: str) -> None:
@@ -6439,27 +6428,32 @@ def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, pa
     return digest == sha256 or (len(digest) == 32 and digest_file(path, "md5") == digest)
 
 
-def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[..., None]) -> int:
-    """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
+def upload(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
+    """Send FILES as far as S3 lacks them, with a bar; while one is sent, the next is being hashed.
 
-    While one file is sent, the next is being hashed.
+    In this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money.
     """
     from boto3.s3.transfer import TransferConfig
 
-    there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
+    keys = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
+    there = list_objects(s3, bucket, os.path.commonprefix(list(keys)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
-    sent = 0
-    with threads(1) as hasher:
-        read = functools.partial(count, 0)
-        hashes = hasher.map(lambda path: digest_file(path, "sha256", read), files.values())
-        for (key, path), sha256 in zip(files.items(), hashes):
-            if is_same(s3, bucket, key, there.get(key), path, sha256):
-                count(path.stat().st_size)
-                continue
-            extra = {"Metadata": {"sha256": sha256}}
-            s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
-            sent += 1
-    return sent
+    size, sent = sum(path.stat().st_size for path in files.values()), 0
+    try:
+        with counted("Uploading", size) as count, threads(1) as hasher:
+            read = functools.partial(count, 0)
+            hashes = hasher.map(lambda path: digest_file(path, "sha256", read), keys.values())
+            for (key, path), sha256 in zip(keys.items(), hashes):
+                if is_same(s3, bucket, key, there.get(key), path, sha256):
+                    count(path.stat().st_size)
+                    continue
+                extra = {"Metadata": {"sha256": sha256}}
+                s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
+                sent += 1
+    except OSError as error:
+        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
+    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
+    note(f"Uploaded {sent} of {format_count(len(keys), 'file')} to {where} ({len(keys) - sent} there already)")
 
 
 def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[dict[str, Wanted], list[str]]:
@@ -6527,18 +6521,6 @@ def sync_nodes(
     app.report(app.pool.each(nodes, step, progress), "Synchronized")
 
 
-def send_files(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
-    """Upload FILES as far as S3 lacks them, with a bar."""
-    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
-    files = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
-    try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
-        with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
-            sent = upload(s3, bucket, files, count)
-    except OSError as error:
-        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to {where} ({len(files) - sent} there already)")
-
-
 def read_files(files: dict[str, Path]) -> list[Wanted]:
     """Return FILES as what the nodes shall have, once all are hashed."""
     sizes = [path.stat().st_size for path in files.values()]
@@ -6559,7 +6541,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
-        send_files(s3, bucket, prefix, files)
+        upload(s3, bucket, prefix, files)
         name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:
