@@ -2293,6 +2293,7 @@ class Source:
 
     remote: Remote | None = None
     channel: paramiko.Channel | None = None
+    session: contextlib.ExitStack | None = None  # its end closes the channel, and ends the program
     failures: int = 0
 
     @property
@@ -2319,7 +2320,6 @@ class Spread:
         self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
-        self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
 
     def hear(self) -> None:
         """Note that one more node has said what it has."""
@@ -2370,7 +2370,7 @@ class Spread:
         if source.remote:
             if not source.channel or source.channel.exit_status_ready():
                 try:
-                    source.channel = self.begin(source.remote)
+                    self.begin(source, source.remote)
                 except SilentNode as error:  # the source's silence is not the receiver's
                     raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
@@ -2391,8 +2391,8 @@ class Spread:
             with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
-    def begin(self, remote: Remote) -> paramiko.Channel:
-        """Start a node's program that serves the files; return the session whose end is its end."""
+    def begin(self, source: Source, remote: Remote) -> None:
+        """Start a SOURCE's program, which serves the files."""
         job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
         words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
         with contextlib.ExitStack() as stack:
@@ -2403,8 +2403,7 @@ class Spread:
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
-            self.sessions.push(stack.pop_all())
-        return channel
+            source.channel, source.session = channel, stack.pop_all()
 
     def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
         """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
@@ -4816,8 +4815,6 @@ def install(app: App, group: str) -> None:
     spread = make_spread(package, len(nodes))
     step = functools.partial(install_step, app.settings, package, spread, logs, progress)
     outcomes = app.pool.each(nodes, step, progress)
-    if spread:
-        spread.sessions.close()
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -5499,8 +5496,6 @@ def bring_up(
     board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
     outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
-    if spread:
-        spread.sessions.close()
     return plan, outcomes
 
 
