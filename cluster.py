@@ -5851,9 +5851,8 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     deaths = 0
     for attempt_number in range(1, request.tries + 1):
         head, facts, cores = cluster.await_head()
-        asked = cluster.running
-        before = {name: one for name, one in cluster.ask_nodes(asked).items() if isinstance(one, Facts)}
-        nodes = [node for node in asked if node.name in before]
+        before = {name: one for name, one in cluster.ask_nodes(cluster.running).items() if isinstance(one, Facts)}
+        nodes = [node for node in cluster.running if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
