@@ -5510,7 +5510,7 @@ def keep_count(
 
 
 def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board, remote: Remote) -> Served:
-    """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
+    """Take one node from its boot to its server, whatever the others do; of the head only learn what it is."""
     version = install_one(remote)
     if not is_terminal():
         note(f"{remote.node.name}: Mitsuba {version}")
@@ -5556,10 +5556,10 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 
     where, group, count = app.where(request.group), request.group, request.number
     tell = result if dry_run else note
-    look = functools.partial(make_plan, app, request, dry_run)
-    counting = functools.partial(count_nodes, app.ec2, group)
-    incomplete = len(counting(limit=0)) < count
-    nodes, plan = side_by_side(counting, look) if incomplete else (counting(), None)
+    look_up = functools.partial(make_plan, app, request, dry_run)
+    count_all = functools.partial(count_nodes, app.ec2, group)
+    incomplete = len(count_all(limit=0)) < count
+    nodes, plan = side_by_side(count_all, look_up) if incomplete else (count_all(), None)
     app.check_owner(group, nodes, request.others)
     if others := [node for node in nodes if node.type != request.type]:
         types = ", ".join(sorted({node.type for node in others}))
@@ -5568,7 +5568,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
         tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = (plan or look())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
+    plan = (plan or look_up())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
     for line in describe(app, plan):
         tell(line)
     if dry_run:
@@ -5633,7 +5633,7 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: b
 RENDER_POLL = 10  # seconds between two questions to the head beside a render
 RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
 HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
-HEAL_POLL = 2  # seconds between two looks at it
+HEAL_POLL = 2  # seconds between two polls of it
 FROZEN_LIMIT = 300  # of a head's silence, longer than a reboot, after which another node takes its place
 MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
