@@ -101,6 +101,7 @@ ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
 
 POLL = 1.0  # between two looks at EC2, one call for all nodes
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
+LOOK_LIMIT = 10  # for connecting to a node that may be frozen, only to ask it something
 SYNC_LIMIT = 24 * 3600
 MIB = 1 << 20
 VERSION = "1.0.0"
@@ -2186,7 +2187,7 @@ class FileServer:
 
     def answer(self, stream: Stream, peer: str) -> None:
         """Answer one request, and close the STREAM."""
-        try:
+        with contextlib.closing(stream), contextlib.suppress(OSError, EOFError):  # a receiver that goes asks again
             stream.settimeout(RANGE_TIMEOUT)
             request = b""
             while b"\r\n\r\n" not in request and len(request) < 1 << 14:
@@ -2196,17 +2197,19 @@ class FileServer:
             status, number, begin, end = self.judge(request)
             with self.counting:
                 if status == 206 and peer not in self.receivers and len(set(self.receivers)) >= RECEIVERS:
-                    status = 503
+                    status, end = 503, begin
                 self.receivers.append(peer)
             try:
-                self.send(stream, status, number, begin, end)
+                head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
+                stream.sendall(head.encode())
+                if status == 206:
+                    with open(self.open_file(number), "rb") as file:
+                        while begin < end and (block := os.pread(file.fileno(), min(MIB, end - begin), begin)):
+                            stream.sendall(block)
+                            begin += len(block)
             finally:
                 with self.counting:
                     self.receivers.remove(peer)
-        except (OSError, EOFError):  # the receiver has gone; it asks again if it can
-            pass
-        finally:
-            stream.close()
 
     def judge(self, request: bytes) -> tuple[int, int, int, int]:
         """Return (HTTP status, number of the file, first byte, end) for a REQUEST."""
@@ -2222,19 +2225,6 @@ class FileServer:
         if not span or not int(span[1]) <= int(span[2]) < self.sizes[int(number[1])]:
             return 416, 0, 0, 0
         return 206, int(number[1]), int(span[1]), int(span[2]) + 1
-
-    def send(self, stream: Stream, status: int, number: int, begin: int, end: int) -> None:
-        """Send the answer."""
-        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
-        stream.sendall(head.encode())
-        if status == 206:
-            handle = self.open_file(number)
-            try:
-                while begin < end and (block := os.pread(handle, min(MIB, end - begin), begin)):
-                    stream.sendall(block)
-                    begin += len(block)
-            finally:
-                os.close(handle)
 
 
 def end_predecessor(address: str, port: str) -> None:
@@ -2304,6 +2294,7 @@ class Source:
 
     remote: Remote | None = None
     channel: paramiko.Channel | None = None
+    session: contextlib.ExitStack | None = None  # its end closes the channel, and ends the program
     failures: int = 0
 
     @property
@@ -2330,7 +2321,6 @@ class Spread:
         self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
-        self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
 
     def hear(self) -> None:
         """Note that one more node has said what it has."""
@@ -2381,7 +2371,7 @@ class Spread:
         if source.remote:
             if not source.channel or source.channel.exit_status_ready():
                 try:
-                    source.channel = self.begin(source.remote)
+                    self.begin(source, source.remote)
                 except SilentNode as error:  # the source's silence is not the receiver's
                     raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
@@ -2402,8 +2392,8 @@ class Spread:
             with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
-    def begin(self, remote: Remote) -> paramiko.Channel:
-        """Start a node's program that serves the files; return the session whose end is its end."""
+    def begin(self, source: Source, remote: Remote) -> None:
+        """Start a SOURCE's program, which serves the files."""
         job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
         words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
         with contextlib.ExitStack() as stack:
@@ -2414,8 +2404,7 @@ class Spread:
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
-            self.sessions.push(stack.pop_all())
-        return channel
+            source.channel, source.session = channel, stack.pop_all()
 
     def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
         """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
@@ -4827,8 +4816,6 @@ def install(app: App, group: str) -> None:
     spread = make_spread(package, len(nodes))
     step = functools.partial(install_step, app.settings, package, spread, logs, progress)
     outcomes = app.pool.each(nodes, step, progress)
-    if spread:
-        spread.sessions.close()
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -5492,7 +5479,7 @@ def keep_count(
 
 
 def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board, remote: Remote) -> Served:
-    """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
+    """Take one node from its boot to its server, whatever the others do; of the head only learn what it is."""
     version = install_one(remote)
     if not is_terminal():
         note(f"{remote.node.name}: Mitsuba {version}")
@@ -5514,8 +5501,6 @@ def bring_up(
     board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
     outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
-    if spread:
-        spread.sessions.close()
     return plan, outcomes
 
 
@@ -5538,10 +5523,10 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 
     where, group, count = app.where(request.group), request.group, request.number
     tell = result if dry_run else note
-    look = functools.partial(make_plan, app, request, dry_run)
-    counting = functools.partial(count_nodes, app.ec2, group)
-    incomplete = len(counting(limit=0)) < count
-    nodes, plan = side_by_side(counting, look) if incomplete else (counting(), None)
+    look_up = functools.partial(make_plan, app, request, dry_run)
+    count_all = functools.partial(count_nodes, app.ec2, group)
+    incomplete = len(count_all(limit=0)) < count
+    nodes, plan = side_by_side(count_all, look_up) if incomplete else (count_all(), None)
     app.check_owner(group, nodes, request.others)
     if others := [node for node in nodes if node.type != request.type]:
         types = ", ".join(sorted({node.type for node in others}))
@@ -5550,7 +5535,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
         tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = (plan or look())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
+    plan = (plan or look_up())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
     for line in describe(app, plan):
         tell(line)
     if dry_run:
@@ -5615,7 +5600,7 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: b
 RENDER_POLL = 10  # seconds between two questions to the head beside a render
 RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
 HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
-HEAL_POLL = 2  # seconds between two looks at it
+HEAL_POLL = 2  # seconds between two polls of it
 FROZEN_LIMIT = 300  # of a head's silence, longer than a reboot, after which another node takes its place
 MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
@@ -5833,9 +5818,8 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     deaths = 0
     for attempt_number in range(1, request.tries + 1):
         head, facts, cores = cluster.await_head()
-        asked = cluster.running
-        before = {name: one for name, one in cluster.ask_nodes(asked).items() if isinstance(one, Facts)}
-        nodes = [node for node in asked if node.name in before]
+        before = {name: one for name, one in cluster.ask_nodes(cluster.running).items() if isinstance(one, Facts)}
+        nodes = [node for node in cluster.running if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -5917,7 +5901,6 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
 # What runs, since when, and what it costs. Touches AWS; the nodes only where they are to be asked.
 
 BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
-LOOK_LIMIT = 10  # for connecting, where all that is wanted is a look
 ANSWER_LIMIT = 5  # for a node's whole answer to status
 ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
 WATCH_SECONDS = 3  # between two polls of --watch
@@ -5939,7 +5922,7 @@ class GroupState(NamedTuple):
     security_groups: list[SecurityGroup]
 
     @property
-    def alive(self) -> list[Node]:
+    def present(self) -> list[Node]:
         """The nodes that are not terminated."""
         return [node for node in self.nodes if node.state in ALIVE]
 
@@ -6053,12 +6036,12 @@ def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
 
 def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
-    nodes, alive = group.nodes, group.alive
-    heading = f"Group {group.name} ({group.region}): {format_count(len(alive), 'node')}"
-    limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
+    nodes, present = group.nodes, group.present
+    heading = f"Group {group.name} ({group.region}): {format_count(len(present), 'node')}"
+    limits = sorted({node.idle_minutes for node in present if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    owner = describe_owner(alive, group.security_groups) if alive and not app.launched(alive) else ""
-    lines = [", ".join(filter(None, [heading, format_cost(alive), idle, owner]))]
+    owner = describe_owner(present, group.security_groups) if present and not app.launched(present) else ""
+    lines = [", ".join(filter(None, [heading, format_cost(present), idle, owner]))]
     more = []
     if asked is not None:
         known = [asked.get(node.id, Asked("", "")) for node in nodes]
@@ -6076,12 +6059,12 @@ def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked
             lines.append(f"{node.name}: {not_ours(node)}")
     for request in live(group.requests):
         lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    mine = own_or_all(app, alive)
+    mine = own_or_all(app, present)
     if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
     elif any(node.role == "worker" for node in mine):
         lines.append(f"The head node is gone: {command('start', group.name)} makes another node the head")
-    if not alive:
+    if not present:
         lines.append(f"No nodes, but a security group is left: {command('terminateAll', group.name)} removes it")
     return "\n".join(lines)
 
@@ -6110,8 +6093,8 @@ def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str
             for node in group.nodes
         ],
         "spot_requests": [request._asdict() for request in group.requests],
-        "head": next((node.name for node in own_or_all(app, group.alive) if node.role == "head"), None),
-        "totals": totals(group.alive),
+        "head": next((node.name for node in own_or_all(app, group.present) if node.role == "head"), None),
+        "totals": totals(group.present),
     }
 
 
@@ -6157,7 +6140,7 @@ def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: boo
 )
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
-@click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
+@click.option("--all-regions", is_flag=True, help="Show every region of the account.")
 @click.pass_obj
 def show_status(
     app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
@@ -6169,8 +6152,8 @@ def show_status(
     if watch:
         renew(lambda: show_watched(app, group, wide))
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
-    look = functools.partial(fetch_groups, group)
-    regions = app.in_all_regions(look, problems) if everywhere else {home: look(app.ec2)}
+    fetch = functools.partial(fetch_groups, group)
+    regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
     groups = [one for found in regions.values() for one in found]
     if as_json:
         asked = ask_servers(app, [node for one in groups for node in one.nodes]) if servers else {}
@@ -6180,7 +6163,7 @@ def show_status(
             if everywhere
             else {"region": home, "groups": shown[home]}
         )
-        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.alive])}, indent=2))
+        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.present])}, indent=2))
     elif groups:
         show_groups(app, groups, wide, servers)
         if key := app.known_identity:
@@ -6443,27 +6426,32 @@ def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, pa
     return digest == sha256 or (len(digest) == 32 and digest_file(path, "md5") == digest)
 
 
-def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[..., None]) -> int:
-    """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
+def upload(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
+    """Send FILES as far as S3 lacks them, with a bar; while one is sent, the next is being hashed.
 
-    While one file is sent, the next is being hashed.
+    In this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money.
     """
     from boto3.s3.transfer import TransferConfig
 
-    there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
+    keys = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
+    there = list_objects(s3, bucket, os.path.commonprefix(list(keys)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
-    sent = 0
-    with threads(1) as hasher:
-        read = functools.partial(count, 0)
-        hashes = hasher.map(lambda path: digest_file(path, "sha256", read), files.values())
-        for (key, path), sha256 in zip(files.items(), hashes):
-            if is_same(s3, bucket, key, there.get(key), path, sha256):
-                count(path.stat().st_size)
-                continue
-            extra = {"Metadata": {"sha256": sha256}}
-            s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
-            sent += 1
-    return sent
+    size, sent = sum(path.stat().st_size for path in files.values()), 0
+    try:
+        with counted("Uploading", size) as count, threads(1) as hasher:
+            read = functools.partial(count, 0)
+            hashes = hasher.map(lambda path: digest_file(path, "sha256", read), keys.values())
+            for (key, path), sha256 in zip(keys.items(), hashes):
+                if is_same(s3, bucket, key, there.get(key), path, sha256):
+                    count(path.stat().st_size)
+                    continue
+                extra = {"Metadata": {"sha256": sha256}}
+                s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
+                sent += 1
+    except OSError as error:
+        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
+    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
+    note(f"Uploaded {sent} of {format_count(len(keys), 'file')} to {where} ({len(keys) - sent} there already)")
 
 
 def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[dict[str, Wanted], list[str]]:
@@ -6531,18 +6519,6 @@ def sync_nodes(
     app.report(app.pool.each(nodes, step, progress), "Synchronized")
 
 
-def send_files(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
-    """Upload FILES as far as S3 lacks them, with a bar."""
-    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
-    files = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
-    try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
-        with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
-            sent = upload(s3, bucket, files, count)
-    except OSError as error:
-        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to {where} ({len(files) - sent} there already)")
-
-
 def read_files(files: dict[str, Path]) -> list[Wanted]:
     """Return FILES as what the nodes shall have, once all are hashed."""
     sizes = [path.stat().st_size for path in files.values()]
@@ -6563,7 +6539,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
-        send_files(s3, bucket, prefix, files)
+        upload(s3, bucket, prefix, files)
         name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:
@@ -6806,10 +6782,9 @@ def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
     nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
     for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
         same = [node for node in nodes if node.group == group]
-        price = sum_known(node.price for node in same)
-        cost = f", {at_least(same)}{format_money(price)} an hour" if price else ""
+        cost = format_cost(same)
         region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
-        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost}")
+        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost and ', '}{cost}")
 
 
 @cli.command("terminateAll")
@@ -6984,14 +6959,17 @@ class Lines:
             self(b"\n")
 
 
+optional_node = click.argument("name", type=NodeName(), metavar="[NODE]", default="head")
+
+
 @cli.command("login")
-@click.argument("name", metavar="[NODE]", required=False)
+@optional_node
 @click.pass_obj
-def login(app: App, name: str | None) -> None:
+def login(app: App, name: str) -> None:
     """Open a shell on a node (the head, if none is named)."""
     import subprocess
 
-    node = find_node(app, name) if name else find_head(app, "default")
+    node = find_node(app, name)
     if not is_ours(node, app.identity):
         raise ClusterError(f"{node.name}: {not_ours(node)}")
     app.open_group(node.group)
@@ -7000,15 +6978,11 @@ def login(app: App, name: str | None) -> None:
     sys.exit(min(code, 255))
 
 
-class Ran(NamedTuple):
-    """What a command did on a node: the fields of `runCommand --json` beside the error."""
+def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple[int, str]:
+    """Run a command line on one node, as its shell reads it; print its output as it comes.
 
-    code: int | None = None
-    output: str = ""  # at most a megabyte
-
-
-def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
-    """Run a command line on one node, as its shell reads it; print its output as it comes, or keep it for JSON."""
+    For JSON return (exit code, the output's first megabyte) instead; else another code than 0 is an error.
+    """
     marked = f"[ ! -e {MARK_PATH} ] || exec 9< {MARK_PATH}; {line}"  # so the node's guard sees that it is at work
     kept = bytearray()
     lines = Lines(f"{remote.node.short}: " if named else "")
@@ -7019,7 +6993,7 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
         lines.end()
     if code and not as_json:
         raise NodeError(format_exit(code))
-    return Ran(code, kept.decode("utf-8", "replace"))
+    return code, kept.decode("utf-8", "replace")
 
 
 @cli.command("runCommand", cls=OwnWords)
@@ -7041,14 +7015,16 @@ def run_command(
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     if as_json:
-        ran = {one.node.name: {"error": one.error or None} | (one.found or Ran())._asdict() for one in outcomes}
-        result(json.dumps(ran, indent=2))
-    failed = [one.node.name for one in outcomes if not one.ok or one.value.code]
+        ran = {one.node.name: (one.error or None, *(one.found or (None, ""))) for one in outcomes}
+        result(
+            json.dumps({name: dict(zip(("error", "code", "output"), values)) for name, values in ran.items()}, indent=2)
+        )
+    failed = [one.node.name for one in outcomes if not one.ok or one.value[0]]
     if failed:
         raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
 
 
-# $1 how many lines are looked at, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
+# $1 how many lines are read, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
 # each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
 set -o pipefail
@@ -7060,20 +7036,20 @@ journalctl --no-pager --quiet --output short-unix --show-cursor --lines "$1" ${2
 
 def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
     """Return (the journal's lines after CURSOR, the new cursor)."""
-    looked_at, shown = ("all", "+1") if cursor else ("100000", "201")  # the last line is the cursor
-    output = remote.check(root_command("journal", JOURNAL, looked_at, cursor, shown), keep=MIB)
+    read, shown = ("all", "+1") if cursor else ("100000", "201")  # the last line is the cursor
+    output = remote.check(root_command("journal", JOURNAL, read, cursor, shown), keep=MIB)
     text, _, end = output.rpartition("-- cursor: ")
     return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
 
 
 @cli.command("logs")
-@click.argument("name", type=NodeName(), metavar="[NODE]", required=False)
+@optional_node
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
 @click.pass_obj
-def show_logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
+def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
     """Show what a node's server wrote (default: the head's)."""
-    node = find_node(app, name or "head")
+    node = find_node(app, name)
     if installation:
         path = log_folder(node.group) / f"{node.id}.install.log"
         if not path.exists():
@@ -7155,7 +7131,7 @@ def extend_step(hours: float, remote: Remote) -> str:
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
-    """Move the moment at which the nodes end themselves by HOURS, and begin their idle time anew."""
+    """Add HOURS to the nodes' time limit, and begin their idle time anew."""
     nodes = [node for node in app.open_group(group) if node.max_hours or node.idle_minutes]
     if not nodes:
         raise ClusterError(f"no running node of {app.where(group)} has a time limit")
@@ -7168,7 +7144,7 @@ def extend(app: App, hours: float, group: str) -> None:
     app.report(outcomes, "Extended")
 
 
-LOOKS = (
+READS = (
     "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs "
     "DescribeRegions DescribeSecurityGroups DescribeSpotInstanceRequests "
     "DescribeSpotPriceHistory DescribeSubnets"
@@ -7202,8 +7178,8 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
     return {
         "Version": "2012-10-17",
         "Statement": [
-            allow("Look", LOOKS, "*"),
-            allow("LookUpPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", "*"),
+            allow("Read", READS, "*"),
+            allow("ReadPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", "*"),
             allow("FindUbuntu", "ssm:GetParameter", "ssm:*::parameter/aws/service/canonical/*"),
             allow("LaunchFrom", f"{launch} ImportKeyPair", kinds("image subnet network-interface key-pair vpc")),
             allow("LaunchWithTag", launch, kinds(made), new),
