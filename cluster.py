@@ -1321,7 +1321,7 @@ class Facts(NamedTuple):
     """What a node says of itself."""
 
     cores: int
-    version: str = ""  # of Mitsuba; empty: not installed
+    build: str = ""  # of Mitsuba: its version, SPECTRUM_SAMPLES, and 1 if of double precision; empty: not installed
     role: str = ""  # of its server: head, worker, or none yet
     linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
     idle: float | None = None  # seconds since its last use; None: no guard is there
@@ -1336,12 +1336,17 @@ class Facts(NamedTuple):
     problem: str = ""  # what the server's log said last of an error, if it was restarted
     replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
 
+    @property
+    def version(self) -> str:
+        """The version of Mitsuba."""
+        return self.build.partition(" ")[0]
+
 
 # Prints NAME=VALUE lines; what a node has not is left out or empty. It reads only files that root alone can write.
 FACTS = r"""
 set -uo pipefail
 echo "cores=$(nproc)"
-echo "version=$(mtssrv -h 2>&1 < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2)"
+echo "build=$(cat /var/lib/mitsuba-cluster/build 2> /dev/null)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
 echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
 echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
@@ -1486,7 +1491,7 @@ def to_seconds(value: Any) -> float:
 # what it is read as.
 FACT_FORMS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "cores": (r"[1-9][0-9]{0,4}", int),
-    "version": (r"([0-9][0-9.]{0,30}[0-9])?", str),
+    "build": (r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?", str),
     "role": (r"(head|worker)?", str),
     "linked": (r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*", lambda text: tuple(text.split())),
     "boot": (r"[0-9A-Za-z-]{0,64}", str),
@@ -2461,8 +2466,8 @@ class App:
         return self.fingerprint in self.key_pairs[region]
 
     def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
-        """Return those of NODES that the user launched: by the signature in their tags, which others could spoil,
-        or by their key pair, which nobody can change.
+        """Return those of NODES that the user launched, by the signature in their tags, or, since others could spoil
+        it, by their key pair's name: that stays, but whoever may launch can name it. Enough to end, not to connect.
         """
         key, name = self.known_identity, self.settings.KEYPAIR_NAME
         return [
@@ -2845,7 +2850,6 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
-FLAVOURS = ((3, 0), (3, 1))  # SPECTRUM_SAMPLES and double precision of Mitsuba's usual builds
 NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
@@ -2865,7 +2869,7 @@ HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
 FILE_BYTES = 1 << 20  # of a file that the guard reads
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
-PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, version, own, head, workers with their cores
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head, workers with their cores
 IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
 LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
@@ -2873,7 +2877,7 @@ STATE_PATH = "/run/mitsuba-cluster/state.json"
 
 
 class AnotherBuild(Exception):
-    """The server is a Mitsuba of another version or flavour."""
+    """The server is a Mitsuba of another version, or with other spectrum samples or precision."""
 
 
 def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
@@ -2888,46 +2892,37 @@ def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
     return data
 
 
-def shake_hands(stream: Stream, version: str, samples: int, double: int, deadline: float) -> tuple[int, str]:
-    """Greet an mtssrv, quit gracefully; return (its cores, its node's name).
-
-    AnotherBuild where it refuses the version or flavour. The end is an ordinary one, read to the last byte (but of a
-    server that talks on and on): a reset that comes before the server has accepted ends it, and its head with it.
-    """
-    stream.settimeout(max(0.001, deadline - time.monotonic()))
-    stream.sendall(HELLO + version.encode() + b"\0" + bytes([samples, double]))
-    answer = receive_exactly(stream, 2, deadline)
-    if answer == b"\x00\x0d":
-        raise AnotherBuild(version)
-    if answer != HELLO:
-        raise ValueError("what answers is not mtssrv")
-    cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-    name = b""
-    while not name.endswith(b"\0"):
-        if len(name) > NAME_BYTES:
-            raise ValueError("its node's name does not end")
-        name += receive_exactly(stream, 1, deadline)
-    try:
-        stream.sendall(QUIT)
-        stream.shutdown(socket.SHUT_WR)
-        receive_exactly(stream, NAME_BYTES, deadline)
-    except (OSError, EOFError):
-        pass
-    return cores, name[:-1].decode("utf-8", "replace")
-
-
 def handshake(
-    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], version: str, limit: float
+    open_stream: Callable[[float], contextlib.AbstractContextManager[Stream]], build: str, limit: float
 ) -> tuple[int, str]:
-    """Shake hands in each usual flavour, a connection each, LIMIT seconds in all; AnotherBuild where none is right."""
+    """Greet an mtssrv as another of this BUILD, and quit; return (its cores, its node's name). LIMIT: seconds in all.
+
+    AnotherBuild where it refuses. The end is an ordinary one, read to the last byte (but of a server that talks on and
+    on): a reset that comes before the server has accepted ends it, and its head with it.
+    """
     deadline = time.monotonic() + limit
-    for samples, double in FLAVOURS:
+    with open_stream(limit) as stream:
+        version, samples, double = build.split()
+        stream.settimeout(max(0.001, deadline - time.monotonic()))
+        stream.sendall(HELLO + version.encode() + b"\0" + bytes([int(samples), int(double)]))
+        answer = receive_exactly(stream, 2, deadline)
+        if answer == b"\x00\x0d":
+            raise AnotherBuild
+        if answer != HELLO:
+            raise ValueError("what answers is not mtssrv")
+        cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
+        name = b""
+        while not name.endswith(b"\0"):
+            if len(name) > NAME_BYTES:
+                raise ValueError("its node's name does not end")
+            name += receive_exactly(stream, 1, deadline)
         try:
-            with open_stream(max(0.001, deadline - time.monotonic())) as stream:
-                return shake_hands(stream, version, samples, double, deadline)
-        except AnotherBuild:
+            stream.sendall(QUIT)
+            stream.shutdown(socket.SHUT_WR)
+            receive_exactly(stream, NAME_BYTES, deadline)
+        except (OSError, EOFError):
             pass
-    raise AnotherBuild(version)
+        return cores, name[:-1].decode("utf-8", "replace")
 
 
 class Answer(NamedTuple):
@@ -2935,34 +2930,27 @@ class Answer(NamedTuple):
 
     alive: bool
     problem: str = ""  # why the server can't be linked
-    connections: int = 1  # that it took
-    cores: int = 0  # of a server that can be linked
 
 
-def ask_address(address: str, version: str, most_cores: int) -> Answer:
+def ask_address(address: str, build: str, most_cores: int) -> Answer:
     """Shake hands with the server at ADDRESS, which may have so many cores."""
-    opened = []
-
-    def connect_to_it(limit: float) -> socket.socket:
-        connection = socket.create_connection((address, SERVER_PORT), limit)
-        opened.append(limit)
-        return connection
-
     try:
-        cores, _ = handshake(connect_to_it, version, GUARD_TIMEOUT)
+        cores, _ = handshake(
+            lambda limit: socket.create_connection((address, SERVER_PORT), limit), build, GUARD_TIMEOUT
+        )
     except AnotherBuild:
-        return Answer(True, f"is another build than Mitsuba {version}", len(opened))
+        return Answer(True, "is another build of Mitsuba than this node's")
     except (OSError, EOFError, ValueError) as error:
-        return Answer(False, f"does not answer: {error}", len(opened))
+        return Answer(False, f"does not answer: {error}")
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong, len(opened), 0 if wrong else cores)
+    return Answer(True, wrong)
 
 
-def ask_all(addresses: dict[str, int], version: str) -> dict[str, Answer]:
+def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
     """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
     found: dict[str, Answer] = {}
     askers = [
-        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, version, most)}), args=pair)
+        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, build, most)}), args=pair)
         for pair in addresses.items()
     ]
     deadline = time.monotonic() + 2 * GUARD_TIMEOUT
@@ -3008,7 +2996,7 @@ def note_journal(text: str) -> None:
 def filter_workers() -> None:
     """Before each start of the head: note those of its workers that answer, and name the others."""
     plan = read_plan()
-    answers = ask_all(plan["workers"], plan["version"])
+    answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
             note_journal(f"{one} is left out: it {answer.problem}")
@@ -3245,7 +3233,7 @@ def restart_head(why: str) -> None:
 def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
     """Shake hands with all servers once, and restart the head where that helps."""
     own, workers = plan["own"], plan["workers"]
-    answers = ask_all({own: MOST_CORES} | workers, plan["version"])
+    answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
             note_journal(f"does not link {one}: it {answers[one].problem}")
@@ -3281,7 +3269,7 @@ def guard_node(arguments: list[str]) -> None:
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
             verdict = judge_idleness(memory, role, limit)
             if verdict == "ask":
-                refused = 0 if ask_address(plan["head"], plan["version"], MOST_CORES).alive else refused + 1
+                refused = 0 if ask_address(plan["head"], plan["build"], MOST_CORES).alive else refused + 1
                 if refused:
                     note_journal(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
             else:
@@ -3350,7 +3338,7 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 # Release -> what the names of its images have for it and for their kind of disk; the gp3 images are younger than 22.04.
 # https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
 UBUNTU = {"22.04": ("jammy", "gp2"), "24.04": ("noble", "gp3"), "26.04": ("resolute", "gp3")}
-CANONICAL = "099720109477"
+CANONICAL = {"aws": "099720109477", "aws-us-gov": "513442679011", "aws-cn": "837727238323"}  # partition -> owner
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
 PRICE_LIMIT = 5  # the look-up of a price, or of a quota
 SURPLUS_PRICE = 0.05  # $ a vCPU-hour above the baseline of T3 and T3a (https://aws.amazon.com/ec2/pricing/on-demand/)
@@ -3371,7 +3359,6 @@ QUOTAS = {
 }
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
-NEW_QUIET = 15  # until a line says that EC2 does not know a new security group or key yet
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
@@ -3441,25 +3428,26 @@ class Plan(NamedTuple):
     quota: str | None  # of vCPUs; None: not asked for
 
 
-class Launch(NamedTuple):
-    """All that RunInstances needs."""
-
-    plan: Plan
-    key_name: str
-    security_group: str
-    user_data: str
-    tags: dict[str, str]
-    disk_gb: int
-    private: bool  # no public addresses
-    token: str = ""  # with which each request's ClientToken begins
-
-
 # $1: seconds until the node's end, or 0. At every boot, as root, before anything else; fails if either part does.
-# Whoever runs on the node could read its user data, in which the host key is, or act with the node's
-# role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
+# An image made of a node of ours has that node's units, plan and deadline: a new instance (cloud-init sets INSTANCE_ID)
+# begins without them. Whoever runs on the node could read its user data, in which the host key is, or act with the
+# node's role; so root alone may ask the metadata service. For the end the node's own clock decides, and a
 # reboot changes nothing.
 BOOT = r"""
 set -u
+
+forget_image() {
+  local of=/etc/mitsuba-cluster/instance-id unit
+  [ -n "${INSTANCE_ID:-}" ] && [ "$(cat $of 2> /dev/null)" != "$INSTANCE_ID" ] || return 0
+  for unit in mtssrv.service mitsuba-guard.service mitsuba-deadline.timer mitsuba-deadline.service; do
+    [ ! -e /etc/systemd/system/$unit ] || systemctl disable --now --no-block $unit
+    rm -f /etc/systemd/system/$unit
+  done
+  rm -rf /etc/mitsuba-cluster /usr/local/lib/mitsuba-cluster
+  systemctl daemon-reload
+  mkdir -p ${of%/*}
+  echo "$INSTANCE_ID" > $of
+}
 
 guard_metadata() {
   nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
@@ -3490,22 +3478,18 @@ set_deadline() (
   systemctl start --no-block mitsuba-deadline.timer
 )
 
+forget_image
 guard_metadata
 guarded=$?
 set_deadline "$1"
 exit $((guarded | $?))
 """
 
-# As root: fails where the guard of BOOT is not there.
-CHECK_GUARD = """
+# As root: fails where the rules of BOOT for the metadata service are not there.
+CHECK_METADATA_RULES = """
 nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
   iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
-
-
-def plan_batches(count: int, size: int) -> list[int]:
-    """Split COUNT into parts of at most SIZE: plan_batches(250, 100) is [100, 100, 50]."""
-    return [min(size, count - start) for start in range(0, count, size)]
 
 
 def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
@@ -3543,7 +3527,8 @@ def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
         return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
     folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
     named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
-    images = ec2.describe_images(Owners=[CANONICAL], Filters=named)["Images"]
+    owner = CANONICAL.get(ec2.meta.partition)
+    images = ec2.describe_images(Owners=[owner], Filters=named)["Images"] if owner else []
     if not images:
         raise ClusterError(f"no image of Ubuntu {release} was found in {ec2.meta.region_name}; name one in AMI_IDS")
     return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
@@ -3590,9 +3575,11 @@ def check_image(machine: InstanceType, image: Image, named: bool) -> None:
 def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     """Return the $ an hour of a Linux instance; None where it can't be had.
 
-    The Pricing API answers in us-east-1 for all regions of the partition:
-    https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
+    The Pricing API answers in us-east-1 for all regions but those of other partitions: accounts of GovCloud have none,
+    China's speaks of yuan. https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html
     """
+    if find_partition(settings.AWS_REGION)[0] != "aws":
+        return None
     wanted = {
         "instanceType": machine,
         "regionCode": settings.AWS_REGION,
@@ -3659,6 +3646,27 @@ def format_limits(hours: float, idle: float) -> str:
     return f"Each ends itself after {', or '.join(limits)}." if limits else ""
 
 
+def check_key_pair(app: App) -> None:
+    """Refuse another key than the user's under KEYPAIR_NAME in EC2; InvalidKeyPair.NotFound where there is none."""
+    name, path = app.settings.KEYPAIR_NAME, app.settings.key_file
+    pair = app.ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"][0]
+    if not has_key(path) or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+        raise ClusterError(
+            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy "
+            f"that key's file from the machine that made it to {path}"
+        )
+
+
+def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
+    """Return what GROUP lets in for other machines with the user's key; refuse what others have added."""
+    _, _, rules = sort_rules(group, app.settings, cidr, app.rule_owner)
+    key = app.rule_owner.rpartition(" ")[0]
+    one_port = [r for r in rules if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    if len([rule for rule in one_port if rule.owner.startswith(f"{key} ")]) < len(rules):
+        raise ClusterError(f"nothing is launched: {describe_rules(app.ec2, group, rules)}")
+    return rules
+
+
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
@@ -3683,6 +3691,12 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
             f"the spot price of {request.type} is {format_money(lowest)} an hour now, above your maximum of "
             f"{format_money(request.max_price)}; see {command('spotPrices', request.type)}"
         )
+    if dry_run:  # what a launch would refuse or say once it begins to make what it needs
+        with tolerate("InvalidKeyPair.NotFound"):
+            check_key_pair(app)
+        for group in fetch_security_groups(ec2, request.group):
+            if rules := check_rules(app, group, cidr):
+                warn(describe_rules(ec2, group, rules))
     present = sum(node.state in ("pending", "running") for node in before)
     hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
     idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
@@ -3700,6 +3714,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
         yield f"An hour of a spot node, now: {shown}{beside}"
+    if plan.spot and find_partition(settings.AWS_REGION)[0] == "aws-cn":
+        yield "Spot prices in China are in yuan (CNY), also where a $ is shown"
     if plan.type.burstable and request.type.startswith("t2."):
         yield f"{request.type} is burstable: after some minutes of full load it falls to a fraction of its speed"
     elif plan.type.burstable:
@@ -3776,58 +3792,34 @@ def ensure_key_file(path: Path) -> None:
 
 
 def ensure_key(app: App) -> None:
-    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME; refuse another's."""
-    ec2, name, path = app.ec2, app.settings.KEYPAIR_NAME, app.settings.key_file
-    another = ClusterError(
-        f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy that "
-        f"key's file from the machine that made it to {path}"
-    )
-
-    def find() -> list[str]:
-        pairs = ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"]
-        return list(pairs[0].get("PublicKey", "").split()[:2])
-
-    present: list[str] = []
+    """Make the user's key where there is none, here or in EC2, and import it under KEYPAIR_NAME."""
     with tolerate("InvalidKeyPair.NotFound"):
-        present = find()
-    if present and not has_key(path):
-        raise another
-    ensure_key_file(path)
-    identity = app.identity
-    if not present:
-        tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": identity.fingerprint}]}]
-        with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; is it the same key?
-            ec2.import_key_pair(KeyName=name, PublicKeyMaterial=identity.public.encode(), TagSpecifications=tags)
-            return
-        present = once_known(find)
-    if present != identity.public.split()[:2]:
-        raise another
+        return check_key_pair(app)
+    ensure_key_file(app.settings.key_file)
+    tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": app.identity.fingerprint}]}]
+    pair = {"KeyName": app.settings.KEYPAIR_NAME, "PublicKeyMaterial": app.identity.public.encode()}
+    with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; with the same key?
+        app.ec2.import_key_pair(**pair, TagSpecifications=tags)
+        return None
+    return once_known(lambda: check_key_pair(app))
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     """Return GROUP's security group; make it, tagged, where it is missing."""
-    name, tags = f"mitsuba-{group}", [{"Key": TAG_GROUP, "Value": group}]
-
-    def find() -> SecurityGroup | None:
-        found = fetch_security_groups(ec2, group)
-        return next((one for one in found if (one.name, one.vpc) == (name, vpc)), None)
-
-    if existing := find():
-        return existing
-    specification = [{"ResourceType": "security-group", "Tags": tags}]
-    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc}
-    with tolerate("InvalidGroup.Duplicate"):
-        made = ec2.create_security_group(**about, TagSpecifications=specification)["GroupId"]
-        return SecurityGroup(made, group, name, vpc)
-    for _ in range(5):  # another machine's, of a moment ago; a stranger's never shows our tag
-        if existing := find():
-            return existing
+    name = f"mitsuba-{group}"
+    tags = [{"ResourceType": "security-group", "Tags": [{"Key": TAG_GROUP, "Value": group}]}]
+    about = {"GroupName": name, "Description": "Mitsuba rendering cluster", "VpcId": vpc, "TagSpecifications": tags}
+    for _ in range(5):
+        if existing := [one for one in fetch_security_groups(ec2, group) if one.vpc == vpc]:
+            return existing[0]
+        with tolerate("InvalidGroup.Duplicate"):  # another machine's, of a moment ago; a stranger's never shows our tag
+            return SecurityGroup(ec2.create_security_group(**about)["GroupId"], group, name, vpc)
         time.sleep(POLL)
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
 def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
-    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata guard, deadline, guard.
+    """Return the nodes' cloud-config (JSON is YAML too): host key, metadata rules, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
     """
@@ -3857,54 +3849,42 @@ def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]
     return dict(zip(SIGNATURE_TAGS, parts))
 
 
-def prepare(app: App, plan: Plan) -> Launch:
-    """Make what a launch needs: keys, security group, user data."""
-    settings, ec2, name = app.settings, app.ec2, plan.request.group
+def prepare(app: App, plan: Plan) -> dict[str, Any]:
+    """Make what a launch needs: keys, security group, user data; return what all its RunInstances requests have."""
+    settings, ec2, request = app.settings, app.ec2, plan.request
     ensure_key(app)
-    identity = app.identity
-    group = ensure_security_group(ec2, name, plan.subnets[0].vpc)
-    _, _, others = sort_rules(group, settings, plan.cidr, app.rule_owner)
-    key = app.rule_owner.rpartition(" ")[0]
-    one_port = [r for r in others if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
-    if len([rule for rule in one_port if rule.owner.startswith(f"{key} ")]) < len(others):
-        raise ClusterError(f"nothing is launched: {describe_rules(ec2, group, others)}")
-    warn_of_rules(ec2, [group], settings, plan.cidr, app.rule_owner)
+    group = ensure_security_group(ec2, request.group, plan.subnets[0].vpc)
+    if rules := check_rules(app, group, plan.cidr):
+        if plan.present:  # another machine of the user's may be at work with them
+            warn(describe_rules(ec2, group, rules))
+        else:  # anybody may have written the user's mark, which is no secret
+            with tolerate("InvalidPermission.NotFound"):
+                ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
+            note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
     repair_rules(ec2, group, settings, plan.cidr, app.rule_owner)
     private, public = make_ed25519()
-    tags = {TAG_GROUP: name, TAG_HOST_KEY: public} | sign_launch(identity, name, public)
+    tags = {TAG_GROUP: request.group, TAG_HOST_KEY: public} | sign_launch(app.identity, request.group, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
     tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
-    user_data = make_user_data(private, public, plan.hours, plan.idle)
-    token = os.urandom(16).hex()
-    disk, closed = settings.ROOT_VOLUME_GB, settings.PRIVATE_NODES
-    return Launch(plan, settings.KEYPAIR_NAME, group.id, user_data, tags, disk, closed, token)
-
-
-def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) -> dict[str, Any]:
-    """Return RunInstances' parameters; the same for each try of one request, to the byte."""
-    plan, request = launch.plan, launch.plan.request
-    price = {} if subnet.price is None else {TAG_PRICE: f"{subnet.price:.6f}"}
-    tags = [{"Key": name, "Value": value} for name, value in (launch.tags | price).items()]
-    kinds = ["instance", "volume"] + (["spot-instances-request"] if request.spot else [])
-    disk = {"VolumeSize": max(launch.disk_gb, plan.image.root_gb), "VolumeType": "gp3", "DeleteOnTermination": True}
-    if plan.type.encrypts:
-        disk["Encrypted"] = True
-    network: dict[str, Any] = {"SubnetId": subnet.id, "SecurityGroupIds": [launch.security_group]}
-    if subnet.gives_addresses == launch.private:  # the subnet does by itself what is not wanted
-        interface = {"DeviceIndex": 0, "SubnetId": subnet.id, "Groups": [launch.security_group]}
-        network = {"NetworkInterfaces": [interface | {"AssociatePublicIpAddress": not launch.private}]}
-    parameters: dict[str, Any] = network | {
+    size = max(settings.ROOT_VOLUME_GB, plan.image.root_gb)
+    disk = {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True}
+    parameters: dict[str, Any] = {
         "ImageId": plan.image.id,
-        "InstanceType": plan.type.type,
-        "MinCount": 1,
-        "MaxCount": count,
-        "KeyName": launch.key_name,
-        "UserData": launch.user_data,
-        "ClientToken": token,
+        "InstanceType": request.type,
+        "KeyName": settings.KEYPAIR_NAME,
+        "UserData": make_user_data(private, public, plan.hours, plan.idle),
+        "NetworkInterfaces": [
+            {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
+        ],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
-        "BlockDeviceMappings": [{"DeviceName": plan.image.root_device, "Ebs": disk}],
-        "TagSpecifications": [{"ResourceType": kind, "Tags": tags} for kind in kinds],
+        "BlockDeviceMappings": [
+            {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})}
+        ],
+        "TagSpecifications": [
+            {"ResourceType": kind, "Tags": [{"Key": name, "Value": value} for name, value in tags.items()]}
+            for kind in ["instance", "volume", *(["spot-instances-request"] if request.spot else [])]
+        ],
     }
     if request.spot:
         options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
@@ -3912,6 +3892,15 @@ def launch_parameters(launch: Launch, subnet: Subnet, count: int, token: str) ->
             options["MaxPrice"] = f"{request.max_price:.6f}"
         parameters["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
     return parameters
+
+
+def in_subnet(parameters: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
+    """Return RunInstances' PARAMETERS for SUBNET, with the price there in a tag."""
+    price = [] if subnet.price is None else [{"Key": TAG_PRICE, "Value": f"{subnet.price:.6f}"}]
+    return parameters | {
+        "NetworkInterfaces": [one | {"SubnetId": subnet.id} for one in parameters["NetworkInterfaces"]],
+        "TagSpecifications": [one | {"Tags": one["Tags"] + price} for one in parameters["TagSpecifications"]],
+    }
 
 
 def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
@@ -3931,66 +3920,55 @@ def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
         except (HTTPClientError, ResponseParserError, ClientError) as error:
             code = error_code(error)
             passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
-            waited = time.monotonic() - begun
-            if not passing or waited > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
+            if not passing or time.monotonic() - begun > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
                 raise
-            if code not in NEW_CODES or waited > NEW_QUIET:
+            if code not in NEW_CODES:
                 note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
         time.sleep(pause)
         pause = min(2 * pause, LAUNCH_PAUSE)
 
 
-def launch_nodes(ec2: Client, launch: Launch) -> tuple[list[Node], str]:
+def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -> tuple[list[Node], str]:
     """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
 
-    An error before the first node exists is raised; later ones become the reason.
+    An error before the first node exists is raised; later ones become the reason. TOKEN begins all ClientTokens.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    nodes: list[Node] = []
-    why, count = "", launch.plan.request.number
-    for subnet in launch.plan.subnets:
-        zone = subnet.zone
+    request, nodes, why = plan.request, list[Node](), ""
+    for subnet in plan.subnets:
+        zone, asked = subnet.zone, in_subnet(parameters, subnet)
         try:
-            for size in plan_batches(count - len(nodes), LAUNCH_BATCH):
-                token = launch.token + os.urandom(8).hex()
-                got = launch_batch(ec2, launch_parameters(launch, subnet, size, token))
+            while (missing := request.number - len(nodes)) > 0:
+                size = min(missing, LAUNCH_BATCH)
+                sizes = {"MinCount": 1, "MaxCount": size, "ClientToken": token + os.urandom(8).hex()}
+                got = launch_batch(app.ec2, asked | sizes)
                 nodes += got
                 if len(got) < size:
                     why = f"{zone} had no more"
                     break
-            if len(nodes) == count:
+            if len(nodes) == request.number:
                 return nodes, ""
-            note(f"{zone} gave {len(nodes)} of {format_count(count, 'node')}")
+            note(f"{zone} gave {len(nodes)} of {format_count(request.number, 'node')}")
         except (BotoCoreError, ClientError) as error:
-            why = f"{zone}: {explain(error)}"
-            if error_code(error) not in CAPACITY_CODES:
+            code, why = error_code(error), f"{zone}: {explain(error)}"
+            if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
+                note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+            if code not in CAPACITY_CODES:
                 if not nodes:
                     raise
                 break
-            dear = error_code(error) == "SpotMaxPriceTooLow"
-            what = (
-                f"{zone} asks more than your maximum" if dear else f"no capacity for {launch.plan.type.type} in {zone}"
-            )
-            note(f"{what} ({error_code(error)}); trying the next zone")
+            dear = f"{zone} asks more than your maximum"
+            what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.type} in {zone}"
+            note(f"{what} ({code}); trying the next zone")
     return nodes, why or "no zone had capacity"
 
 
-def fetch_console(ec2: Client, node: Node) -> str:
-    """Return what a node wrote to its console ("" where EC2 has nothing yet), or why it can't be had."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        return str(ec2.get_console_output(InstanceId=node.id).get("Output") or "")
-    except (BotoCoreError, ClientError) as error:
-        return f"its console can't be read: {explain(error)}"
-
-
-def check_guard(remote: Remote) -> None:
+def check_metadata_rules(remote: Remote) -> None:
     """Refuse a node whose boot script could not keep its programs from the metadata service."""
-    if remote.run(root_command("check-guard", CHECK_GUARD))[0]:
+    if remote.run(root_command("check-metadata-rules", CHECK_METADATA_RULES))[0]:
         raise NodeError(
-            "its metadata guard is missing, so any program on it could read its host key: "
+            "its rules for the metadata service are missing, so any program on it could read its host key: "
             f"{command('terminate', remote.node.id)} ends it"
         )
 
@@ -3998,7 +3976,7 @@ def check_guard(remote: Remote) -> None:
 def boot_step(remote: Remote) -> None:
     """Wait for the end of cloud-init."""
     remote.check(user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT)), limit=CLOUD_INIT_LIMIT + 30)
-    check_guard(remote)
+    check_metadata_rules(remote)
 
 
 def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: float) -> Outcome[T] | None:
@@ -4012,7 +3990,9 @@ def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: flo
         return None
     outcome = replace(future.result(), node=node)
     if outcome.silent:
-        outcome = replace(outcome, error=outcome.error + format_tail(fetch_console(app.ec2, node)))
+        with excused(f"the console of {node.id} can't be read"):
+            console = str(app.ec2.get_console_output(InstanceId=node.id).get("Output") or "")
+            return replace(outcome, error=outcome.error + format_tail(console))
     return outcome
 
 
@@ -4066,21 +4046,19 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
     """
     from botocore.exceptions import ClientError
 
-    request = plan.request
-    launch = prepare(app, plan)
+    request, token = plan.request, os.urandom(16).hex()
+    parameters = prepare(app, plan)
     app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
     try:
-        nodes, why = launch_nodes(app.ec2, launch)
+        nodes, why = launch_nodes(app, plan, parameters, token)
     except ClientError as error:
-        if error_code(error) in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
-            note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
         if error_code(error) not in RETRY_CODES:
             app.left = ""  # a plain refusal: nothing runs
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
     note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
-    return nodes, why, launch.token
+    return nodes, why, token
 
 
 def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
@@ -4170,6 +4148,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: b
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
+BUILD_LIMIT = 20
 GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
@@ -4198,13 +4177,14 @@ GRAPHICS_LIBRARIES = frozenset(
 )
 
 
-# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type.
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type,
+# $6 the program that learns the build.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
 # repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
-user=$1 data=$2 sha256=$3 recipe=$4 type=$5
+user=$1 data=$2 sha256=$3 recipe=$4 type=$5 learn_build=$6
 if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
@@ -4321,7 +4301,7 @@ forget_tree() {
 }
 
 install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed"
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed" "$state/build"
   case $package in
     *.deb)
       fetch "$work/mitsuba.deb"
@@ -4394,9 +4374,39 @@ if [ -z "$version" ]; then
   [ "$code" != 132 ] || echo "it was built for a newer processor than $type has: build it with -march=x86-64"
   exit 1
 fi
+cd "$work"  # for its log
+build=$(python3 -I -c "$learn_build")
+echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
+
+
+def learn_build(arguments: list[str]) -> None:
+    """Run on a node: print the build by which mtssrv greets other servers; a build answers its own greeting only.
+
+    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision.
+    """
+    import subprocess
+
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(BUILD_LIMIT)
+        worker = f"127.0.0.1:{listener.getsockname()[1]}"
+        with subprocess.Popen(["mtssrv", "-q", "-p", "1", "-c", worker], **quiet) as server:  # it serves only then
+            try:
+                stream, _ = listener.accept()
+                stream.settimeout(BUILD_LIMIT)
+                greeting = b""
+                while not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                    if not (more := stream.recv(64)):
+                        sys.exit(f"mtssrv greets other servers in an unknown way: {greeting.hex()}")
+                    greeting += more
+            except TimeoutError:
+                sys.exit(f"mtssrv does not greet other servers within {BUILD_LIMIT} seconds")
+            finally:
+                server.kill()
+    print(found[1].decode(), *found[2], *found[3])
 
 
 def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
@@ -4731,6 +4741,7 @@ def install_step(
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
+    arguments.append(node_program(learn_build))
     tell = functools.partial(progress.step, remote.node)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
@@ -4738,7 +4749,7 @@ def install_step(
             tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
-            check_guard(remote)
+            check_metadata_rules(remote)
             if spread:
                 tell("waiting")
                 tenth = max(1, spread.wanted[0].size // 10)
@@ -4922,14 +4933,14 @@ def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
         channel.close()
 
 
-def ask_server(remote: Remote, version: str) -> int:
+def ask_server(remote: Remote, build: str) -> int:
     """Return the cores that a node's server offers; NodeError where it does not answer."""
     import paramiko
 
     try:
-        return handshake(functools.partial(server_stream, remote), version, HANDSHAKE_LIMIT)[0]
+        return handshake(functools.partial(server_stream, remote), build, HANDSHAKE_LIMIT)[0]
     except AnotherBuild:
-        raise NodeError(f"its mtssrv is another build than Mitsuba {version} has (version or flavour)") from None
+        raise NodeError("its mtssrv is another build of Mitsuba than what is installed there") from None
     except TimeoutError:
         raise NodeError("its mtssrv accepts connections, but stays silent") from None
     except ValueError as error:
@@ -4938,12 +4949,12 @@ def ask_server(remote: Remote, version: str) -> int:
         raise NodeError("its mtssrv does not answer") from error
 
 
-def await_server(remote: Remote, version: str, cores: int | None = None, workers: int = 0) -> int:
+def await_server(remote: Remote, build: str, cores: int | None = None, workers: int = 0) -> int:
     """Wait until a node's server answers, with CORES cores if they are given; return its cores."""
     deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
     while True:
         try:
-            offered = ask_server(remote, version)
+            offered = ask_server(remote, build)
             if cores in (None, offered):
                 return offered
             problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
@@ -5023,7 +5034,7 @@ def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str
 def look_step(remote: Remote) -> Facts:
     """Learn what a node is; NodeError where Mitsuba is missing."""
     facts = fetch_facts(remote)
-    if not facts.version:
+    if not facts.build:
         raise NodeError(NOT_INSTALLED)
     return facts
 
@@ -5031,16 +5042,16 @@ def look_step(remote: Remote) -> Facts:
 def worker_step(start: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
-    plan = {"role": "worker", "version": facts.version, "own": node.private_ip, "head": start.head.private_ip}
+    plan = {"role": "worker", "build": facts.build, "own": node.private_ip, "head": start.head.private_ip}
     if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
-            cores = ask_server(remote, facts.version)
+            cores = ask_server(remote, facts.build)
     action = "started" if cores is None else "serves already"
     if cores is None:
         if node.private_ip in start.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
         configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
-        cores = await_server(remote, facts.version)
+        cores = await_server(remote, facts.build)
     else:
         configure_node(remote, start.guard, plan)
     if not 0 < cores <= start.most_cores(node):
@@ -5054,20 +5065,20 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     """Make the head serve with those WORKERS that do, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
     wanted = {one.node.private_ip: start.most_cores(one.node) for one in good}
-    mismatches = [one.node.name for one in good if one.value.facts.version != facts.version]
+    mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
     if mismatches:
         raise NodeError(
-            f"runs Mitsuba {facts.version}, and these run another: {', '.join(mismatches)}; run install again"
+            f"runs Mitsuba {facts.version}, and these run another build: {', '.join(mismatches)}; run install again"
         )
     cores = sum(one.value.cores for one in good) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan: dict[str, Any] = {"role": "head", "version": facts.version, "own": own, "head": own, "workers": wanted}
+    plan: dict[str, Any] = {"role": "head", "build": facts.build, "own": own, "head": own, "workers": wanted}
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
-            offered = ask_server(remote, facts.version)
+            offered = ask_server(remote, facts.build)
     if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
         configure_node(remote, start.guard, plan)
         return Served(facts, cores, "serves already")
@@ -5083,7 +5094,7 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
         return Served(facts, offered, "serves already", f"{what}: {client}")
     configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
     action = "restarted: a render that was running is lost" if serving else "started"
-    return Served(facts, await_server(remote, facts.version, cores, len(wanted)), action)
+    return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
 
 
 def describe_server(outcome: Outcome[Served]) -> str:
@@ -5602,7 +5613,7 @@ def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
 def serving_step(remote: Remote) -> tuple[Facts, int]:
     """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
     facts = fetch_facts(remote)
-    return facts, ask_server(remote, facts.version)
+    return facts, ask_server(remote, facts.build)
 
 
 def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
@@ -5835,7 +5846,7 @@ def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
     """Return (facts, cores that the server offers, or None, and why not)."""
     facts = fetch_facts(remote)
     try:
-        return facts, ask_server(remote, facts.version), ""
+        return facts, ask_server(remote, facts.build), ""
     except NodeError as error:
         return facts, None, str(error)
 

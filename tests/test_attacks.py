@@ -171,7 +171,7 @@ def test_metadata(cloud: LocalCloud) -> None:
     assert in_renderer(cloud, node, ASK) == "000"  # the unit has a wall of its own
     refused = cloud.cluster("install", GROUP)
     assert refused.code == 1
-    assert f"{node['name']}: its metadata guard is missing" in refused.err
+    assert f"{node['name']}: its rules for the metadata service are missing" in refused.err
     assert ssh(cloud, node, f"sudo bash -c {quote(cluster.BOOT)} boot 0").code == 0
     assert ssh(cloud, node, ASK).out == "000"
     assert cloud.cluster("install", GROUP).code == 0

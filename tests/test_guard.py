@@ -24,6 +24,7 @@ import cluster
 from tests.support import wait_until
 
 GREETING = bytes.fromhex("1bcd302e362e30000300")  # of mitsuba-server's documentation: 0.6.0, single precision
+BUILD = "0.6.0 3 0"
 ANSWER = bytes.fromhex("1bcd000469702d3137322d33312d302d3500")  # 4 cores, ip-172-31-0-5
 REFUSAL = bytes.fromhex("000d")
 
@@ -80,18 +81,18 @@ class Peer:
 
 def test_handshake_sends_and_reads_mitsubas_very_bytes() -> None:
     peer = Peer(ANSWER)
-    assert cluster.handshake(peer.dial, "0.6.0", 20) == (4, "ip-172-31-0-5")
+    assert cluster.handshake(peer.dial, BUILD, 20) == (4, "ip-172-31-0-5")
     peer.thread.join(20)
     assert peer.got == [GREETING + bytes.fromhex("000c")]
     assert peer.ended == ["closed"]
 
 
-def test_handshake_tries_double_precision_then_gives_up() -> None:
-    peer = Peer(REFUSAL, REFUSAL)
+def test_handshake_greets_as_the_build_that_is_installed() -> None:
+    peer = Peer(REFUSAL)
     with pytest.raises(cluster.AnotherBuild):
-        cluster.handshake(peer.dial, "0.6.0", 20)
+        cluster.handshake(peer.dial, "0.6.1 30 1", 20)
     peer.thread.join(20)
-    assert peer.got == [GREETING, GREETING[:-1] + b"\1"]
+    assert peer.got == [bytes.fromhex("1bcd302e362e31001e01")]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_handshake_tries_double_precision_then_gives_up() -> None:
 def test_handshake_with_a_stranger(answer: bytes, error: type[Exception]) -> None:
     peer = Peer(answer)
     with pytest.raises(error):
-        cluster.handshake(peer.dial, "0.6.0", 20)
+        cluster.handshake(peer.dial, BUILD, 20)
     peer.thread.join(20)
 
 
@@ -114,14 +115,14 @@ def test_handshake_with_a_stranger(answer: bytes, error: type[Exception]) -> Non
 def test_one_deadline_ends_a_whole_handshake(answer: bytes, options: dict[str, bool]) -> None:
     peer = Peer(answer, **options)
     with pytest.raises(TimeoutError):
-        cluster.handshake(peer.dial, "0.6.0", 0.5)
+        cluster.handshake(peer.dial, BUILD, 0.5)
     peer.thread.join(20)
 
 
 def test_a_server_that_talks_on_after_the_end_is_left_in_time() -> None:
     peer = Peer(ANSWER, endless=True)
     started = time.monotonic()
-    assert cluster.handshake(peer.dial, "0.6.0", 1)[0] == 4
+    assert cluster.handshake(peer.dial, BUILD, 1)[0] == 4
     assert time.monotonic() - started < 20
     peer.thread.join(20)
 
@@ -131,7 +132,7 @@ def test_a_probe_that_gives_up_resets_nothing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cluster, "GUARD_TIMEOUT", 0.3)
     address = own_address()
     with socket.create_server((address, cluster.SERVER_PORT)) as frozen:
-        answer = cluster.ask_address(address, "0.6.0", 8)
+        answer = cluster.ask_address(address, BUILD, 8)
         assert not answer.alive
         connection, _ = frozen.accept()
         with connection:
@@ -141,27 +142,26 @@ def test_a_probe_that_gives_up_resets_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("answers", "most", "expected"),
+    ("answer", "most", "expected"),
     [
-        ((ANSWER,), 4, cluster.Answer(True, "", 1, 4)),
-        ((ANSWER,), 2, cluster.Answer(True, "announces 4 cores, and its instance type has 2", 1)),
+        (ANSWER, 4, cluster.Answer(True)),
+        (ANSWER, 2, cluster.Answer(True, "announces 4 cores, and its instance type has 2")),
         (
-            (ANSWER[:2] + b"\xff\xff" + ANSWER[4:],),
+            ANSWER[:2] + b"\xff\xff" + ANSWER[4:],
             8,
-            cluster.Answer(True, "announces -1 cores, and its instance type has 8", 1),
+            cluster.Answer(True, "announces -1 cores, and its instance type has 8"),
         ),
-        ((REFUSAL, REFUSAL), 8, cluster.Answer(True, "is another build than Mitsuba 0.6.0", 2)),
-        ((REFUSAL, ANSWER), 8, cluster.Answer(True, "", 2, 4)),
+        (REFUSAL, 8, cluster.Answer(True, "is another build of Mitsuba than this node's")),
     ],
 )
-def test_what_a_handshake_tells_the_guard(answers: tuple[bytes, ...], most: int, expected: cluster.Answer) -> None:
-    assert cluster.ask_address(Peer(*answers).address, "0.6.0", most) == expected
+def test_what_a_handshake_tells_the_guard(answer: bytes, most: int, expected: cluster.Answer) -> None:
+    assert cluster.ask_address(Peer(answer).address, BUILD, most) == expected
 
 
 def test_one_bad_server_keeps_no_round_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "GUARD_TIMEOUT", 1)
     good, silent, drips = Peer(ANSWER), Peer(b"", silent=True), Peer(ANSWER[:4], endless=True)
-    found = cluster.ask_all({one.address: 8 for one in (good, silent, drips)}, "0.6.0")
+    found = cluster.ask_all({one.address: 8 for one in (good, silent, drips)}, BUILD)
     assert {one: answer.alive for one, answer in found.items()} == {
         good.address: True,
         silent.address: False,
@@ -184,7 +184,7 @@ def test_the_guard_is_a_program_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(cluster, "LINKED_PATH", str(tmp_path / "linked"))
     monkeypatch.setattr(cluster, "GUARD_TIMEOUT", 20)
     good, greedy = Peer(ANSWER), Peer(ANSWER)
-    plan = {"role": "head", "version": "0.6.0", "workers": {good.address: 4, greedy.address: 2}}
+    plan = {"role": "head", "build": BUILD, "workers": {good.address: 4, greedy.address: 2}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     path = tmp_path / "guard.py"
     path.write_text(cluster.guard_program())

@@ -41,13 +41,19 @@ def test_a_build_serves_on_a_node_that_has_none_of_its_libraries(
     nodes: LocalCloud, node: dict[str, Any], tmp_path: Path
 ) -> None:
     dist = make_build(tmp_path, newer=NEWER)
+    for program in ("mtssrv", "mitsuba"):
+        script = dist / "data" / program
+        script.write_text(script.read_text().replace('_SAMPLES", "3"', '_SAMPLES", "30"').replace('E", "0"', 'E", "1"'))
     done = install(nodes, dist, LD_LIBRARY_PATH=str(tmp_path / "search"))
     assert done.code == 0, done.err
     assert done.out == f"{node['name']}: Mitsuba 0.6.0\n"
     started = nodes.cluster("start", GROUP)
     assert started.code == 0, started.err
-    offer = nodes.run(sys.executable, str(HERE / "mitsuba/mitsuba"), "-c", node["public_name"], "scene.xml")
+    client = (sys.executable, str(HERE / "mitsuba/mitsuba"), "-c", node["public_name"], "scene.xml")
+    env = nodes.environment(MTSSRV_SAMPLES="30", MTSSRV_DOUBLE="1")
+    offer = nodes.run(*client, env=env)
     assert "cores" in offer.out, offer.err
+    assert "cores" not in nodes.run(*client).out, "the build's spectrum samples and precision are not its own"
     owners = ssh(nodes, node, "find /opt/mitsuba /usr/local/bin/mtssrv ! -user root -o -perm /go+w").out
     assert owners == "", "others could write what root runs"
     assert ssh(nodes, node, "ls .mitsuba-package | wc -l; ls -d /var/lib/mitsuba-cluster/work.*").out == "1\n"

@@ -14,9 +14,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import paramiko
 import pytest
+from botocore.exceptions import ClientError
 
 import cluster
 from tests.support import LocalCloud, create, free_port, interrupt, make_node, serve, wait_until
@@ -31,7 +33,7 @@ def security_groups(cloud: LocalCloud, group: str) -> list[Any]:
 
 
 def test_a_dry_run_says_what_a_launch_says_and_makes_nothing(cloud: LocalCloud, group: str) -> None:
-    key = {"SSH_PRIVATE_KEY_FILE": str(cloud.where.root / "never-made.pem")}
+    key = {"SSH_PRIVATE_KEY_FILE": str(cloud.where.root / "never-made.pem"), "KEYPAIR_NAME": group}
     dry = cloud.cluster(*CREATE, group, "--dry-run", settings=key)
     assert (dry.code, dry.err) == (0, "")
     assert not (cloud.where.root / "never-made.pem").exists()
@@ -46,6 +48,16 @@ def test_a_dry_run_says_what_a_launch_says_and_makes_nothing(cloud: LocalCloud, 
     assert made.code == 0, made.err
     own = [line for line in dry.out.splitlines() if not line.startswith(("An hour of a spot node", "vCPUs: "))]
     assert made.err.splitlines()[: len(own)] == own
+
+
+def test_a_dry_run_foresees_a_key_of_the_same_name(cloud: LocalCloud, group: str) -> None:
+    other = cluster.make_ed25519()[1].encode()
+    with cloud.options(pace="none"):
+        cloud.client("ec2").import_key_pair(KeyName=group, PublicKeyMaterial=other)
+        dry = cloud.cluster(*CREATE, group, "--dry-run", settings={"KEYPAIR_NAME": group})
+    cloud.client("ec2").delete_key_pair(KeyName=group)
+    assert (dry.code, dry.out) == (1, "")
+    assert f"EC2 has another key under the name '{group}': choose another KEYPAIR_NAME" in dry.last_line
 
 
 def test_a_dry_run_of_spot_nodes_asks_for_their_quota(cloud: LocalCloud) -> None:
@@ -83,6 +95,47 @@ def test_quota_that_is_used_up(cloud: LocalCloud, group: str) -> None:
         made = cloud.cluster(*CREATE, group)
     assert "\n16 vCPUs asked, your quota is 5 (Running On-Demand Standard" in made.err
     assert (made.code, "quota is used up" in made.last_line) == (1, True)
+
+
+def test_quota_that_is_used_up_half_way(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(vcpu_limit=8, pace="none"):
+        made = cloud.cluster(*CREATE, group, limits={"LAUNCH_BATCH": 1})
+    assert "\n16 vCPUs asked, your quota is 8 (Running On-Demand Standard" in made.err
+    assert made.code == 1
+    assert "1 of 2 nodes ready" in made.last_line
+    assert "quota is used up" in made.last_line
+    assert "Raise 'Running On-Demand Standard instances'" in made.last_line
+
+
+@pytest.mark.parametrize(
+    ("partition", "owner"), [("aws", "099720109477"), ("aws-cn", "837727238323"), ("aws-us-gov", "513442679011")]
+)
+def test_canonical_has_an_account_in_each_partition(partition: str, owner: str) -> None:
+    image = {"ImageId": "ami-1", "CreationDate": "2026-01-01"}
+    ec2 = MagicMock()
+    ec2.describe_images.return_value = {"Images": [image]}
+    ec2.meta.partition = partition
+    assert cluster.fetch_ubuntu(ec2, no_parameter(), "24.04") == "ami-1"
+    assert ec2.describe_images.call_args.kwargs["Owners"] == [owner]
+
+
+def test_a_partition_without_known_images() -> None:
+    ec2 = MagicMock()
+    ec2.meta.partition, ec2.meta.region_name = "aws-eusc", "eusc-de-east-1"
+    with pytest.raises(cluster.ClusterError, match="was found in eusc-de-east-1; name one in AMI_IDS"):
+        cluster.fetch_ubuntu(ec2, no_parameter(), "24.04")
+
+
+def no_parameter() -> MagicMock:
+    """Return an SSM client that knows no image."""
+    unknown = ClientError({"Error": {"Code": "ParameterNotFound", "Message": "no"}}, "GetParameter")
+    return MagicMock(get_parameter=MagicMock(side_effect=unknown))
+
+
+@pytest.mark.parametrize("region", ["us-gov-west-1", "cn-north-1"])
+def test_prices_of_other_partitions_are_not_asked_for(monkeypatch: pytest.MonkeyPatch, region: str) -> None:
+    monkeypatch.setattr(cluster, "open_client", None)
+    assert cluster.fetch_on_demand_price(cluster.Settings(AWS_REGION=region), "c5.large") is None
 
 
 @contextmanager
@@ -262,11 +315,6 @@ def test_a_launch_that_leaves_nodes_says_how_to_go_on(cloud: LocalCloud, group: 
     assert goes_on in made.last_line
 
 
-@pytest.mark.parametrize(("count", "expected"), [(0, []), (1, [1]), (100, [100]), (250, [100, 100, 50])])
-def test_plan_batches(count: int, expected: list[int]) -> None:
-    assert cluster.plan_batches(count, 100) == expected
-
-
 def test_a_new_security_group_that_stays_unknown_is_not_waited_for_as_a_lost_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -301,27 +349,31 @@ class Ec2:
         }
 
 
-def launch(count: int) -> cluster.Launch:
-    """Return a launch of COUNT nodes that lacks nothing."""
+def plan(count: int) -> cluster.Plan:
+    """Return a plan for COUNT nodes that lacks nothing."""
     kind = cluster.InstanceType("c1.xlarge", ("x86_64",), ("legacy-bios",), ("hvm",), 8, True, False)
     image = cluster.Image("ami-1", "x86_64", "legacy-bios", "hvm", "/dev/sda1", 8, "ubuntu")
     subnets = [cluster.Subnet("us-east-1a", "subnet-1", "vpc-1", True)]
     request = cluster.LaunchRequest("c1.xlarge", count, "default")
-    plan = cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", 0, None, {}, "", 0, 0, None)
-    return cluster.Launch(plan, "key", "sg-1", "#cloud-config", {}, 16, False)
+    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", 0, None, {}, "", 0, 0, None)
 
 
 def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -> None:
     ec2 = Ec2()
-    nodes, why = cluster.launch_nodes(ec2, launch(250))
+    app: Any = SimpleNamespace(ec2=ec2)
+    nodes, why = cluster.launch_nodes(app, plan(250), {"NetworkInterfaces": [{}], "TagSpecifications": []}, "token")
     assert len(nodes) == 250, why
     assert [one["MaxCount"] for one in ec2.requests] == [100, 100, 50]
     assert len({one["ClientToken"] for one in ec2.requests}) == 3
 
 
-def test_nodes_give_their_metadata_to_sessions_only() -> None:
-    order = launch(1)
-    asked = cluster.launch_parameters(order, order.plan.subnets[0], 1, "token")
+def test_nodes_give_their_metadata_to_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ensure_key", "check_rules", "repair_rules", "rule_owner"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+    monkeypatch.setattr(cluster, "ensure_security_group", lambda *_: cluster.SecurityGroup("sg-1", "g", "n", "vpc-1"))
+    monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
+    app: Any = SimpleNamespace(ec2=Ec2(), settings=cluster.Settings(), identity=None)
+    asked = cluster.prepare(app, plan(1))
     assert asked["MetadataOptions"]["HttpTokens"] == "required"
     assert asked["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
     assert asked["InstanceInitiatedShutdownBehavior"] == "terminate"

@@ -248,7 +248,9 @@ def test_only_an_early_reset_ends_the_stand_in_server() -> None:
             assert line
 
         def ask() -> int:
-            return cluster.handshake(lambda limit: socket.create_connection(("127.0.0.1", port), limit), "0.6.0", 20)[0]
+            return cluster.handshake(
+                lambda limit: socket.create_connection(("127.0.0.1", port), limit), "0.6.0 3 0", 20
+            )[0]
 
         late = socket.create_connection(("127.0.0.1", port))
         late.sendall(b"\x1b\xcd0.6.0\0\x03\0")

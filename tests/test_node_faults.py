@@ -15,10 +15,14 @@ pytestmark = pytest.mark.xdist_group("nspawn-faults")  # a cloud of its own, bes
 
 GROUP = "faulty"
 QUICK: dict[str, float] = {"SILENCE_LIMIT": 3, "LIVENESS_LIMIT": 3, "LOGIN_LIMIT": 3}
-SLOW_PACKAGE = """\
+SLOW_PACKAGE = r"""
 touch /run/installing
 while [ ! -e /run/go-on ]; do sleep 0.1; done
-printf '#!/bin/sh\\necho Mitsuba version 0.6.0\\n' > /usr/local/bin/mtssrv
+cat > /usr/local/bin/mtssrv << 'END'
+#!/bin/bash
+echo Mitsuba version 0.6.0
+[ "$1" = -h ] || printf '\x1b\xcd0.6.0\0\3\0' > "/dev/tcp/${5/://}"
+END
 chmod 755 /usr/local/bin/mtssrv
 """
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -204,3 +205,18 @@ def test_a_script_reports_its_steps_however_its_output_is_cut() -> None:
         take(block)
     assert steps == ["unpacking", "\ufffd[2Jchecking"]
     assert log.count(b"step: ") == 4
+
+
+def learn_build(folder: Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Learn the build of the mtssrv in FOLDER."""
+    words = [sys.executable, "-I", "-c", cluster.node_program(cluster.learn_build)]
+    env = {"PATH": f"{folder}:{os.environ['PATH']}"} | env
+    return subprocess.run(words, env=env, cwd=cwd, text=True, capture_output=True, check=False)
+
+
+def test_a_build_says_itself_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert learn_build(HERE / "mitsuba", tmp_path).stdout == "0.6.0 3 0\n"
+    assert learn_build(HERE / "mitsuba", tmp_path, MTSSRV_SAMPLES="30", MTSSRV_DOUBLE="1").stdout == "0.6.0 30 1\n"
+    monkeypatch.setattr(cluster, "BUILD_LIMIT", 1)
+    (tmp_path / "mtssrv").symlink_to(shutil.which("true") or "")
+    assert learn_build(tmp_path, tmp_path).stderr == "mtssrv does not greet other servers within 1 seconds\n"

@@ -324,9 +324,10 @@ def test_a_planted_security_group(cloud: LocalCloud, group: str) -> None:
     everything = [permission("-1", "0.0.0.0/0")]
     cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=everything))
     wait_until(lambda: ingress(cloud, group))
-    refused = cloud.cluster("createNodes", "c1.xlarge", "1", group)
-    assert refused.code == 1
-    assert "lets in every protocol from 0.0.0.0/0 (no description)" in refused.last_line
+    for words in (("--dry-run",), ()):
+        refused = cloud.cluster("createNodes", "c1.xlarge", "1", group, *words)
+        assert refused.code == 1
+        assert "lets in every protocol from 0.0.0.0/0 (no description)" in refused.last_line
     assert cloud.nodes(group) == []
     advice = shlex.split(refused.last_line.split("to close that: ")[1])
     assert advice[:3] == ["aws", "ec2", "revoke-security-group-ingress"]
@@ -340,6 +341,22 @@ def test_a_planted_security_group(cloud: LocalCloud, group: str) -> None:
     ports = {port for port, source in opened if source != "itself"}
     assert 7554 in ports
     assert len(ports) == 2, ports  # and sshd's
+
+
+def test_a_rule_with_a_forged_mark_does_not_outlive_the_launch(cloud: LocalCloud, group: str) -> None:
+    """The mark is no secret; where no node runs, no other machine of the user's needs its rule."""
+    planted = make_group(cloud, group, f"mitsuba-{group}")
+    mark = f"mitsuba-cluster {cluster.load_identity(cloud.where.root / 'key.pem').fingerprint} me@elsewhere"
+    rule = permission("tcp", "0.0.0.0/0", mark, FromPort=22, ToPort=22)
+    ec2 = cloud.client("ec2")
+    cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=[rule]))
+    wait_until(lambda: ingress(cloud, group))
+    dry = cloud.cluster("createNodes", "c1.xlarge", "1", group, "--dry-run")
+    assert (dry.code, f"also lets in tcp 22 from 0.0.0.0/0 ({mark})" in dry.err) == (0, True)
+    made = cloud.cluster("createNodes", "c1.xlarge", "1", group)
+    assert made.code == 0, made.err
+    assert f"Security group mitsuba-{group} lets in no more: tcp 22 from 0.0.0.0/0\n" in made.err
+    assert ("tcp", 22, "0.0.0.0/0") not in ingress(cloud, group)
 
 
 def test_rules_that_others_added_later(cloud: LocalCloud, group: str) -> None:
@@ -573,11 +590,11 @@ def test_cloud_init_sees_a_boot_script_that_fails(tmp_path: Path) -> None:
 
 
 def test_a_node_without_its_guard_is_refused(cloud: LocalCloud, group: str) -> None:
-    with cloud.options(launch_faults=["check-guard-fails"]):
+    with cloud.options(launch_faults=["check-metadata-rules-fails"]):
         made = cloud.cluster("createNodes", "c1.xlarge", "1", group)
     assert made.code == 1
-    assert "its metadata guard is missing" in made.err
-    assert "its metadata guard is missing" in cloud.cluster("install", group).err
+    assert "its rules for the metadata service are missing" in made.err
+    assert "its rules for the metadata service are missing" in cloud.cluster("install", group).err
     (node,) = cloud.nodes(group)
     cloud.fault("heal", node)
     assert cloud.cluster("install", group).code == 0
@@ -587,7 +604,7 @@ def test_a_node_without_its_guard_is_refused(cloud: LocalCloud, group: str) -> N
 
 # What nodes say
 
-GOOD = {"cores": "4", "version": "0.6.0", "role": "head", "linked": "10.0.0.1 10.0.0.2 ", "load": "0.42 0.31 0.12"}
+GOOD = {"cores": "4", "build": "0.6.0 3 0", "role": "head", "linked": "10.0.0.1 10.0.0.2 ", "load": "0.42 0.31 0.12"}
 GOOD |= {"memory_mb": "612 7168"}
 
 
@@ -608,8 +625,8 @@ class Saying(cluster.Remote):
         ("cores", "0"),
         ("cores", "null"),
         ("cores", None),
-        ("version", "0.6\x1b[2J"),
-        ("version", "0.6.0 ; reboot"),
+        ("build", "0.6\x1b[2J 3 0"),
+        ("build", "0.6.0 3 0; reboot"),
         ("role", "king"),
         ("linked", "10.0.0.1;reboot"),
         ("load", "1e400 0 0"),

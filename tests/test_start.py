@@ -216,7 +216,7 @@ def test_tunnel_lets_any_number_of_connections_through(servers: LocalCloud) -> N
 
     def ask() -> int:
         open_stream = lambda limit: socket.create_connection(("127.0.0.1", port), limit)  # noqa: E731
-        return cluster.handshake(open_stream, "0.6.0", 60)[0]
+        return cluster.handshake(open_stream, "0.6.0 3 0", 60)[0]
 
     assert [ask() for _ in range(10)] == 10 * [10]
     with ThreadPoolExecutor(50) as pool:

@@ -35,7 +35,7 @@ SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
 RESTART = 1.0  # seconds, as RestartSec= of the real unit
 RENDER, DONE = b"\x00\x01", b"\x00\x02"  # between the stand-ins, see mitsuba/mtssrv
-STEPS = ("wait-for-boot", "check-guard", "install", "start-server", "sync", "serve")  # that a fault can spoil
+STEPS = ("wait-for-boot", "check-metadata-rules", "install", "start-server", "sync", "serve")  # that a fault can spoil
 
 
 class ProcessNetwork:
@@ -425,17 +425,17 @@ async def wait_for_boot(node: ProcessNode, arguments: list[str]) -> tuple[int, s
     return 0, ""
 
 
-async def check_guard(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
+async def check_metadata_rules(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """There is no metadata service to guard."""
     return 0, ""
 
 
 async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     """Tell what the node pretends to be."""
-    version = VERSION if node.installed else ""
+    build = f"{VERSION} 3 0" if node.installed else ""
     linked = " ".join(node.linked)
     return 0, (
-        f"cores={node.cores}\nversion={version}\nrole={node.role}\nlinked={linked}\n"
+        f"cores={node.cores}\nbuild={build}\nrole={node.role}\nlinked={linked}\n"
         f"replaced={node.replaced}\nboot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
         f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nrestarts={node.restarts}\nproblem={node.problem}\n"
         f"guard={json.dumps(node.guard) if node.guard else ''}\n"
@@ -561,7 +561,7 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
 # What is acted out instead of run, by the script's $0; all else of root's is refused.
 ACTS: dict[str, Act] = {
     "wait-for-boot": wait_for_boot,
-    "check-guard": check_guard,
+    "check-metadata-rules": check_metadata_rules,
     "facts": facts,
     "install": install,
     "start-server": start_server,
