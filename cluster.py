@@ -54,7 +54,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar, cast
 
 MISSING = (
     "cluster.py needs {name}. On Debian and Ubuntu: sudo apt-get install -y python3-venv && python3 -m venv "
@@ -1626,7 +1626,7 @@ def raise_limits() -> None:
 class Progress:
     """What is being done: one line on a terminal that is drawn anew, in a pipe a line a minute.
 
-    The bar counts TOTAL nodes, or SIZE bytes. Any thread may feed it.
+    TOTAL nodes are counted; a bar shows SIZE bytes, whose number grows steadily. Any thread may feed it.
     """
 
     def __init__(self, label: str, total: int, say: Callable[[Outcome[Any]], str] | None = None, size: int = 0) -> None:
@@ -1659,9 +1659,9 @@ class Progress:
         """Draw the bar anew."""
         with OUTPUT:
             if is_terminal():
-                done, whole = (sum(self.moved.values()), self.size) if self.size else (self.done, self.total)
-                filled = int(20 * min(done, whole) / whole) if whole else 0
-                draw(f"{self.label} [{'#' * filled:·<20}] {self.describe()}")
+                filled = 20 * sum(self.moved.values()) // self.size if self.size else 0
+                bar = f" [{'#' * filled:·<20}]" if 0 < filled < 20 else ""
+                draw(f"{self.label}{bar}: {self.describe()}")
             elif time.monotonic() - self.told > 60:
                 self.told = time.monotonic()
                 note(f"{self.label}: {self.describe()}")
@@ -1764,10 +1764,10 @@ RANGE_STREAMS = 8  # requests, and files, at once
 RANGE_TRIES = 6
 RANGE_TIMEOUT = 30
 FETCH_FOLDER = ".mitsuba-cluster"  # in the target folder: parts, the record of what is complete, a lock
+OWN_FAULT = 507  # HTTP's code for a full disk
 REPORT_LIMIT = 1 << 62  # no number in a node's report is larger
 RECEIVERS = 2  # that a node serves at once
-SERVE_SECONDS = 600  # then a node serves no more, whatever happens here
-SERVE_RATE = 1_000_000  # bytes a second: large files are served for longer
+SERVE_SECONDS = 600  # then a node's program ends, whatever happens here; a next one goes on where it has ended
 PEERS_TRIED = 2  # that failed a node; then it fetches from here
 PEER_TRIES, PEER_TIMEOUT = 2, 10  # of a range from another node, which may have died
 SPREAD_PATIENCE = 2  # seconds in which nodes say what they have, before anything is sent from here
@@ -1785,7 +1785,7 @@ class Wanted(NamedTuple):
 
 
 class FetchFailed(Exception):
-    """A file can't be had; STATUS is HTTP's where its source refuses it."""
+    """A file can't be had; STATUS is HTTP's where its source refuses it, and OWN_FAULT where the node can't keep it."""
 
     def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
@@ -1982,7 +1982,7 @@ class Fetcher:
                 raise FetchFailed(f"{jobs[job]}: {error}", error.status) from None
             except OSError as error:
                 where = f"{error.filename}: " if error.filename in jobs[job].split("/") else ""
-                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}") from None
+                raise FetchFailed(f"{jobs[job]}: {where}{error.strerror or error}", OWN_FAULT) from None
             finally:
                 files.shutdown(wait=False, cancel_futures=True)
                 self.ranges.shutdown(wait=False, cancel_futures=True)
@@ -2021,10 +2021,11 @@ def fetch_files(arguments: list[str]) -> None:
         say(error=str(error), status=error.status, moved=fetcher.moved)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}")
+        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
         os._exit(1)
 
 
+@functools.cache
 def fetch_program() -> str:
     """Return fetch_files as a program of its own."""
     return node_program(fetch_files)
@@ -2040,8 +2041,12 @@ class Fetched(NamedTuple):
     lacking: int  # bytes of what is missing, without what an earlier try has brought
 
 
-class Refused(NodeError):
-    """The files' source refuses the node: its signed address, or its token, is good no more."""
+class FetchError(NodeError):
+    """A node's FetchFailed, as it has told it."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def read_report(line: bytes) -> dict[str, Any]:
@@ -2077,7 +2082,7 @@ def fetch_step(
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
-        raise (Refused if last.get("status") in (401, 403) else NodeError)(last["error"])
+        raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
     return Fetched(**{name: last[name] for name in Fetched._fields})
@@ -2144,6 +2149,19 @@ class FileServer:
                 os.close(handle)
 
 
+def end_predecessor(address: str, port: str) -> None:
+    """End the program that serves at this address for an earlier run, whose client may have lost its network."""
+    import glob
+    import signal
+
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        number = int(path.split("/")[2])
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            words = file.read().split(b"\0")
+            if number != os.getpid() and [address.encode(), port.encode(), b""] == words[-3:]:
+                os.kill(number, signal.SIGKILL)
+
+
 def serve_files(arguments: list[str]) -> None:
     """Run on a node: serve complete files of a folder at its private address, until stdin ends or time is up.
 
@@ -2165,7 +2183,12 @@ def serve_files(arguments: list[str]) -> None:
         handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
         os.close(below)
     server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
-    listener = socket.create_server((address, int(port)), backlog=64)
+    end_predecessor(address, port)
+    listener = None
+    while not listener:
+        with contextlib.suppress(OSError):  # until the predecessor's end; the client waits so long for an answer
+            listener = socket.create_server((address, int(port)), backlog=64)
+        time.sleep(0.01)
 
     def accept() -> None:
         while True:
@@ -2179,6 +2202,7 @@ def serve_files(arguments: list[str]) -> None:
     os._exit(0)
 
 
+@functools.cache
 def serve_program() -> str:
     """Return serve_files as a program of its own."""
     return node_program(serve_files)
@@ -2191,6 +2215,11 @@ class Source:
     remote: Remote | None = None
     channel: paramiko.Channel | None = None
     failures: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Tell whether the node's program has ended as it should: its time was up."""
+        return bool(self.channel and self.channel.exit_status_ready() and self.channel.recv_exit_status() == 0)
 
 
 class Spread:
@@ -2206,8 +2235,8 @@ class Spread:
         self.folder, self.wanted, self.paths = folder, wanted, paths
         self.token = secrets.token_hex(16)
         self.changed = threading.Condition()
-        self.here: Source | None = Source()  # while nobody fetches from it
-        self.idle: list[Source] = []  # nodes that serve nobody
+        self.here = Source()
+        self.idle = [self.here]  # sources that serve nobody
         self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
@@ -2222,18 +2251,18 @@ class Spread:
 
     def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
-        fresh = [source for source in self.idle if source not in tried]
-        if len(tried) < PEERS_TRIED and fresh:
-            source = fresh[0]
-            self.idle.remove(source)
-        else:
-            alone = not fresh and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until)
-            alone = alone and lacking <= min(self.waiting, default=lacking)  # so least comes from here
-            if not self.here or not (alone or len(tried) >= PEERS_TRIED):
-                return None
-            source, self.here = self.here, None
-        self.fetching += 1
-        return source
+        peers = [source for source in self.idle if source.remote and source not in tried]
+        if len(tried) >= PEERS_TRIED:
+            peers = [self.here]
+        elif not peers and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until):
+            # Nobody else has it, or will have it soon. The node that lacks least comes first.
+            peers = [self.here] if lacking <= min(self.waiting, default=lacking) else []
+        for source in peers[:1]:
+            if source in self.idle:
+                self.idle.remove(source)
+                self.fetching += 1
+                return source
+        return None
 
     def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
@@ -2244,14 +2273,13 @@ class Spread:
             self.waiting.remove(lacking)
         return source
 
-    def give_back(self, source: Source, done: bool) -> None:
+    def give_back(self, source: Source, failed: bool = False) -> None:
         """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
         with self.changed:
             self.fetching -= 1
-            source.failures += not done
-            if not source.remote:
-                self.here = source
-            elif source.failures < PEERS_TRIED and source.remote.transport.is_active():
+            source.failures += failed
+            remote = source.remote
+            if not remote or (source.failures < PEERS_TRIED and remote.transport.is_active()):
                 self.idle.append(source)
             self.changed.notify()
 
@@ -2261,7 +2289,7 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.channel or source.channel.exit_status_ready():  # not yet, or its time was up
+            if not source.channel or source.channel.exit_status_ready():
                 try:
                     source.channel = self.start(source.remote)
                 except SilentNode as error:  # the source's silence is not the receiver's
@@ -2286,14 +2314,13 @@ class Spread:
 
     def start(self, remote: Remote) -> paramiko.Channel:
         """Start a node's program that serves the files; return the session whose end is its end."""
-        seconds = max(SERVE_SECONDS, sum(one.size for one in self.wanted) / SERVE_RATE)
-        job = {"token": self.token, "seconds": seconds, "wanted": [one._asdict() for one in self.wanted]}
-        arguments = [self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
+        words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
         with contextlib.ExitStack() as stack:
             channel = stack.enter_context(remote.session())
             channel.settimeout(LIVENESS_LIMIT)
             channel.set_combine_stderr(True)
-            remote.execute(channel, shlex.join(["python3", "-I", "-c", serve_program(), *arguments]))
+            remote.execute(channel, shlex.join(words))
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
@@ -2308,7 +2335,7 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, complete = self.take(tried, done.lacking), False
+            source, failed = self.take(tried, done.lacking), False
             try:
                 with self.address(source, remote) as url:
                     headers = {"Authorization": f"Bearer {self.token}"}
@@ -2317,15 +2344,14 @@ class Spread:
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
                     done = fetch_step(self.folder, wanted, show, remote, *patience)
-                complete = True
-            except SilentNode:
-                raise
-            except NodeError:
-                if not source.remote:
+            except NodeError as error:
+                full = isinstance(error, FetchError) and error.status == OWN_FAULT
+                if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
                     raise
-                tried.append(source)
+                failed = not source.has_ended
+                tried += [source] if failed else []
             finally:
-                self.give_back(source, complete)
+                self.give_back(source, failed)
         with self.changed:
             self.idle.append(Source(remote))
             self.changed.notify()
@@ -2794,8 +2820,9 @@ def find_node(app: App, name: str) -> Node:
         exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
         found = exact or [node for node in nodes if (node.id.startswith(name) or node.name.startswith(name))]
     if len(found) > 1:
-        which = ", ".join(f"{node.name} ({node.group}, {node.id})" for node in in_order(found))
-        raise ClusterError(f"{printable(name)!r} may be {which}: name one of them by its id")
+        which = [f"{node.short} ({node.group}, {node.id})" for node in in_order(found)]
+        more = f" or {len(which) - 3} more" if len(which) > 3 else ""
+        raise ClusterError(f"{printable(name)!r} may be {', '.join(which[:3])}{more}: name one of them by its id")
     if not found:
         raise ClusterError(
             f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
@@ -2858,7 +2885,6 @@ WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
 JOIN_QUIET = 60  # seconds without any client before that restart of the head
-JOIN_DOUBLINGS = 7
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
@@ -2866,7 +2892,6 @@ HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a scene is m
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
-FILE_BYTES = 1 << 20  # of a file that the guard reads
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
 PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head, workers with their cores
@@ -2967,7 +2992,7 @@ def read_file(path: str) -> str:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(handle, errors="replace") as file:
-            return file.read(FILE_BYTES) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
+            return file.read(MIB) if stat.S_ISREG(os.fstat(handle).st_mode) else ""
     except OSError:
         return ""
 
@@ -2988,18 +3013,13 @@ def read_plan() -> dict[str, Any]:
         return {}
 
 
-def note_journal(text: str) -> None:
-    """Write a line to the journal."""
-    print(text, flush=True)
-
-
 def filter_workers() -> None:
     """Before each start of the head: note those of its workers that answer, and name the others."""
     plan = read_plan()
     answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
-            note_journal(f"{one} is left out: it {answer.problem}")
+            print(f"{one} is left out: it {answer.problem}")
     write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
 
 
@@ -3033,8 +3053,8 @@ def find_joining(links: Links, now: float, quiet: float) -> list[str]:
     """Return the workers to link now; QUIET: since when nobody has connected to the head."""
     if now - quiet < JOIN_QUIET:
         return []
-    pause = {one: JOIN_ANSWERS * 2 ** min(links.losses.get(one, 0), JOIN_DOUBLINGS) for one in links.answering}
-    return sorted(one for one, since in links.answering.items() if now - since >= pause[one])
+    patience = {one: JOIN_ANSWERS * 2 ** links.losses.get(one, 0) for one in links.answering}
+    return sorted(one for one, since in links.answering.items() if now - since >= patience[one])
 
 
 def watch_ends() -> subprocess.Popen[bytes]:
@@ -3068,14 +3088,14 @@ class Look(NamedTuple):
     working: bool = False  # a command of cluster.py is at work
 
 
-def read_connections(text: str, port: int) -> tuple[dict[str, int], dict[str, int]]:
+def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
     servers, logins = {}, {}
     for line in text.splitlines():
         _, _, own, peer, *rest = line.split()
         # ss leaves out what is 0.
         moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
-        if own.endswith(f":{port}"):
+        if own.endswith(f":{SERVER_PORT}"):
             servers[peer] = moved
         elif '"sshd' in line:
             logins[peer] = moved
@@ -3119,12 +3139,11 @@ def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
     import glob
 
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
-    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"), SERVER_PORT)
+    servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
         with contextlib.suppress(OSError):
-            about = os.stat(path)
-            touched[path] = about.st_mtime_ns if path == MARK_PATH else about.st_atime_ns
+            touched[path] = os.stat(path).st_atime_ns  # of a terminal: its input; its mtime is its output
     return Look(
         time.monotonic(),
         int(cpu) / 1e9 if cpu.isdigit() else 0.0,
@@ -3195,15 +3214,10 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     return memory._replace(used=look.at, how=how) if how else memory
 
 
-def judge_idleness(memory: Memory, role: str, limit: float) -> str:
-    """Return "end", "" to stay, or "ask" of a worker: whether its head still answers. LIMIT: seconds, 0 for none.
-
-    Use is known only up to the last look over which it was judged.
-    """
+def is_idle(memory: Memory, limit: float) -> bool:
+    """Tell whether a node has been unused for LIMIT seconds (0: there is no limit), or far longer under a client."""
     patience = max(limit, CLIENT_SILENCE) if find_clients(memory) else limit
-    if not limit or memory.at - memory.used < patience or memory.at != memory.base.at:
-        return ""
-    return "ask" if role == "worker" else "end"
+    return limit > 0 and memory.at - memory.used >= patience
 
 
 def restore_memory(text: str) -> Memory | None:
@@ -3226,25 +3240,22 @@ def node_state(memory: Memory, limit: float) -> dict[str, Any]:
 
 def restart_head(why: str) -> None:
     """Restart the head's server; its filter then links all workers that answer."""
-    note_journal(f"restarts the head {why}")
+    print(f"restarts the head {why}")
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
-def keep_serving(plan: dict[str, Any], links: Links, quiet: float) -> Links:
+def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     """Shake hands with all servers once, and restart the head where that helps."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
-            note_journal(f"does not link {one}: it {answers[one].problem}")
+            print(f"does not link {one}: it {answers[one].problem}")
     linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
     links = renew_links(links, time.monotonic(), own, linked, answers)
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
         links = links._replace(heard={})
-    elif joining := find_joining(links, time.monotonic(), quiet):
-        restart_head(f"to link {' '.join(joining)}")
-        links = links._replace(answering={})
     return links
 
 
@@ -3256,27 +3267,31 @@ def guard_node(arguments: list[str]) -> None:
     role, workers = plan.get("role", "none"), plan.get("workers", {})
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
-    note_journal(f"guards a node with role {role}; it may be idle for {limit:g} s")
+    end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
+    print(f"guards a node with role {role}, which {end}")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
     while True:
         if role == "head":
-            links = keep_serving(plan, links, memory.quiet)
+            links = keep_serving(plan, links)
         if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(ends), len(workers))
+            if joining := find_joining(links, memory.at, memory.quiet):
+                restart_head(f"to link {' '.join(joining)}")
+                links = links._replace(answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
-            verdict = judge_idleness(memory, role, limit)
-            if verdict == "ask":
-                refused = 0 if ask_address(plan["head"], plan["build"], MOST_CORES).alive else refused + 1
-                if refused:
-                    note_journal(f"is idle, and its head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
-            else:
-                refused = 0
-            if verdict == "end" or refused >= HEAD_ASKED:
-                note_journal(f"ends this node, idle for {memory.at - memory.used:.0f} s, and before that: {memory.how}")
-                run_quietly("systemctl", "poweroff")
+            if memory.at == memory.base.at:  # use is known up to now
+                idle = is_idle(memory, limit)
+                unused = f"unused for {format_duration(memory.at - memory.used)} (before that: {memory.how})"
+                headless = idle and role == "worker" and not ask_address(plan["head"], plan["build"], MOST_CORES).alive
+                refused = refused + 1 if headless else 0
+                if headless:
+                    print(f"{unused}, and the head {plan['head']} does not answer: {refused} of {HEAD_ASKED}")
+                if (idle and role != "worker") or refused >= HEAD_ASKED:
+                    print(f"ends this node: {unused}")
+                    run_quietly("systemctl", "poweroff")
         time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
 
 
@@ -3286,7 +3301,8 @@ Description=Mitsuba cluster: keeps the head serving, links nodes that come back,
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart=/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py
+ExecStart=/usr/bin/python3 -I -u /usr/local/lib/mitsuba-cluster/guard.py
+SyslogIdentifier=mitsuba-guard
 Restart=always
 RestartSec=1
 RuntimeDirectory=mitsuba-cluster
@@ -5546,7 +5562,7 @@ class RenderCluster:
         A head that is gone, or frozen for good, is replaced as start does it.
         """
         began = time.monotonic()
-        progress = Progress("Waiting for the head", HEAL_LIMIT)
+        progress = Progress("Waiting for the head", 0)
         while True:
             running = [node for node in self.nodes if node.state == "running"]
             problem = "no node is left"
@@ -5753,66 +5769,70 @@ BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting
 LOOK_LIMIT = 10  # for connecting, where all that is wanted is a look
 ANSWER_LIMIT = 5  # for a node's whole answer to status
 ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
-WATCH_SECONDS = 3  # between two looks of --watch
-SERVER_LOOKS = {"serving": "green", "unlinked": "yellow", "down": "red", "silent": "red"}
+WATCH_SECONDS = 3  # between two polls of --watch
+SERVER_WORDS = {  # colour, meaning
+    "serving": ("green", "it renders"),
+    "unlinked": ("yellow", "a worker that its head does not use"),
+    "down": ("red", "mtssrv does not answer, or not as it should"),
+    "silent": ("red", "the node itself does not answer"),
+}
 
 
-class Overview(NamedTuple):
-    """Everything of ours in a region."""
+class GroupState(NamedTuple):
+    """What there is of one group in a region; of the nodes that have ended only those that EC2 itself ended."""
 
+    name: str
+    region: str
     nodes: list[Node]
     requests: list[SpotRequest]
     security_groups: list[SecurityGroup]
-    region: str
+
+    @property
+    def alive(self) -> list[Node]:
+        """The nodes that are not terminated."""
+        return [node for node in self.nodes if node.state in ALIVE]
 
 
-def fetch_overview(ec2: Client, group: str | None = None) -> Overview:
-    """Return everything of ours, of GROUP or of all groups, by three calls side by side."""
-    nodes, requests, security_groups = side_by_side(
-        lambda: fetch_nodes(ec2, group),
+def fetch_groups(group: str | None, ec2: Client) -> list[GroupState]:
+    """Return what there is of GROUP (None: of all groups), by three calls side by side."""
+    nodes, requests, security_groups, _ = side_by_side(
+        lambda: in_order(node for node in fetch_nodes(ec2, group) if node.state in ALIVE or node.reason),
         lambda: fetch_spot_requests(ec2, group),
         lambda: fetch_security_groups(ec2, group),
+        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
     )
-    return Overview(nodes, requests, security_groups, ec2.meta.region_name)
+    present = [*(node for node in nodes if node.state in ALIVE), *live(requests), *security_groups]
+    return [
+        GroupState(
+            name,
+            ec2.meta.region_name,
+            [node for node in nodes if node.group == name],
+            [request for request in requests if request.group == name],
+            [one for one in security_groups if one.group == name],
+        )
+        for name in sorted({one.group for one in present})
+    ]
 
 
 def totals(nodes: Sequence[Node]) -> dict[str, Any]:
     """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
-    hourly = sum_known(
-        node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0)
-        for node in nodes
-        if node.price is not None and node.state in BILLED
-    )
+    billed = [node for node in nodes if node.price is not None and node.state in BILLED]
+    hourly = sum_known((node.price or 0) + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0) for node in billed)
     cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    rounded = {"hourly": hourly, "cost": cost}
-    return {"nodes": len(nodes)} | {key: round(x, 4) if x is not None else None for key, x in rounded.items()}
+    return {"nodes": len(nodes), "hourly": hourly and round(hourly, 4), "cost": cost and round(cost, 4)}
 
 
 def format_cost(nodes: Sequence[Node]) -> str:
-    """Return "$0.52 an hour, $1.04 so far" of NODES, as far as it is known."""
+    """Return "$0.52/h, $1.04 so far" of NODES, as far as it is known."""
     known = totals(nodes)
-    parts = [(known["hourly"], "an hour"), (known["cost"], "so far")]
-    return ", ".join(f"{at_least(nodes)}{format_money(value)} {what}" for value, what in parts if value is not None)
-
-
-def node_json(node: Node) -> dict[str, Any]:
-    """Return a node as `status --json` shows it."""
-    cost = spent(node, datetime.now(timezone.utc))
-    shown = node._asdict()
-    del shown["token"]
-    return shown | {
-        "name": node.name,
-        "short": node.short,
-        "address": node.address,
-        "launched": node.launched.isoformat().replace("+00:00", "Z"),
-        "cost": round(cost, 4) if cost is not None else None,
-    }
+    parts = [(known["hourly"], "/h"), (known["cost"], " so far")]
+    return ", ".join(f"{at_least(nodes)}{format_money(value)}{what}" for value, what in parts if value is not None)
 
 
 class Asked(NamedTuple):
     """What one node says of itself and its server: the fields of `status --servers --json`."""
 
-    server: str  # serving, unlinked (a worker that its head does not use), down, or silent
+    server: str  # one of SERVER_WORDS
     server_text: str  # the same as a sentence
     load: tuple[float, ...] | None = None
     server_cores: int | None = None
@@ -5861,9 +5881,9 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
         progress.done = sum(future.done() for future in futures.values())
         progress.redraw()
         app.pool.wait(futures.values(), min(0.2, left))
-    late: Outcome[T] = Outcome(nodes[0], error=f"frozen or cut off: no answer within {ANSWER_LIMIT} s", silent=True)
-    found = [future.result() if future.done() else replace(late, node=node) for node, future in futures.items()]
-    return [replace(late, node=outcome.node) if outcome.silent else outcome for outcome in found]
+    late = f"frozen or cut off: no answer within {ANSWER_LIMIT} s"
+    found = [future.result() if future.done() else Outcome(node, silent=True) for node, future in futures.items()]
+    return [Outcome(one.node, error=late, silent=True) if one.silent else one for one in found]
 
 
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
@@ -5874,23 +5894,22 @@ def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
 
 
-def format_group(app: App, group: str, overview: Overview, wide: bool, asked: dict[str, Asked] | None = None) -> str:
+def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
-    nodes = [node for node in overview.nodes if node.group == group]
-    alive = [node for node in nodes if node.state in ALIVE]
-    heading = f"Group {group} ({overview.region}): {format_count(len(alive), 'node')}"
+    nodes, alive = group.nodes, group.alive
+    heading = f"Group {group.name} ({group.region}): {format_count(len(alive), 'node')}"
     limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    of_group = [one for one in overview.security_groups if one.group == group]
-    owner = describe_owner(alive, of_group) if alive and not app.launched(alive) else ""
+    owner = describe_owner(alive, group.security_groups) if alive and not app.launched(alive) else ""
     lines = [", ".join(filter(None, [heading, format_cost(alive), idle, owner]))]
-    more: list[list[str]] = []
+    more = []
     if asked is not None:
         known = [asked.get(node.id, Asked("", "")) for node in nodes]
-        more.append(["SERVER", *(paint(one.server, fg=SERVER_LOOKS.get(one.server)) for one in known)])
-        more.append(["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)])
-        clients = (str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))
-        more.append(["CLIENTS", *clients])
+        more = [
+            ["SERVER", *(one.server and paint(one.server, fg=SERVER_WORDS[one.server][0]) for one in known)],
+            ["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)],
+            ["CLIENTS", *(str(len(one.clients)) if node.role == "head" else "" for node, one in zip(nodes, known))],
+        ]
     if nodes:
         lines.append(format_nodes(nodes, wide, more))
     for node in nodes:
@@ -5898,139 +5917,135 @@ def format_group(app: App, group: str, overview: Overview, wide: bool, asked: di
             lines.append(f"{node.name}: {node.state}: {printable(node.reason)}")
         elif app.known_identity and not is_ours(node, app.known_identity):
             lines.append(f"{node.name}: {not_ours(node)}")
-    for request in live(overview.requests):
-        if request.group == group:
-            lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
+    for request in live(group.requests):
+        lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
     mine = own_or_all(app, alive)
     if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
     elif any(node.role == "worker" for node in mine):
-        lines.append(f"The head node is gone: {command('start', group)} makes another node the head")
+        lines.append(f"The head node is gone: {command('start', group.name)} makes another node the head")
     if not alive:
-        lines.append(f"No nodes, but a security group is left of {group}: {command('terminateAll', group)} removes it")
+        lines.append(f"No nodes, but a security group is left: {command('terminateAll', group.name)} removes it")
     return "\n".join(lines)
 
 
-def group_json(app: App, group: str, overview: Overview, asked: dict[str, Asked]) -> dict[str, Any]:
+def node_json(node: Node) -> dict[str, Any]:
+    """Return a node as `status --json` shows it."""
+    shown = node._asdict()
+    del shown["token"]
+    return shown | {
+        "name": node.name,
+        "short": node.short,
+        "address": node.address,
+        "launched": node.launched.isoformat().replace("+00:00", "Z"),
+        "cost": totals([node])["cost"],
+    }
+
+
+def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str, Any]:
     """Return one group as `status --json` shows it."""
     key = app.known_identity
-    nodes = [node for node in overview.nodes if node.group == group]
-    alive = [node for node in nodes if node.state in ALIVE]
     return {
         "nodes": [
             node_json(node)
             | {"launched_with_this_key": is_ours(node, key) if key else None}
             | (asked[node.id]._asdict() if node.id in asked else {})
-            for node in nodes
+            for node in group.nodes
         ],
-        "spot_requests": [request._asdict() for request in overview.requests if request.group == group],
-        "head": next((node.name for node in own_or_all(app, alive) if node.role == "head"), None),
-        "totals": totals(alive),
+        "spot_requests": [request._asdict() for request in group.requests],
+        "head": next((node.name for node in own_or_all(app, group.alive) if node.role == "head"), None),
+        "totals": totals(group.alive),
     }
 
 
-def fetch_shown(ec2: Client, group: str | None) -> tuple[list[str], Overview]:
-    """Return the groups that exist, and what of them is shown: nodes that EC2 itself has ended, too."""
-    overview, _ = side_by_side(
-        lambda: fetch_overview(ec2, group),
-        lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
-    )
-    alive = [node for node in overview.nodes if node.state in ALIVE]
-    ours: list[Node | SpotRequest | SecurityGroup] = [*alive, *live(overview.requests), *overview.security_groups]
-    groups = sorted({one.group for one in ours})
-    nodes = [node for node in overview.nodes if node.state in ALIVE or (node.reason and node.group in groups)]
-    return groups, overview._replace(nodes=in_order(nodes))
-
-
-def redraw_screen(text: str) -> None:
-    """Show TEXT alone on the terminal, as far as it has room; in a pipe after what was there."""
-    if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
-        height = shutil.get_terminal_size().lines - 1
-        text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
-    put(text)
-
-
-def watch_status(app: App, group: str | None, wide: bool) -> None:
-    """Renew status, with servers, load and clients, until Ctrl-C."""
+def renew(show: Callable[[], str]) -> NoReturn:
+    """SHOW a text alone on the terminal, as far as it has room, every few seconds until Ctrl-C."""
     while True:
-        groups, overview = fetch_shown(app.ec2, group)
-        asked = ask_servers(app, overview.nodes) if overview.nodes else {}
-        blocks = [format_group(app, name, overview, wide, asked) for name in groups]
-        now = format_time(datetime.now(timezone.utc))
-        redraw_screen("\n\n".join([*blocks, f"{now}; every {WATCH_SECONDS} s until Ctrl-C"]))
+        text = f"{show()}\n\n{format_time(datetime.now(timezone.utc))}; every {WATCH_SECONDS} s until Ctrl-C"
+        if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
+            height = shutil.get_terminal_size().lines - 1
+            text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
+        put(text)
         time.sleep(WATCH_SECONDS)
 
 
-def show_regions(app: App, group: str | None, as_json: bool, wide: bool) -> None:
-    """Show what runs in every region, past those that refuse."""
-    problems: list[str] = []
-    found = app.in_all_regions(lambda ec2: fetch_shown(ec2, group), problems)
-    if as_json:
-        shown = {
-            region: {name: group_json(app, name, overview, {}) for name in groups}
-            for region, (groups, overview) in found.items()
-            if groups
-        }
-        result(json.dumps({"regions": shown}, indent=2))
-    for groups, overview in found.values() if not as_json else ():
-        for name in groups:
-            put(format_group(app, name, overview, wide))
-    if not as_json and not any(groups for groups, _ in found.values()):
-        note("Nothing is running in any region that answers" + (f" in group {group!r}" if group else ""))
-    if problems:
-        raise ClusterError("; ".join(problems))
+def show_watched(app: App, group: str | None, wide: bool) -> str:
+    """Return status with the servers, load and clients of the nodes as columns."""
+    groups = fetch_groups(group, app.ec2)
+    asked = ask_servers(app, [node for one in groups for node in one.nodes])
+    return "\n\n".join(format_group(app, one, wide, asked) for one in groups)
+
+
+def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: bool) -> None:
+    """Print GROUPS, at once, and what their servers say below it."""
+    for group in groups:
+        put(format_group(app, group, wide))
+    nodes = [node for group in groups for node in group.nodes]
+    if len(groups) > 1 and (cost := format_cost(nodes)):
+        result(f"All groups: {cost}")
+    asked = ask_servers(app, nodes) if servers else {}
+    for node in nodes:
+        if one := asked.get(node.id):
+            put(f"{paint(node.name, fg=SERVER_WORDS[one.server][0])}: {printable_lines(one.server_text)}")
 
 
 @cli.command("status")
 @click.argument("group", type=GroupName(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--servers", is_flag=True, help="Ask each node for its load and its server, over SSH.")
+@click.option(
+    "--servers",
+    is_flag=True,
+    help="Ask each node, over SSH, for its load and its server. In --json the field server is then "
+    f"{'; '.join(f'{word} ({meaning})' for word, (_, meaning) in SERVER_WORDS.items())}.",
+)
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
 @click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
 @click.pass_obj
-def status(
+def show_status(
     app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
 ) -> None:
     """Show what is running, since when, and what it costs."""
-    if where["all_regions"]:
-        if servers or watch:
-            raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
-        return show_regions(app, group, as_json, wide)
+    everywhere, home, problems = where["all_regions"], app.settings.AWS_REGION, list[str]()
+    if everywhere and (servers or watch):
+        raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
-        watch_status(app, group, wide)
+        renew(lambda: show_watched(app, group, wide))
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
-    groups, overview = fetch_shown(app.ec2, group)
-    nodes = overview.nodes
+    look = functools.partial(fetch_groups, group)
+    regions = app.in_all_regions(look, problems) if everywhere else {home: look(app.ec2)}
+    groups = [one for found in regions.values() for one in found]
     if as_json:
-        asked = ask_servers(app, nodes) if servers and nodes else {}
-        shown = {name: group_json(app, name, overview, asked) for name in groups}
-        everything = {"region": app.settings.AWS_REGION, "groups": shown}
-        everything["totals"] = totals([node for node in nodes if node.state in ALIVE])
-        return result(json.dumps(everything, indent=2))
-    for name in groups:
-        put(format_group(app, name, overview, wide))
-    if not groups:
-        note(f"Nothing is running in {app.settings.AWS_REGION}" + (f" in group {group!r}" if group else ""))
-    elif len(groups) > 1 and (cost := format_cost(nodes)):
-        result(f"All groups: {cost}")
-    if servers and nodes:
-        asked = ask_servers(app, nodes)
-        for node in nodes:
-            if node.id in asked:
-                name = paint(node.name, fg=SERVER_LOOKS[asked[node.id].server])
-                put(f"{name}: {printable_lines(asked[node.id].server_text)}")
-    if app.known_identity and overview.security_groups:
-        warn_of_rules(app.ec2, overview.security_groups, app.settings, address.result(), app.rule_owner)
-    return None
+        asked = ask_servers(app, [node for one in groups for node in one.nodes]) if servers else {}
+        shown = {region: {one.name: group_json(app, one, asked) for one in found} for region, found in regions.items()}
+        found = (
+            {"regions": {region: one for region, one in shown.items() if one}}
+            if everywhere
+            else {"region": home, "groups": shown[home]}
+        )
+        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.alive])}, indent=2))
+    elif groups:
+        show_groups(app, groups, wide, servers)
+        if app.known_identity:
+            guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
+            warn_of_rules(app.ec2, guarded, app.settings, address.result(), app.rule_owner)
+    else:
+        place = "any region that answers" if everywhere else home
+        note(f"Nothing is running in {place}" + (f" in group {group!r}" if group else ""))
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
-def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
-    """Return a node's load as `systemLoad --json` shows it."""
-    if not outcome.ok:
-        return {"error": outcome.error}
-    facts = outcome.value
-    return {"error": None, "load": facts.load, "cores": facts.cores, "memory_mb": facts.memory_mb}
+def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
+    """Return the nodes' loads as a table, the highest first, and below it which nodes do not answer."""
+    rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
+    for outcome in sorted((one for one in outcomes if one.ok), key=lambda one: one.value.load, reverse=True):
+        facts = outcome.value
+        used = " of ".join(format_size(value * MIB) for value in facts.memory_mb)
+        load = (f"{value:.2f}" for value in facts.load)
+        rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
+    silent = [printable_lines(f"{outcome.node.name}: {outcome.error}") for outcome in outcomes if not outcome.ok]
+    return "\n".join([format_table(rows, terminal_width(), ["NAME"]), *silent])
 
 
 @cli.command("systemLoad")
@@ -6041,28 +6056,19 @@ def load_json(outcome: Outcome[Facts]) -> dict[str, Any]:
 def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
-    while True:
-        outcomes = ask_briefly(app, nodes, fetch_facts)
-        rows = [["NODE", "NAME", "LOAD 1", "5", "15", "CORES", "MEMORY"]]
-        good = [outcome for outcome in outcomes if outcome.ok]
-        for outcome in sorted(good, key=lambda one: one.value.load, reverse=True):
-            facts = outcome.value
-            used = " of ".join(format_size(value * MIB) for value in facts.memory_mb)
-            load = (f"{value:.2f}" for value in facts.load)
-            rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
-        if as_json:
-            result(json.dumps({outcome.node.name: load_json(outcome) for outcome in outcomes}, indent=2))
-        elif watch:
-            redraw_screen(format_table(rows, terminal_width(), ["NAME"]))
-        else:
-            result(format_table(rows, terminal_width(), ["NAME"]))
-        if not watch:
-            break
-        time.sleep(WATCH_SECONDS)
-    bad = [outcome for outcome in outcomes if not outcome.ok]
-    for outcome in bad:
-        note(f"{outcome.node.name}: {outcome.error}")
-    if bad:
+    if watch:
+        renew(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
+    outcomes = ask_briefly(app, nodes, fetch_facts)
+    if as_json:
+        fields = ("load", "cores", "memory_mb")
+        shown = {
+            one.node.name: {"error": one.error or None} | {name: getattr(one.value, name) for name in fields if one.ok}
+            for one in outcomes
+        }
+        result(json.dumps(shown, indent=2))
+    else:
+        put(format_loads(outcomes))
+    if bad := [outcome for outcome in outcomes if not outcome.ok]:
         raise ClusterError(f"{len(bad)} of {format_count(len(nodes), 'node')} did not answer")
 
 
@@ -6350,7 +6356,10 @@ def sync_step(
         try:
             done = fetch_step(data, wanted, show, remote)
             return describe_fetched(done, before + done.moved)
-        except Refused as error:  # signed addresses die with the session's credentials: boto3 may have new ones
+        except FetchError as error:
+            if error.status not in (401, 403):
+                raise
+            # Signed addresses die with the session's credentials: boto3 may have new ones.
             if progress.moved[remote.node.id] == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted, before = sign_again(), progress.moved[remote.node.id]
@@ -6847,10 +6856,10 @@ def login(app: App, name: str | None) -> None:
 
 
 class Ran(NamedTuple):
-    """What a command did on a node: its exit code, and the first megabyte of its output."""
+    """What a command did on a node: the fields of `runCommand --json` beside the error."""
 
-    code: int
-    output: str
+    code: int | None = None
+    output: str = ""  # at most a megabyte
 
 
 def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
@@ -6863,14 +6872,9 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
         code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=sink)
     finally:
         lines.end()
+    if code and not as_json:
+        raise NodeError(format_exit(code))
     return Ran(code, kept.decode("utf-8", "replace"))
-
-
-def command_json(outcome: Outcome[Ran]) -> dict[str, Any]:
-    """Return what a command did on a node, as `runCommand --json` shows it."""
-    if not outcome.ok:
-        return {"error": outcome.error, "code": None, "output": ""}
-    return {"error": None, "code": outcome.value.code, "output": outcome.value.output}
 
 
 @cli.command("runCommand", cls=OwnWords)
@@ -6891,16 +6895,12 @@ def run_command(
     nodes = app.open_group(group)
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
-    failed = [outcome for outcome in outcomes if not outcome.ok or outcome.value.code]
     if as_json:
-        result(json.dumps({outcome.node.name: command_json(outcome) for outcome in outcomes}, indent=2))
-    for outcome in failed:
-        if outcome.ok:
-            note(f"{outcome.node.name}: {format_exit(outcome.value.code)}")
+        ran = {one.node.name: {"error": one.error or None} | (one.found or Ran())._asdict() for one in outcomes}
+        result(json.dumps(ran, indent=2))
+    failed = [one.node.name for one in outcomes if not one.ok or one.value.code]
     if failed:
-        raise ClusterError(
-            f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(o.node.name for o in failed)}"
-        )
+        raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
 
 
 # $1 how many lines are looked at, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
@@ -6926,7 +6926,7 @@ def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
 @click.pass_obj
-def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
+def show_logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
     """Show what a node's server wrote (default: the head's)."""
     node = find_node(app, name or "head")
     if installation:
@@ -6950,7 +6950,7 @@ def logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
 @cli.command("regions")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def regions(app: App, as_json: bool) -> None:
+def list_regions(app: App, as_json: bool) -> None:
     """List the regions; the one of the settings is marked."""
     found, ours = fetch_regions(app.settings), app.settings.AWS_REGION
     if as_json:

@@ -63,7 +63,7 @@ class RangeHandler(BaseHTTPRequestHandler):
 def range_server(content: bytes) -> Iterator[RangeServer]:
     """Run a RangeServer for a while."""
     with RangeServer(content) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
 

@@ -69,7 +69,8 @@ def test_a_dry_run_of_spot_nodes_asks_for_their_quota(cloud: LocalCloud) -> None
 def test_a_quota_that_cannot_be_had_is_no_obstacle(cloud: LocalCloud) -> None:
     with cloud.faults({"kind": "hang", "service": "servicequotas"}):
         dry = cloud.cluster(*CREATE, "--dry-run")
-    assert (dry.code, "quota, for all your instances together: could not be looked up" in dry.out) == (0, True)
+    assert dry.code == 0, dry.err
+    assert "quota, for all your instances together: could not be looked up" in dry.out
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,8 @@ def test_quota_that_is_used_up(cloud: LocalCloud, group: str) -> None:
     with cloud.options(vcpu_limit=5):
         made = cloud.cluster(*CREATE, group)
     assert "\n16 vCPUs asked, your quota is 5 (Running On-Demand Standard" in made.err
-    assert (made.code, "quota is used up" in made.last_line) == (1, True)
+    assert made.code == 1, made.err
+    assert "quota is used up" in made.last_line
 
 
 def test_quota_that_is_used_up_half_way(cloud: LocalCloud, group: str) -> None:
@@ -153,7 +155,7 @@ def repository(status: int, body: bytes = b"") -> Iterator[str]:
             """Say nothing."""
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield f"deb http://127.0.0.1:{server.server_address[1]} ./"
         server.shutdown()
 
@@ -190,7 +192,8 @@ def test_where_it_could_not_look_it_warns_and_goes_on(cloud: LocalCloud, status:
     assert f"Warning: the package mitsuba of {line} can't be read (HTTP Error {status}" in dry.err
     gone = f"deb http://127.0.0.1:{free_port()} ./"
     dry = cloud.cluster(*CREATE, "--dry-run", settings={"PKG_REPOSITORY": gone})
-    assert (dry.code, f"Warning: the package mitsuba of {gone} can't be read" in dry.err) == (0, True)
+    assert dry.code == 0, dry.err
+    assert f"Warning: the package mitsuba of {gone} can't be read" in dry.err
 
 
 def test_burstable_types_cost_more_than_their_price(cloud: LocalCloud) -> None:
@@ -277,7 +280,8 @@ def test_a_second_computer_without_the_key(cloud: LocalCloud, group: str, tmp_pa
         ),
     ):
         refused = cloud.cluster(*words, settings={"SSH_PRIVATE_KEY_FILE": str(key)})
-        assert (refused.code, says in refused.last_line) == (1, True), refused.err
+        assert refused.code == 1, refused.err
+        assert says in refused.last_line
         assert not key.exists()
     own = {"SSH_PRIVATE_KEY_FILE": str(key), "KEYPAIR_NAME": group}
     made = cloud.cluster("createNodes", "c1.xlarge", "1", f"{group}-2", settings=own)
@@ -299,7 +303,7 @@ def test_costs_that_lack_a_price_say_at_least(cloud: LocalCloud, group: str) -> 
     assert "at least" not in cloud.cluster("status", group).out
     first = cloud.nodes(group)[0]["id"]
     cloud.client("ec2").delete_tags(Resources=[first], Tags=[{"Key": "mitsuba-price"}])
-    assert re.search(r"at least \$0\.5\d an hour, at least \$\d", cloud.cluster("status", group).out)
+    assert re.search(r"at least \$0\.5\d/h, at least \$\d", cloud.cluster("status", group).out)
     ended = cloud.cluster("terminateAll", group)
     assert re.search(r"cost at least \$0\.0", ended.err)
 

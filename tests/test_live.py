@@ -46,4 +46,5 @@ def test_ctrl_c_ends_everything(cloud: LocalCloud, tmp_path: Path) -> None:
 
 def test_it_wants_a_word_about_money(cloud: LocalCloud) -> None:
     refused = cloud.run(sys.executable, "-m", "tests.live")
-    assert (refused.code, "--yes-this-costs-money" in refused.last_line) == (2, True)
+    assert refused.code == 2, refused.err
+    assert "--yes-this-costs-money" in refused.last_line

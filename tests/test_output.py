@@ -32,6 +32,19 @@ def test_format_count(count: float, expected: str) -> None:
     assert cluster.format_count(count, "node") == expected
 
 
+def test_a_bar_stands_neither_empty_nor_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    monkeypatch.setattr(cluster, "is_terminal", lambda: True)
+    monkeypatch.setattr(cluster, "draw", drawn.append)
+    progress = cluster.Progress("Sending", 2, size=1000)
+    for progress.moved["all"] in (0, 500, 1000):
+        progress.redraw()
+    cluster.Progress("Installing", 2).redraw()
+    assert ["[" in line for line in drawn] == [False, True, False, False]
+    assert drawn[1].startswith("Sending [##########··········]: 0/2, 500 B of 1.0 kB")
+    assert drawn[3] == "Installing: 0/2, 0s"
+
+
 def test_no_message_has_a_plural_that_one_makes_wrong() -> None:
     found = re.findall(
         r"\{[^{}]*\} (?:node|file|object|hour|minute|request|group)s\b.*", Path(cluster.__file__).read_text()

@@ -144,7 +144,7 @@ def test_the_nodes_that_have_it_double_in_each_round(count: int, most: int) -> N
         waiting -= len(sources)
         for source in sources:
             from_here += source.remote is None
-            spread.give_back(source, True)
+            spread.give_back(source)
             spread.idle.append(cluster.Source(Idle()))  # type: ignore[arg-type]
     assert rounds <= most
     assert from_here == 1
@@ -153,13 +153,13 @@ def test_the_nodes_that_have_it_double_in_each_round(count: int, most: int) -> N
 def test_two_peers_that_fail_lead_here() -> None:
     spread = make_spread(1)
     spread.hear()
-    spread.idle = [cluster.Source(Idle()) for _ in range(3)]  # type: ignore[arg-type]
+    spread.idle += [cluster.Source(Idle()) for _ in range(3)]  # type: ignore[arg-type]
     tried: list[cluster.Source] = []
     for _ in range(2):
         source = spread.choose(tried)
         assert source
         assert source.remote
-        spread.give_back(source, False)
+        spread.give_back(source, failed=True)
         tried.append(source)
     source = spread.choose(tried)
     assert source
@@ -178,25 +178,105 @@ def test_nothing_is_sent_before_the_nodes_have_said_what_they_have() -> None:
     assert not source.remote
 
 
+class Ended:
+    """The session of a program that has ended with this code."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def exit_status_ready(self) -> bool:
+        """It has ended."""
+        return True
+
+    def recv_exit_status(self) -> int:
+        """Return its code."""
+        return self.code
+
+
+@pytest.mark.parametrize(("code", "from_here"), [(0, False), (1, True)])
+def test_a_source_whose_time_is_up_has_not_failed(code: int, from_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large file takes longer than a program serves: what came is kept, and the same node goes on."""
+    spread = cluster.Spread(".", [cluster.Wanted("big", 5, "", "", "", {})], [], 1)
+    peer = cluster.Source(Idle())  # type: ignore[arg-type]
+    spread.idle.append(peer)
+    breaks, asked = 3, list[str]()
+
+    @contextlib.contextmanager
+    def address(source: cluster.Source, remote: cluster.Remote) -> Iterator[str]:
+        source.channel = Ended(code) if source.remote else None  # type: ignore[assignment]
+        yield "peer" if source.remote else "here"
+
+    def fetch(folder: str, wanted: list[cluster.Wanted], *_: Any) -> cluster.Fetched:
+        asked.append(wanted[0].url)
+        if 0 < len(asked) - 1 <= breaks and wanted[0].url == "peer/0":
+            raise cluster.NodeError("it can't be fetched")
+        return cluster.Fetched(1, 0, len(asked) == 1, 5, 0)
+
+    monkeypatch.setattr(spread, "address", address)
+    monkeypatch.setattr(cluster, "fetch_step", fetch)
+    assert spread.bring(lambda _: None, Idle()).fetched == 1  # type: ignore[arg-type]
+    assert asked == (["", "peer/0", "here/0"] if from_here else ["", *4 * ["peer/0"]])
+    assert peer.failures == from_here
+
+
+@pytest.mark.parametrize(
+    "error", [cluster.FetchError("No space left on device", cluster.OWN_FAULT), cluster.SilentNode("is silent")]
+)
+def test_a_receivers_own_fault_is_not_its_sources(error: cluster.NodeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = cluster.Spread(".", [], [], 1)
+    peer = cluster.Source(Idle())  # type: ignore[arg-type]
+    spread.idle.append(peer)
+    reports = iter([cluster.Fetched(0, 0, 1, 0, 5)])
+
+    def fetch(*_: Any) -> cluster.Fetched:
+        for report in reports:
+            return report
+        raise error
+
+    monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
+    monkeypatch.setattr(cluster, "fetch_step", fetch)
+    with pytest.raises(cluster.NodeError, match=str(error)):
+        spread.bring(lambda _: None, Idle())  # type: ignore[arg-type]
+    assert (peer.failures, peer in spread.idle) == (0, True)
+
+
+def serve(folder: Path, address: str, port: int, token: str) -> subprocess.Popen[str]:
+    """Start a node's program that serves one file."""
+    (folder / "data").write_bytes(bytes(range(256)) * 8000)
+    wanted = cluster.Wanted("data", 2_048_000, "m", "", "", {})
+    fetcher = cluster.Fetcher(str(folder))
+    fetcher.save("record.json", {"data": fetcher.entry(wanted)})
+    words = [sys.executable, "-I", "-c", cluster.serve_program(), str(folder), address, str(port)]
+    child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin
+    assert child.stdout
+    job = {"token": token, "seconds": 60, "wanted": [wanted._asdict()]}
+    child.stdin.write(json.dumps(job) + "\n")
+    child.stdin.flush()
+    assert child.stdout.readline() == "ready\n"
+    return child
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
     """A node's program that serves one file: the process, its port and the token."""
-    (tmp_path / "data").write_bytes(bytes(range(256)) * 8000)
-    wanted = cluster.Wanted("data", 2_048_000, "m", "", "", {})
-    fetcher = cluster.Fetcher(str(tmp_path))
-    fetcher.save("record.json", {"data": fetcher.entry(wanted)})
-    port = free_port()
-    words = [sys.executable, "-I", "-c", cluster.serve_program(), str(tmp_path), "127.0.0.1", str(port)]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdin
-        assert child.stdout
-        token = secrets.token_hex(16)
-        job = {"token": token, "seconds": 60, "wanted": [wanted._asdict()]}
-        child.stdin.write(json.dumps(job) + "\n")
-        child.stdin.flush()
-        assert child.stdout.readline() == "ready\n"
+    port, token = free_port(), secrets.token_hex(16)
+    with serve(tmp_path, "127.0.0.1", port, token) as child:
         yield child, port, token
         child.kill()
+
+
+def test_a_source_takes_the_place_of_one_whose_client_is_cut_off(
+    source: tuple[subprocess.Popen[str], int, str], tmp_path: Path
+) -> None:
+    stale, port, old = source
+    with serve(tmp_path, "127.0.0.2", port, old) as elsewhere, serve(tmp_path, "127.0.0.1", port, "new") as child:
+        assert stale.wait(20) == -signal.SIGKILL
+        assert ask(port, "/0", old) == (403, b"")
+        assert ask(port, "/0", "new", "bytes=5-9") == (206, bytes(range(5, 10)))
+        assert elsewhere.poll() is None, "another address is another node"
+        for one in (elsewhere, child):
+            one.kill()
 
 
 def ask(port: int, path: str, token: str, span: str = "bytes=0-9", peer: str = "127.0.0.1") -> tuple[int, bytes]:
