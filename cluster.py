@@ -36,7 +36,6 @@ import contextlib
 import functools
 import gc
 import importlib
-import inspect
 import json
 import os
 import re
@@ -54,7 +53,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 MISSING = (
     "cluster.py needs {name}. On Debian and Ubuntu: sudo apt-get install -y python3-venv && python3 -m venv "
@@ -569,18 +568,6 @@ def find_partition(region: str) -> tuple[str, str]:
     return ("aws-us-gov", "us-gov-west-1") if region.startswith("us-gov-") else ("aws", "us-east-1")
 
 
-@contextlib.contextmanager
-def tolerate(*codes: str) -> Iterator[None]:
-    """Let AWS's errors with these CODES pass; with none named, all of AWS's errors."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError) as error:
-        if codes and error_code(error) not in codes:
-            raise
-
-
 def explain_denial(text: str, call: str) -> str:
     """Say what AWS denies and why in AWS's words, without its encoded blob, and who can change that."""
     found = re.search(r"not authorized to perform: (.+?)(\W+Encoded authorization failure message.*|\W*)$", text)
@@ -667,14 +654,17 @@ def explain(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def excused(loss: str) -> Iterator[None]:
-    """Turn what goes wrong at AWS into a warning that says what is lost by it."""
+def tolerate(*codes: str, loss: str = "") -> Iterator[None]:
+    """Let AWS's errors with these CODES pass, all of them if none is named; warn of the LOSS where there is one."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except (BotoCoreError, ClientError) as error:
-        warn(f"{loss}: {explain(error)}")
+        if codes and error_code(error) not in codes:
+            raise
+        if loss:
+            warn(f"{loss}: {explain(error)}")
 
 
 def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
@@ -1278,7 +1268,7 @@ def node_program(main: Callable[[list[str]], object]) -> str:
     """
     import symtable
 
-    text = inspect.getsource(sys.modules[__name__])
+    text = Path(__file__).read_text("utf-8")
     blocks = {name: f"{name} = {value!r}" for name, value in globals().items() if name.isupper()}
     blocks |= {found[1]: found[0] for found in re.finditer(r"^(?:def|class) (\w+)\b.*\n(?:(?:[ )].*)?\n)*", text, re.M)}
     needed = {main.__name__}
@@ -1302,7 +1292,7 @@ class Outcome(Generic[T]):
     """What one step did on one node: a value, or an error in words."""
 
     node: Node
-    found: T | None = None
+    value: T = None  # type: ignore[assignment]  # the step's own result, where it succeeded
     error: str = ""
     silent: bool = False  # it failed since the node does not answer
 
@@ -1310,11 +1300,6 @@ class Outcome(Generic[T]):
     def ok(self) -> bool:
         """Tell whether the step succeeded."""
         return not self.error
-
-    @property
-    def value(self) -> T:
-        """The step's own result; only where it succeeded."""
-        return cast(T, self.found)
 
 
 class Facts(NamedTuple):
@@ -3539,7 +3524,7 @@ def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
     """Return the id of the newest image of Ubuntu's RELEASE: by Canonical's SSM parameter, else from EC2's list."""
     code_name, disk = UBUNTU[release]
     parameter = f"/aws/service/canonical/ubuntu/server/{release}/stable/current/amd64/hvm/ebs-{disk}/ami-id"
-    with excused("Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
+    with tolerate(loss="Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
         return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
     folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
     named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
@@ -3606,7 +3591,7 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     }
     filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
     quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
-    with excused("the price is unknown"), contextlib.suppress(KeyError, ValueError):
+    with tolerate(loss="the price is unknown"), contextlib.suppress(KeyError, ValueError):
         pricing = open_client(settings, "pricing", "us-east-1", **quick)
         products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
         terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
@@ -3617,7 +3602,7 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
 
 def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
     """Return zone -> present $ an hour of a spot node, cheapest first; {} where that can't be had."""
-    with excused("spot prices are unknown"):
+    with tolerate(loss="spot prices are unknown"):
         now = {zone: prices[-1][1] for zone, prices in fetch_spot_history(ec2, machine, 1).items()}
         return dict(sorted(now.items(), key=lambda item: item[1]))
     return {}
@@ -4006,7 +3991,7 @@ def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: flo
         return None
     outcome = replace(future.result(), node=node)
     if outcome.silent:
-        with excused(f"the console of {node.id} can't be read"):
+        with tolerate(loss=f"the console of {node.id} can't be read"):
             console = str(app.ec2.get_console_output(InstanceId=node.id).get("Output") or "")
             return replace(outcome, error=outcome.error + format_tail(console))
     return outcome
@@ -5034,7 +5019,7 @@ def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
 
 def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
     """Return the cores of each of the NODES' instance types, as far as EC2 tells."""
-    with excused("the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
+    with tolerate(loss="the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
         types = sorted({node.type for node in nodes})
         found = side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))
         return {one.type: one.cores for one in found}
@@ -5369,7 +5354,7 @@ def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Se
     workers = [outcome for outcome in outcomes if outcome is not head]
     good = [outcome.node for outcome in workers if outcome.ok]
     if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
-        looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
+        looked = Outcome(head.node, head.value.facts) if head.ok else Outcome[Facts](head.node, error=head.error)
         return link_group(app, group, plan, looked, workers)
     start_group(app, group, good, force=False)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
@@ -6574,7 +6559,7 @@ def end_group(
         living = [node for node in targets if node.id not in protected]
         seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
         if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
-            with excused("their spot requests are not cancelled"):
+            with tolerate(loss="their spot requests are not cancelled"):
                 cancelled = cancel_spot_requests(ec2, fetch_spot_requests(ec2, group))
         present = (len(seen), {node.id for node in living})
         since, before = (since if present == before else time.monotonic()), present
@@ -6896,7 +6881,7 @@ def run_command(
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     if as_json:
-        ran = {one.node.name: {"error": one.error or None} | (one.found or Ran())._asdict() for one in outcomes}
+        ran = {one.node.name: {"error": one.error or None} | (one.value or Ran())._asdict() for one in outcomes}
         result(json.dumps(ran, indent=2))
     failed = [one.node.name for one in outcomes if not one.ok or one.value.code]
     if failed:
