@@ -89,6 +89,7 @@ TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of t
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 TAG_IDLE = "mitsuba-idle-minutes"
+TAG_TREE = "mitsuba-tree"  # "yes": start links the group in two levels
 SERVER_PORT = 7554  # mtssrv's own default
 PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
@@ -695,6 +696,7 @@ class Node(NamedTuple):
     price: float | None = None  # $ an hour
     max_hours: float | None = None
     idle_minutes: float | None = None
+    tree: bool = False  # its group is linked in two levels
     spot_request: str = ""
     reason: str = ""  # why it ended, if not by the user
     token: str = ""  # its launch's ClientToken
@@ -741,6 +743,7 @@ class InstanceType(NamedTuple):
     cores: int
     encrypts: bool
     burstable: bool
+    gbits: float = 0  # a second, that its first network card has at all times; 0: unknown
 
 
 class SpotRequest(NamedTuple):
@@ -829,6 +832,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
         idle_minutes=to_number(tags.get(TAG_IDLE)),
+        tree=tags.get(TAG_TREE) == "yes",
         spot_request=raw.get("SpotInstanceRequestId") or "",
         reason="" if by_user else printable(reason.get("Message", "")),
         token=raw.get("ClientToken") or "",
@@ -950,6 +954,7 @@ def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
         cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
         encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
         burstable=raw.get("BurstablePerformanceSupported", False),
+        gbits=raw.get("NetworkInfo", {}).get("NetworkCards", [{}])[0].get("BaselineBandwidthInGbps", 0),
     )
 
 
@@ -1067,6 +1072,7 @@ def warn_of_rules(ec2: Client, groups: Sequence[SecurityGroup], settings: Settin
 TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
 IDLE_POLL = 5  # between paramiko's polls of an idle connection; its 0.1 s costs half a core with 1000 nodes
+BOOT_LIMIT = 600  # from the launch to an answering sshd
 LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
@@ -2425,13 +2431,22 @@ class App:
         """Return "group 'default' (us-east-1)"."""
         return f"group {group!r} ({self.settings.AWS_REGION})"
 
+    def awaits_address(self, node: Node) -> bool:
+        """Tell whether EC2 has yet to tell NODE's public address, seconds after the private one."""
+        boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
+        return boots and not node.public_ip and not self.settings.PRIVATE_NODES
+
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
         self.check_owner(group, nodes)
-        ready = self.ours([node for node in nodes if node.state == "running"])
-        waiting = [node for node in nodes if node.state == "pending"]
+        running = [node for node in nodes if node.state == "running"]
+        ready = self.ours([node for node in running if not self.awaits_address(node)])
+        waiting = [node for node in nodes if node.state == "pending"] + list(filter(self.awaits_address, running))
         if waiting:
-            note(f"{format_count(len(waiting), 'node')} still pending, left out: {', '.join(n.id for n in waiting)}")
+            names = ", ".join(node.id for node in waiting)
+            note(f"{format_count(len(waiting), 'node')} still pending (no public address yet), left out: {names}")
+        if not ready and waiting:
+            raise ClusterError(f"no node of {self.where(group)} can be reached yet; run this again in a minute")
         if not ready:
             raise ClusterError(
                 f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE', 'COUNT', group)} makes some"
@@ -2713,7 +2728,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]
         title = "it" if not param else param.opts[0] if isinstance(param, click.Option) else (param.name or "").upper()
         kind = "a whole number" if self.whole else "a number"
         span = f"above {self.low:g}, at most" if self.above else f"from {self.low:g} to"
-        first = (ctx.params.get("machine") if ctx else None) or ""
+        first = (ctx.params.get("instance_type") if ctx else None) or ""
         swapped = ctx and first.isdigit() and re.fullmatch(r"[a-z][\w-]*\.[\w-]+", str(value))
         advice = f"; did you mean {command(ctx.info_name or '', value, first)}?" if ctx and swapped else ""
         raise click.UsageError(f"{title} must be {kind} {span} {self.high:g}, not {value!r}{advice}", ctx)
@@ -2778,7 +2793,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 
 others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
-type_argument = click.argument("machine", metavar="TYPE")
+type_argument = click.argument("instance_type", metavar="TYPE")
 
 
 def in_order(nodes: Iterable[Node]) -> list[Node]:
@@ -2867,21 +2882,24 @@ GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
 WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a client sends more
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
 JOIN_QUIET = 60  # seconds without any client before that restart of the head
 USE_LOOK = 60  # seconds over which it is judged whether a node is in use
 BUSY_CORES = 0.05  # of one core, that mtssrv computes: less is its handshakes
 LOGIN_BYTES = 100_000  # that an SSH connection moves in that time
-HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a scene is more
 LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` reads the list of them every few seconds
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
+RELAY = "relay-"  # what the name of a sub-head's server begins with: it links the workers of its branch
+RELAY_LIMIT = 15  # seconds that a head waits for a sub-head that restarts; below systemd's TimeoutStartSec
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
-PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head, workers with their cores
+PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, own, head; of a head and of a sub-head
+# also the workers with their cores, a head's are all of the tree; and a head's branches: sub-head -> its workers
 IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
-LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which the head was started
+LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which a head or sub-head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
 STATE_PATH = "/run/mitsuba-cluster/state.json"
 
@@ -2940,36 +2958,29 @@ class Answer(NamedTuple):
 
     alive: bool
     problem: str = ""  # why the server can't be linked
+    relays: bool = False  # it is a sub-head, with workers of its own
+    refuses: bool = False  # nothing listens there, as while it restarts
 
 
 def ask_address(address: str, build: str, most_cores: int) -> Answer:
     """Shake hands with the server at ADDRESS, which may have so many cores."""
     try:
-        cores, _ = handshake(
+        cores, name = handshake(
             lambda limit: socket.create_connection((address, SERVER_PORT), limit), build, GUARD_TIMEOUT
         )
     except AnotherBuild:
         return Answer(True, "is another build of Mitsuba than this node's")
     except (OSError, EOFError, ValueError) as error:
-        return Answer(False, f"does not answer: {error}")
+        return Answer(False, f"does not answer: {error}", refuses=isinstance(error, ConnectionRefusedError))
     wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
-    return Answer(True, wrong)
+    return Answer(True, wrong, relays=name.startswith(RELAY) and not wrong)
 
 
 def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
-    """Ask many servers at once, within a limit; ADDRESSES have the most cores of each."""
-    found: dict[str, Answer] = {}
-    askers = [
-        threading.Thread(target=lambda one, most: found.update({one: ask_address(one, build, most)}), args=pair)
-        for pair in addresses.items()
-    ]
-    deadline = time.monotonic() + 2 * GUARD_TIMEOUT
-    for thread in askers:
-        thread.daemon = True
-        thread.start()
-    for thread in askers:
-        thread.join(max(0, deadline - time.monotonic()))
-    return {one: found.get(one, Answer(False, "does not answer")) for one in addresses}
+    """Ask many servers at once; ADDRESSES have the most cores of each."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(addresses))) as pool:
+        answers = pool.map(ask_address, addresses, [build] * len(addresses), addresses.values())
+        return dict(zip(addresses, answers))
 
 
 def read_file(path: str) -> str:
@@ -2990,22 +3001,24 @@ def write_file(path: str, text: str) -> None:
     os.replace(f"{path}.new", path)
 
 
-def read_plan() -> dict[str, Any]:
-    """Return what start wants of this node; {} before the first start."""
-    try:
-        return dict(json.loads(read_file(PLAN_PATH)))
-    except ValueError:
-        return {}
+def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
+    """Return whom to link of those that gave ANSWERS: each that can be, but for the workers of sub-heads that serve."""
+    branches = plan.get("branches", {}).items()
+    below = {one for head, workers in branches if answers[head].relays for one in workers}
+    return [one for one in plan["workers"] if not answers[one].problem and one not in below]
 
 
-def filter_workers() -> None:
-    """Before each start of the head: note those of its workers that answer, and name the others."""
-    plan = read_plan()
+def filter_workers(plan: dict[str, Any]) -> None:
+    """Before each start of a head or sub-head: note those of its workers that answer, and name the others."""
+    heads = {one: plan["workers"][one] for one in plan.get("branches", ())}
+    deadline = time.monotonic() + RELAY_LIMIT
+    while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
+        time.sleep(WATCH_PAUSE)
     answers = ask_all(plan["workers"], plan["build"])
     for one, answer in answers.items():
         if answer.problem:
             print(f"{one} is left out: it {answer.problem}")
-    write_file(LINKED_PATH, "".join(f"{one}\n" for one, answer in answers.items() if not answer.problem))
+    write_file(LINKED_PATH, "".join(f"{one}\n" for one in pick_workers(plan, answers)))
 
 
 class Links(NamedTuple):
@@ -3224,20 +3237,23 @@ def node_state(memory: Memory, limit: float) -> dict[str, Any]:
 
 
 def restart_head(why: str) -> None:
-    """Restart the head's server; its filter then links all workers that answer."""
-    print(f"restarts the head {why}")
+    """Restart the server of a head or sub-head; its filter then links all workers that answer."""
+    print(f"restarts mtssrv {why}")
     run_quietly("systemctl", "restart", "mtssrv.service")
 
 
 def keep_serving(plan: dict[str, Any], links: Links) -> Links:
-    """Shake hands with all servers once, and restart the head where that helps."""
+    """Shake hands with all servers once, and restart the own one where that helps."""
     own, workers = plan["own"], plan["workers"]
     answers = ask_all({own: MOST_CORES} | workers, plan["build"])
     for one in workers:
         if answers[one].alive and answers[one].problem and one not in links.named:
             print(f"does not link {one}: it {answers[one].problem}")
     linked = frozenset(read_file(LINKED_PATH).split()) & workers.keys()
-    links = renew_links(links, time.monotonic(), own, linked, answers)
+    # A sub-head links nobody anew: it does not know whether its head has a client, who would lose a render.
+    wanted = {own, *linked, *(pick_workers(plan, answers) if plan["role"] == "head" else ())}
+    seen = {one: answer for one, answer in answers.items() if one in wanted or answer.problem}
+    links = renew_links(links, time.monotonic(), own, linked, seen)
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
         links = links._replace(heard={})
@@ -3246,10 +3262,13 @@ def keep_serving(plan: dict[str, Any], links: Links) -> Links:
 
 def guard_node(arguments: list[str]) -> None:
     """Run as a program: `filter` before each start of a head's server, and without arguments for ever."""
+    plan: dict[str, Any] = {}  # before the first start
+    with contextlib.suppress(ValueError):
+        plan = json.loads(read_file(PLAN_PATH))
     if arguments == ["filter"]:
-        return filter_workers()
-    plan = read_plan()
+        return filter_workers(plan)
     role, workers = plan.get("role", "none"), plan.get("workers", {})
+    watches = role == "head" or workers  # a sub-head does, whose role is that of a worker
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
     end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
@@ -3258,9 +3277,9 @@ def guard_node(arguments: list[str]) -> None:
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
     while True:
-        if role == "head":
+        if watches:
             links = keep_serving(plan, links)
-        if role != "head" or time.monotonic() - memory.at >= CLIENT_LOOK:
+        if not watches or time.monotonic() - memory.at >= CLIENT_LOOK:
             memory = remember(memory, take_look(ends), len(workers))
             if joining := find_joining(links, memory.at, memory.quiet):
                 restart_head(f"to link {' '.join(joining)}")
@@ -3277,7 +3296,7 @@ def guard_node(arguments: list[str]) -> None:
                 if (idle and role != "worker") or refused >= HEAD_ASKED:
                     print(f"ends this node: {unused}")
                     run_quietly("systemctl", "poweroff")
-        time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if role == "head" else USE_LOOK)
+        time.sleep(WATCH_PAUSE + len(workers) / WATCH_RATE if watches else USE_LOOK)
 
 
 GUARD_UNIT = """\
@@ -3317,11 +3336,6 @@ systemctl start --no-block mitsuba-guard.service
 """
 
 
-def guard_program() -> str:
-    """Return the guard as a program of its own."""
-    return node_program(guard_node)
-
-
 def guard_at_boot(minutes: float) -> list[list[str]]:
     """Return the command that installs the guard at a node's first boot; none where no MINUTES of idleness end it."""
     import base64
@@ -3329,7 +3343,7 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 
     if not minutes:
         return []
-    program = base64.b64encode(gzip.compress(guard_program().encode(), mtime=0)).decode()
+    program = base64.b64encode(gzip.compress(node_program(guard_node).encode(), mtime=0)).decode()
     return [["bash", "-c", GUARD_BOOT, "guard", program, GUARD_UNIT, f"{minutes:g}"]]
 
 
@@ -3358,7 +3372,6 @@ QUOTAS = {
     "x": ("L-7295265B", "L-E3A00192"),
     "": ("L-1216C47A", "L-34B43A08"),
 }
-BOOT_LIMIT = 600  # from the launch to an answering sshd
 POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
@@ -3493,12 +3506,12 @@ nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
 """
 
 
-def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
+def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[Subnet]:
     """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
-    kind = [{"Name": "instance-type", "Values": [machine]}]
+    kind = [{"Name": "instance-type", "Values": [instance_type]}]
     found, offerings = side_by_side(
         lambda: ec2.describe_subnets(**wanted)["Subnets"],
         lambda: ec2.describe_instance_type_offerings(LocationType="availability-zone", Filters=kind),
@@ -3516,7 +3529,7 @@ def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]
     if not fit:
         here = f"in {subnets[0].zone}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
         there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
-        raise ClusterError(f"{machine} is not offered {here}{there}")
+        raise ClusterError(f"{instance_type} is not offered {here}{there}")
     return fit
 
 
@@ -3557,23 +3570,23 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
     )
 
 
-def check_image(machine: InstanceType, image: Image, named: bool) -> None:
+def check_image(wanted: InstanceType, image: Image, named: bool) -> None:
     """Refuse an image that can't boot on the machine; NAMED: the user chose it."""
-    if "x86_64" not in machine.architectures and not named:
+    if "x86_64" not in wanted.architectures and not named:
         raise ClusterError(
-            f"{machine.type} is an {machine.architectures[0]} machine, and Mitsuba 0.6 is an x86-64 program: "
+            f"{wanted.type} is an {wanted.architectures[0]} machine, and Mitsuba 0.6 is an x86-64 program: "
             "choose another type (or name an image of your own in AMI_IDS)"
         )
-    if image.architecture not in machine.architectures:
-        raise ClusterError(f"image {image.id} is for {image.architecture}, which {machine.type} is not; see AMI_IDS")
-    if image.virtualization not in machine.virtualization:
-        raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {machine.type}; see AMI_IDS")
+    if image.architecture not in wanted.architectures:
+        raise ClusterError(f"image {image.id} is for {image.architecture}, which {wanted.type} is not; see AMI_IDS")
+    if image.virtualization not in wanted.virtualization:
+        raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {wanted.type}; see AMI_IDS")
     modes = {"uefi-preferred": ("uefi", "legacy-bios")}.get(image.boot_mode, (image.boot_mode,))
-    if not set(modes) & set(machine.boot_modes):
-        raise ClusterError(f"image {image.id} boots by {image.boot_mode} only, which {machine.type} can't; see AMI_IDS")
+    if not set(modes) & set(wanted.boot_modes):
+        raise ClusterError(f"image {image.id} boots by {image.boot_mode} only, which {wanted.type} can't; see AMI_IDS")
 
 
-def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
+def fetch_on_demand_price(settings: Settings, instance_type: str) -> float | None:
     """Return the $ an hour of a Linux instance; None where it can't be had.
 
     The Pricing API answers in us-east-1 for all regions but those of other partitions: accounts of GovCloud have none,
@@ -3582,7 +3595,7 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     if find_partition(settings.AWS_REGION)[0] != "aws":
         return None
     wanted = {
-        "instanceType": machine,
+        "instanceType": instance_type,
         "regionCode": settings.AWS_REGION,
         "operatingSystem": "Linux",
         "preInstalledSw": "NA",
@@ -3600,10 +3613,10 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     return None
 
 
-def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
+def fetch_spot_prices(ec2: Client, instance_type: str) -> dict[str, float]:
     """Return zone -> present $ an hour of a spot node, cheapest first; {} where that can't be had."""
     with tolerate(loss="spot prices are unknown"):
-        now = {zone: prices[-1][1] for zone, prices in fetch_spot_history(ec2, machine, 1).items()}
+        now = {zone: prices[-1][1] for zone, prices in fetch_spot_history(ec2, instance_type, 1).items()}
         return dict(sorted(now.items(), key=lambda item: item[1]))
     return {}
 
@@ -3614,30 +3627,30 @@ def by_price(subnets: Sequence[Subnet], prices: dict[str, float]) -> list[Subnet
     return sorted(priced, key=lambda one: (one.price is None, one.price or 0.0, one.zone))
 
 
-def quota_code(machine: str, spot: bool) -> str:
+def quota_code(instance_type: str, spot: bool) -> str:
     """Return Service Quotas' code for the vCPUs of an instance type; "" where there is none."""
-    letters = re.sub("[^a-z].*", "", machine)
+    letters = re.sub("[^a-z].*", "", instance_type)
     return next(codes for prefix, codes in QUOTAS.items() if letters.startswith(prefix))[spot]
 
 
-def fetch_quota(settings: Settings, machine: str, spot: bool) -> str:
+def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
     """Return the account's quota of vCPUs in words; "" where it can't be had in a moment."""
     quick: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 3, "retries": {"total_max_attempts": 1}}
     with tolerate():
         quotas = open_client(settings, "service-quotas", **quick)
-        quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(machine, spot))["Quota"]
+        quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(instance_type, spot))["Quota"]
         return f"{quota['Value']:g} ({printable(quota['QuotaName'])})"
     return ""
 
 
-def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
+def format_price(instance_type: str, count: int, price: float | None, public: bool = True) -> str:
     """Return what COUNT nodes cost, as createNodes says it before the launch."""
     if price is None:
-        return f"{count} × {machine}: the price could not be looked up"
+        return f"{count} × {instance_type}: the price could not be looked up"
     addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
-    return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
+    return f"{count} × {instance_type}: {format_money(count * price)} an hour{more}; {day} a day"
 
 
 def format_limits(hours: float, idle: float) -> str:
@@ -3672,7 +3685,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
     ssm = open_client(settings, "ssm")
-    machine, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
+    instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
         lambda: fetch_instance_type(ec2, request.type),
         lambda: fetch_image(ec2, ssm, settings),
         lambda: fetch_subnets(ec2, settings, request.type),
@@ -3684,7 +3697,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
     )
     app.check_owner(request.group, before, request.others)
-    check_image(machine, image, settings.AWS_REGION in settings.AMI_IDS)
+    check_image(instance_type, image, settings.AWS_REGION in settings.AMI_IDS)
     subnets = by_price(subnets, spot if request.spot else {} if on_demand is None else {"": on_demand})
     lowest = subnets[0].price
     if request.max_price is not None and lowest is not None and request.max_price < lowest:
@@ -3701,7 +3714,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     present = sum(node.state in ("pending", "running") for node in before)
     hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
     idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
-    return Plan(request, machine, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
+    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -4020,11 +4033,12 @@ def await_nodes(
                 raise
         waiting |= seen
         for node in seen.values():
-            boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
-            address = node.public_ip if boots and not app.settings.PRIVATE_NODES else node.address
-            if address and node.id not in begun and node.state in ("pending", "running"):
+            reachable = node.address and node.state in ("pending", "running") and not app.awaits_address(node)
+            if reachable and node.id not in begun:
+                boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
                 limit = BOOT_LIMIT if boots else LOGIN_LIMIT
                 begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
+                progress.step(node, "booting")
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
         end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
@@ -4123,9 +4137,9 @@ def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command("createNodes")
 @launch_options
 @click.pass_obj
-def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def create_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
-    create(app, LaunchRequest(machine, count, group, **options), dry_run)
+    create(app, LaunchRequest(instance_type, count, group, **options), dry_run)
 
 
 @cli.command("addSpotNodes")
@@ -4139,9 +4153,9 @@ def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: boo
 @without_option
 @dry_run_option
 @click.pass_obj
-def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def add_spot_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(machine, count, group, spot=True, **options), dry_run)
+    create(app, LaunchRequest(instance_type, count, group, spot=True, **options), dry_run)
 
 
 # --- install -----------------------------------------------------------------
@@ -4795,15 +4809,29 @@ def install(app: App, group: str) -> None:
 
 SERVER_LIMIT = 40  # seconds from starting a server to its handshake
 LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the other
+TREE_WORTH = 30  # workers for each Gbit/s of the head, from which on two levels are worth two cores a sub-head
+SCENE_GBITS = 4  # of 500 MB
 HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
 
 
 NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 
+def head_rank(node: Node) -> tuple[Any, ...]:
+    """What sorts nodes by their fitness for a head: the one that was it, on-demand before spot, the oldest."""
+    return node.role != "head", node.market == "spot", node.age
+
+
 def plan_head(nodes: Sequence[Node]) -> Node:
-    """Choose the head: the one that was it, else on-demand before spot, else the oldest."""
-    return min(nodes, key=lambda node: (node.role != "head", node.market == "spot", node.age))
+    """Choose the head."""
+    return min(nodes, key=head_rank)
+
+
+def plan_branches(workers: Sequence[Node]) -> dict[str, list[str]]:
+    """Return sub-head -> its workers, by private address, √N of √N each; none where a tree would save no sending."""
+    order = [node.private_ip for node in sorted(workers, key=head_rank)]
+    count = round(len(order) ** 0.5)
+    return {head: order[count + i :: count] for i, head in enumerate(order[:count])} if len(order) > 3 else {}
 
 
 def plan_head_cores(own: int) -> int:
@@ -4811,18 +4839,23 @@ def plan_head_cores(own: int) -> int:
     return max(1, own - 2)
 
 
-# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 its plan.
+# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 its plan,
+# $6 what makes a worker a sub-head. That does not outlast a boot: by then the head has linked its workers itself.
 START_SERVER = r"""
 set -euo pipefail
-role=$1 server=$2 guard=$3 program=$4 plan=$5
+role=$1 server=$2 guard=$3 program=$4 plan=$5 relay=$6
 command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
-units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster
+units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster relays=/run/systemd/system/mtssrv.service.d
 mkdir -p /etc/mitsuba-cluster $library /run/mitsuba-cluster
 printf '%s\n' "$plan" > /etc/mitsuba-cluster/plan.json
 printf '%s\n' "$program" > $library/guard.py
 printf '%s\n' "$guard" > $units/mitsuba-guard.service
 touch /run/mitsuba-cluster/in-use
-if [ -n "$server" ]; then printf '%s\n' "$server" > $units/mtssrv.service; fi
+if [ -n "$server" ]; then
+  printf '%s\n' "$server" > $units/mtssrv.service
+  rm -rf $relays /run/mitsuba-cluster/linked
+  if [ -n "$relay" ]; then mkdir -p $relays; printf '%s\n' "$relay" > $relays/relay.conf; fi
+fi
 systemctl enable --quiet --no-reload mtssrv.service mitsuba-guard.service
 systemctl daemon-reload
 if [ -n "$server" ]; then
@@ -4850,8 +4883,9 @@ StartLimitIntervalSec=0
 User=mitsuba
 Group=mitsuba
 UMask=0002
+SyslogIdentifier=mtssrv
 WorkingDirectory={data}
-{before}ExecStart=/usr/bin/env mtssrv {arguments}
+ExecStart=/usr/bin/env mtssrv -i {address} -l {port}
 Restart=always
 RestartSec=1
 TimeoutStopSec=2
@@ -4867,20 +4901,30 @@ ProtectKernelModules=yes
 ProtectControlGroups=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 IPAddressDeny=169.254.169.254 fd00:ec2::254
-
+{links}
 [Install]
 WantedBy=multi-user.target
 """
 
+# The filter runs as root, so that nothing of the renderer's can stand in the place of what it writes.
+LINKS_UNIT = """
+[Service]
+ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter
+ExecStart=
+ExecStart=/usr/bin/env mtssrv -i {address} -l {port} -n {name} -p {cores} -s {linked}
+"""
+
+
+def links_unit(name: str, address: str, cores: int) -> str:
+    """Return what makes mtssrv.service link workers; CORES are the node's own."""
+    cores = plan_head_cores(cores)
+    return LINKS_UNIT.format(name=name, address=address, port=SERVER_PORT, cores=cores, linked=LINKED_PATH)
+
 
 def server_unit(role: str, address: str, cores: int, data: str) -> str:
     """Return the text of mtssrv.service; CORES are the node's own."""
-    arguments, before = f"-i {address} -l {SERVER_PORT}", ""
-    if role == "head":
-        # As root, so that nothing of the renderer's can stand in the place of what it writes.
-        before = "ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter\n"
-        arguments += f" -p {plan_head_cores(cores)} -s {LINKED_PATH}"
-    return SERVER_UNIT.format(role=role, data=data, before=before, arguments=arguments)
+    links = links_unit("%H", address, cores) if role == "head" else ""
+    return SERVER_UNIT.format(role=role, data=data, address=address, port=SERVER_PORT, links=links)
 
 
 def local_mitsuba() -> str:
@@ -4903,15 +4947,27 @@ class StartPlan(NamedTuple):
 
     head: Node
     data: str  # directory
-    cores: dict[str, int]  # of an instance type
+    types: dict[str, InstanceType]  # those of the nodes, by name
     guard: str  # the program
     client: str = ""  # the head has one, whom no restart may end
     linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
     force: bool = False  # whatever client there is
+    tree: bool = False  # link in two levels
 
     def most_cores(self, node: Node) -> int:
-        """Return how many cores a node's server may announce."""
-        return self.cores.get(node.type) or MOST_CORES
+        """Return how many cores a node's own server may announce."""
+        return (node.type in self.types and self.types[node.type].cores) or MOST_CORES
+
+    def node_plan(self, role: str, node: Node, build: str, **more: Any) -> dict[str, Any]:
+        """Return the plan for a node's guard."""
+        return {"role": role, "build": build, "own": node.private_ip, "head": self.head.private_ip} | more
+
+    def head_plan(self, build: str, workers: Sequence[Node], branches: dict[str, list[str]]) -> dict[str, Any]:
+        """Return the plan for the head's guard: these WORKERS, each with the most cores that it may announce."""
+        most = {node.private_ip: self.most_cores(node) for node in workers}
+        for one in branches:
+            most[one] = min(MOST_CORES, most[one] + sum(most.get(worker, MOST_CORES) for worker in branches[one]))
+        return self.node_plan("head", self.head, build, workers=most, branches=branches)
 
 
 class Served(NamedTuple):
@@ -5005,6 +5061,11 @@ def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
     return f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
 
 
+def head_client(facts: Facts) -> str:
+    """Describe the client of a node that is a head."""
+    return describe_client(facts) if facts.role == "head" else ""
+
+
 def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
     """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
     identity = app.known_identity
@@ -5017,18 +5078,17 @@ def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
     return Facts(0)
 
 
-def fetch_cores(ec2: Client, nodes: Sequence[Node]) -> dict[str, int]:
-    """Return the cores of each of the NODES' instance types, as far as EC2 tells."""
+def fetch_types(ec2: Client, nodes: Sequence[Node]) -> dict[str, InstanceType]:
+    """Return the NODES' instance types by name, as far as EC2 tells."""
     with tolerate(loss="the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
         types = sorted({node.type for node in nodes})
-        found = side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))
-        return {one.type: one.cores for one in found}
+        return dict(zip(types, side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))))
     return {}
 
 
-def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "") -> None:
+def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
     """Give a node's guard its PLAN, with which its idle time begins anew; with a UNIT (re)start its server, too."""
-    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan)]
+    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan), relay]
     remote.check(root_command("start-server", START_SERVER, *arguments))
 
 
@@ -5043,7 +5103,7 @@ def look_step(remote: Remote) -> Facts:
 def worker_step(start: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
-    plan = {"role": "worker", "build": facts.build, "own": node.private_ip, "head": start.head.private_ip}
+    plan = start.node_plan("worker", node, facts.build)
     if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
             cores = ask_server(remote, facts.build)
@@ -5052,7 +5112,9 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
         if node.private_ip in start.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
         configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
-        cores = await_server(remote, facts.build)
+        cores, facts = await_server(remote, facts.build), facts._replace(linked=())
+    elif facts.linked:
+        return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
         configure_node(remote, start.guard, plan)
     if not 0 < cores <= start.most_cores(node):
@@ -5062,20 +5124,43 @@ def worker_step(start: StartPlan, remote: Remote) -> Served:
     return Served(facts, cores, action)
 
 
-def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], remote: Remote) -> Served:
-    """Make the head serve with those WORKERS that do, unless it does, or a client would lose it."""
+def branch_step(
+    start: StartPlan, good: dict[str, Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+) -> Served:
+    """Make a worker that serves link the workers of its branch and no others, unless it does."""
+    node, address = remote.node, remote.node.private_ip
+    (facts, offered, *_), cores, relay = good[address].value, None, ""
+    workers = [good[one] for one in branches.get(address, ())]
+    plan = start.node_plan("worker", node, facts.build)
+    action = f"with {format_count(len(workers), 'worker')} of its own, "
+    if workers:
+        plan["workers"] = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+        cores = plan_head_cores(facts.cores) + sum(one.value.cores for one in workers)
+        relay = links_unit(f"{RELAY}{address}", address, facts.cores)
+    if offered == cores and set(facts.linked) == set(branches.get(address, ())):
+        configure_node(remote, start.guard, plan)
+        return Served(facts, offered, f"{action}serves already")
+    configure_node(remote, start.guard, plan, server_unit("worker", address, facts.cores, start.data), relay)
+    return Served(facts, await_server(remote, facts.build, cores, len(workers)), f"{action}started")
+
+
+def head_step(
+    start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+) -> Served:
+    """Make the head serve with those WORKERS that do, but for branches, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
-    wanted = {one.node.private_ip: start.most_cores(one.node) for one in good}
     mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
     if mismatches:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another build: {', '.join(mismatches)}; run install again"
         )
-    cores = sum(one.value.cores for one in good) + plan_head_cores(facts.cores)
+    below = {one for branch in branches.values() for one in branch}
+    wanted = {one.node.private_ip: one.value.cores for one in good if one.node.private_ip not in below}
+    cores = sum(wanted.values()) + plan_head_cores(facts.cores)
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan: dict[str, Any] = {"role": "head", "build": facts.build, "own": own, "head": own, "workers": wanted}
+    plan = start.head_plan(facts.build, [one.node for one in good], branches)
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
@@ -5086,9 +5171,8 @@ def head_step(start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]]
     # Asked again: installing may have taken minutes since the first look.
     if offered is not None and not start.force and (client := describe_client(fetch_facts(remote))):
         # A linked worker that SSH can't reach is still the guard's to watch.
-        kept = {one.node.private_ip: start.most_cores(one.node) for one in workers}
-        plan["workers"] = {one: most for one, most in kept.items() if one in wanted or one in facts.linked}
-        configure_node(remote, start.guard, plan)
+        kept = [one.node for one in workers if one.ok or one.node.private_ip in facts.linked]
+        configure_node(remote, start.guard, start.head_plan(facts.build, kept, branches))
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
@@ -5112,65 +5196,125 @@ def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -
     return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
 
 
-def plan_start(app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None, force: bool = False) -> StartPlan:
+def plan_start(
+    app: App, nodes: Sequence[Node], looked: Outcome[Facts] | None, tree: bool | None, force: bool = False
+) -> StartPlan:
     """Return what every node's server needs; no restart may end the client of a head that was LOOKED at, but by FORCE.
 
-    A worker's only client is its head, which may be gone.
+    A worker's only client is its head, which may be gone. TREE: None to stay with what was chosen before.
     """
-    cores = fetch_cores(app.ec2, nodes)
-    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, cores, guard_program(), force=force)
-    if not force and looked and looked.ok and looked.value.role == "head" and (client := describe_client(looked.value)):
-        start = start._replace(client=client, linked=frozenset(looked.value.linked))
+    is_tree = any(node.tree for node in nodes)
+    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_types(app.ec2, nodes), node_program(guard_node))
+    start = start._replace(force=force, tree=is_tree if tree is None else tree)
+    if not force and looked and looked.ok and (client := head_client(looked.value)):
+        linked = [node.private_ip for node in nodes] if is_tree else looked.value.linked
+        start = start._replace(client=client, linked=frozenset(linked))
     return start
+
+
+def link_branches(
+    app: App, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+) -> tuple[dict[str, list[str]], Sequence[Outcome[Served]], str]:
+    """Make the sub-heads of a tree link their workers, and former ones none, unless a client would lose its render.
+
+    Return the branches that there are now, what has become of the WORKERS, and what waits for which client.
+    """
+    build = looked.value.build
+    good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.build == build}
+    now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.linked}
+    branches = plan_branches([one.node for one in good.values()]) if start.tree else {}
+    if not now and not branches:
+        return {}, workers, ""
+    (asked,) = app.pool.each([looked.node], fetch_facts)
+    if asked.ok and not start.force and (client := head_client(asked.value)):
+        same = {own: set(branch) for own, branch in now.items()} == {own: set(one) for own, one in branches.items()}
+        return now, workers, "" if same else f"the nodes wait to be linked in another way: {client}"
+    if asked.ok and asked.value.role == "head":
+        # First, since it loses its links to them, and its guard is to link nobody twice then.
+        plan = start.head_plan(build, [one.node for one in good.values()], branches)
+        app.pool.each([looked.node], lambda remote: configure_node(remote, start.guard, plan))
+    heads = [good[own].node for own in now.keys() | branches.keys()]
+    step = functools.partial(branch_step, start, good, branches)
+    progress = Progress("Linking branches", len(heads), describe_server)
+    done = {one.node.id: one for one in app.pool.each(heads, step, progress)}
+    branches = {own: branch for own, branch in branches.items() if done[good[own].node.id].ok}
+    return branches, [done.get(one.node.id, one) for one in workers], ""
+
+
+def suggest_tree(group: str, start: StartPlan, workers: int) -> None:
+    """Name --tree where the head alone would send a big scene to its WORKERS for long."""
+    gbits = start.head.type in start.types and start.types[start.head.type].gbits
+    if gbits and not start.tree and workers / gbits >= TREE_WORTH:
+        heads = round(workers**0.5)
+        flat, tree = (format_duration(SCENE_GBITS * copies / gbits) for copies in (workers, heads + workers / heads))
+        note(
+            f"A scene of 500 MB takes the head {flat} to send to {workers} workers at {gbits:g} Gbit/s, and in two "
+            f"levels about {tree}: {command('start', group, '--tree')}"
+        )
 
 
 def link_group(
     app: App, group: str, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
 ) -> None:
     """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
-    head, linked = looked.node, [outcome for outcome in workers if outcome.ok]
+    head, waiting = looked.node, ""
     ready: Outcome[Any] = looked
     if looked.ok:
-        step = functools.partial(head_step, start, looked.value, workers)
+        branches, workers, waiting = link_branches(app, start, looked, workers)
+        step = functools.partial(head_step, start, looked.value, workers, branches)
         (ready,) = app.pool.each([head], step, Progress("Linking", 1))
     else:
         note(f"{head.name}: {looked.error}")
-    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in linked])
+    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in workers if outcome.ok])
+    others = [node for node in (head, *(one.node for one in workers)) if node.tree != start.tree]
+    tag_nodes(app.ec2, others, TAG_TREE, "yes" if start.tree else "no")
     failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
     if not ready.ok:
         raise ClusterError(explain_failed_head(group, ready, failed))
+    suggest_tree(group, start, len(workers))
     say_how_to_connect(app, group, head, ready.value)
     if failed:
         count = len(workers) + 1
         raise ClusterError(
             f"{count - len(failed)} of {format_count(count, 'node')} serving; failed: {', '.join(failed)}"
         )
-    if ready.value.waiting:
+    if ready.value.waiting or waiting:
+        later = (
+            "they join when it leaves" if ready.value.waiting else f"{command('start', group)} does when it has left"
+        )
         raise ClusterError(
-            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
-            "else they join when it leaves"
+            f"{ready.value.waiting or waiting}; {command('start', group, '--force')} links them now and ends that "
+            f"client, else {later}"
         )
 
 
-def start_group(app: App, group: str, nodes: Sequence[Node], force: bool) -> None:
+def start_group(app: App, group: str, nodes: Sequence[Node], force: bool, tree: bool | None = None) -> None:
     """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
     (looked,) = app.pool.each([head], look_step)
-    start = plan_start(app, nodes, looked, force)
+    start = plan_start(app, nodes, looked, tree, force)
     workers = app.pool.each(
         others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
     )
     link_group(app, group, start, looked, workers)
 
 
+tree_option = click.option(
+    "--tree/--flat",
+    default=None,
+    help="Link the nodes in two levels, so that a scene goes out faster, or all to the head; kept for later runs.",
+)
+
+
 @cli.command("start")
 @group_argument
+@tree_option
 @click.option("--force", is_flag=True, help="Restart the head even if a client is connected, who loses it.")
 @click.pass_obj
-def start(app: App, group: str, force: bool) -> None:
+def start(app: App, group: str, tree: bool | None, force: bool) -> None:
     """Start Mitsuba's servers; the last line names the head node."""
-    start_group(app, group, app.open_group(group), force)
+    start_group(app, group, app.open_group(group), force, tree)
 
 
 def check_local_port(port: int) -> None:
@@ -5246,11 +5390,11 @@ class Board(Progress):
     def step(self, node: Node, text: str) -> None:
         """Note what NODE does now."""
         with OUTPUT:
-            if node.id not in self.at:
-                return
-            if self.at[node.id][2] == "booting" and text != "booting" and not is_terminal():
+            before = self.at[node.id][2] if node.id in self.at else text
+            if before == "booting" != text and not is_terminal():
                 note(f"{node.name}: has booted")
-            self.at[node.id] = (time.monotonic(), node.name, text)
+            if before != text:
+                self.at[node.id] = (time.monotonic(), node.name, text)
         self.redraw()
 
     def finished(self, outcome: Outcome[Any]) -> None:
@@ -5262,25 +5406,18 @@ class Board(Progress):
             else:
                 super().finished(outcome)
 
-    def lines(self) -> list[str]:
-        """Return what stands on the terminal: those that wait longest, as far as there is room, and the whole."""
-        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
-        waiting = sorted(self.at.values())
-        lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
-        steps = [step for _, _, step in waiting[room:]]
-        more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
-        return [
-            *lines,
-            f"Up: {self.done}/{format_count(self.total, 'node')}{more}, {format_duration(now - self.began)}",
-        ]
-
     def redraw(self) -> None:
-        """Draw the board anew."""
+        """Draw the nodes that wait longest, as far as there is room, and the whole; in a pipe a line a minute."""
         if not is_terminal():
-            super().redraw()  # a line a minute
-            return
+            return super().redraw()
+        now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
         with OUTPUT:
-            draw(*self.lines())
+            waiting = sorted(self.at.values())
+            lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
+            steps = [step for _, _, step in waiting[room:]]
+            more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
+            nodes = f"{self.done}/{format_count(self.total, 'node')}"
+            return draw(*lines, f"Up: {nodes}{more}, {format_duration(now - self.began)}")
 
 
 def count_nodes(
@@ -5330,7 +5467,7 @@ def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board,
 
 
 def bring_up(
-    app: App, group: str, nodes: Sequence[Node], package: Package, ended: Container[str]
+    app: App, group: str, nodes: Sequence[Node], package: Package, tree: bool | None, ended: Container[str]
 ) -> tuple[StartPlan, list[Outcome[Served]]]:
     """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link.
 
@@ -5339,7 +5476,7 @@ def bring_up(
     head = plan_head(nodes)
     spread = make_spread(package, 1)  # whoever comes first need not wait for the others
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
-    plan = plan_start(app, nodes, looked)
+    plan = plan_start(app, nodes, looked, tree)
     board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
     outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
@@ -5356,7 +5493,7 @@ def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Se
     if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
         looked = Outcome(head.node, head.value.facts) if head.ok else Outcome[Facts](head.node, error=head.error)
         return link_group(app, group, plan, looked, workers)
-    start_group(app, group, good, force=False)
+    start_group(app, group, good, force=False, tree=plan.tree)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
     raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
 
@@ -5396,29 +5533,33 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 
 @cli.command("up")
 @launch_options
+@tree_option
 @click.pass_obj
-def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def up(
+    app: App, /, instance_type: str, count: int, group: str, dry_run: bool, tree: bool | None, **options: Any
+) -> None:
     """Create, install and start what GROUP lacks of COUNT nodes.
 
     Run it again to complete or mend the group, whatever became of the first run.
     """
-    again = command("up", machine, str(count), group)
+    again = command("up", instance_type, str(count), group)
     package = plan_package(app.settings)
-    nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
+    nodes, why, token = find_or_launch(app, LaunchRequest(instance_type, count, group, **options), again, dry_run)
     if dry_run:
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
-    groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
-    if cidr:
-        app.allow_access(groups, cidr)
-    warn_of_rules(app.ec2, groups, app.settings, cidr, app.rule_owner)
+    if not token:  # as a launch does
+        groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
+        if cidr:
+            app.allow_access(groups, cidr)
+        warn_of_rules(app.ec2, groups, app.settings, cidr, app.rule_owner)
     ended: set[str] = set()
     keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
         (plan, outcomes), nodes = side_by_side(
-            functools.partial(bring_up, app, group, mine, package, ended),
+            functools.partial(bring_up, app, group, mine, package, tree, ended),
             functools.partial(keep, nodes, least=LIST_LAG if token else 0),
         )
         nodes = keep(nodes, limit=0)
@@ -5485,22 +5626,18 @@ class Attempt(NamedTuple):
     ended: str = ""  # why the tool has ended it
 
 
-class Verdict(NamedTuple):
-    """Why a picture is not there: through the cluster (it is worth another try), its servers, or the scene."""
-
-    blame: str
-    reason: str
-
-
 def find_error(log: str) -> str:
     """Return the last error in what a Mitsuba program has said that is not about a connection, or ""."""
     found = [text for text in MITSUBA_ERROR.findall(log) if not CONNECTION_ERROR.search(text)]
     return printable(found[-1]) if found else ""
 
 
-def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str) -> Verdict:
+def judge(
+    attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str
+) -> tuple[str, str]:
     """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
 
+    Returns what is to blame (the cluster: it is worth another try; a server; or the scene), and the reason.
     A head restarts without a worker that it has lost and with one that has come back; it does so too after
     its own death or a worker's, which a scene can cause.
     """
@@ -5508,20 +5645,18 @@ def judge(attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | s
     now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
     lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
     if lost or attempt.ended:
-        return Verdict("cluster", ", ".join(lost) or attempt.ended)
+        return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
     heads = [name for name in died if now[name].role == "head"]
     if died == heads and any(now[name].linked != before[name].linked for name in heads):
-        return Verdict("cluster", f"{heads[0]} was restarted to link other workers")
+        return "cluster", f"{heads[0]} was restarted to link other workers"
     if server_error or died:
-        return Verdict("server", server_error or f"mtssrv died on {', '.join(died)}")
+        return "server", server_error or f"mtssrv died on {', '.join(died)}"
     if refusal := find_error(attempt.output):
-        return Verdict("scene", f"Mitsuba refuses it: {refusal}")
+        return "scene", f"Mitsuba refuses it: {refusal}"
     if attempt.code > 0:
-        return Verdict("cluster", "the connection to the head broke")
-    return Verdict(
-        "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
-    )
+        return "cluster", "the connection to the head broke"
+    return "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
 
 
 class RenderCluster:
@@ -5530,8 +5665,12 @@ class RenderCluster:
     def __init__(self, app: App, group: str) -> None:
         self.app, self.group = app, group
         self.nodes = app.open_group(group)
-        self.names: dict[str, str] = {}  # a node that has ended has no name any more
-        self.frozen: set[str] = set()  # ids of nodes that were given up
+        self.frozen: set[str] = set()  # ids of heads that were given up
+
+    @property
+    def running(self) -> list[Node]:
+        """The nodes that run, as far as EC2 has told."""
+        return [node for node in self.nodes if node.state == "running"]
 
     def refresh(self) -> None:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
@@ -5549,53 +5688,51 @@ class RenderCluster:
         began = time.monotonic()
         progress = Progress("Waiting for the head", 0)
         while True:
-            running = [node for node in self.nodes if node.state == "running"]
-            problem = "no node is left"
-            if heads := [node for node in running if node.role == "head"]:
-                (outcome,) = self.app.pool.each(heads[:1], serving_step, limit=LOOK_LIMIT)
+            waited, problem = time.monotonic() - began, "no node is left"
+            if head := next((node for node in self.running if node.role == "head"), None):
+                (outcome,) = self.app.pool.each([head], serving_step, limit=LOOK_LIMIT)
                 if outcome.ok:
-                    return heads[0], *outcome.value
-                problem = f"{heads[0].name}: {outcome.error}"
-                if outcome.silent and time.monotonic() - began > FROZEN_LIMIT and self.hears_others(heads[0]):
-                    note(f"{heads[0].name} is frozen; it costs money until {command('terminate', heads[0].id)}")
-                    with tolerate():
-                        tag_roles(self.app.ec2, None, heads[:1])
-                        self.frozen.add(heads[0].id)
-            elif running:
+                    return head, *outcome.value
+                problem = f"{head.name}: {outcome.error}"
+                if outcome.silent and waited > FROZEN_LIMIT:
+                    self.give_up(head)
+            elif self.running:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
-                    start_group(self.app, self.group, running, force=False)
-            if time.monotonic() - began > HEAL_LIMIT or not running:
+                    start_group(self.app, self.group, self.running, force=False)
+            if waited > HEAL_LIMIT or not self.running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
             time.sleep(HEAL_POLL)
             self.refresh()
 
-    def hears_others(self, head: Node) -> bool:
-        """Tell whether nodes beside the HEAD answer, so that its silence is not this machine's own network."""
-        others = [node for node in self.nodes if node.state == "running" and node.id != head.id]
-        return any(outcome.ok for outcome in self.app.pool.each(others, fetch_facts, limit=LOOK_LIMIT))
+    def give_up(self, head: Node) -> None:
+        """Let a silent HEAD be none any more, if any other node answers: else this machine's network is to blame."""
+        if any(isinstance(facts, Facts) for facts in self.ask_nodes(self.running).values()):
+            note(f"{head.name} is frozen; it costs money until {command('terminate', head.id)}")
+            with tolerate():
+                tag_roles(self.app.ec2, None, [head])
+                self.frozen.add(head.id)
 
-    def ask_nodes(self, names: Container[str] | None = None) -> dict[str, Facts | str]:
-        """Return, by name, what each running node says of itself; of NAMES also what has become of the others."""
-        running = [node for node in self.nodes if node.state == "running"]
-        self.names = {node.id: node.name for node in running} | self.names
+    def ask_nodes(self, nodes: Sequence[Node]) -> dict[str, Facts | str]:
+        """Return, by name, what each of NODES says of itself, or what has become of it."""
         found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
+        wanted = {node.id for node in nodes}
+        running = [node for node in self.running if node.id in wanted]
         for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
             found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
-        known = {name: found.get(node_id, "is gone") for node_id, name in self.names.items()}
-        return {name: one for name, one in known.items() if names is None or name in names}
+        return {node.name: found.get(node.id, "is gone") for node in nodes}  # EC2 knows no name of one that has ended
 
-    def server_errors(self, before: dict[str, Facts]) -> str:
-        """Return what the servers have complained about in their logs since they were asked BEFORE."""
+    def server_errors(self, clocks: dict[str, str]) -> str:
+        """Return what servers have complained about in their logs since the CLOCKS of their nodes (id -> time)."""
 
         def step(remote: Remote) -> str:
-            since = f"@{before[self.names[remote.node.id]].clock}"  # by the node's own clock
-            return find_error(remote.run(root_command("server-log", RENDER_LOG, since), keep=MIB)[1])
+            asked = root_command("server-log", RENDER_LOG, f"@{clocks[remote.node.id]}")
+            return find_error(remote.run(asked, keep=MIB)[1])
 
-        asked = [node for node in self.nodes if node.state == "running" and self.names.get(node.id) in before]
-        outcomes = self.app.pool.each(asked, step, limit=LOOK_LIMIT)
+        nodes = [node for node in self.running if node.id in clocks]
+        outcomes = self.app.pool.each(nodes, step, limit=LOOK_LIMIT)
         return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
 
 
@@ -5636,22 +5773,20 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     )
     reader = threading.Thread(target=show, args=(child.stdout,), daemon=True)
     reader.start()
-    ended = ""
-    question: Future[Outcome[Facts]] | None = None
-    heard = asked = time.monotonic()
+    ended, heard = "", time.monotonic()
     try:
-        while child.poll() is None and not ended:
-            pool.wait([question] if question else [], 0.1)
-            if question and question.done():
-                outcome, question = question.result(), None
-                heard = time.monotonic() if outcome.ok else heard
-                if outcome.ok and outcome.value.started != started:
-                    break
-            if not question and time.monotonic() - asked > RENDER_POLL:
-                asked = time.monotonic()
-                question = pool.submit(head, fetch_facts, limit=RENDER_POLL)
-            if time.monotonic() - heard > RENDER_SILENCE:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(RENDER_POLL)
+                break
+            (outcome,) = pool.each([head], fetch_facts, limit=RENDER_POLL)
+            if outcome.ok and outcome.value.started != started:
+                break
+            if outcome.ok:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > RENDER_SILENCE:
                 ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
+                break
     finally:
         child.kill()
         code = child.wait()
@@ -5669,7 +5804,9 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     deaths = 0
     for attempt_number in range(1, request.tries + 1):
         head, facts, cores = cluster.await_head()
-        before = {name: one for name, one in cluster.ask_nodes().items() if isinstance(one, Facts)}
+        asked = cluster.running
+        before = {name: one for name, one in cluster.ask_nodes(asked).items() if isinstance(one, Facts)}
+        nodes = [node for node in asked if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -5687,12 +5824,12 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
                 return True
         cluster.refresh()
         cluster.await_head()
-        after = cluster.ask_nodes(before)
-        verdict = judge(attempt, before, after, cluster.server_errors(before))
-        deaths += verdict.blame == "server"
-        final = verdict.blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
+        server_errors = cluster.server_errors({node.id: before[node.name].clock for node in nodes})
+        blame, reason = judge(attempt, before, cluster.ask_nodes(nodes), server_errors)
+        deaths += blame == "server"
+        final = blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
         what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
-        note(f"{scene}: {format_duration(took)} lost: {verdict.reason}; {what}")
+        note(f"{scene}: {format_duration(took)} lost: {reason}; {what}")
         if final:
             break
     return False
@@ -5736,7 +5873,7 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
             if render_scene(cluster, request, scene):
                 missing.remove(scene)
     except NodeError as error:
-        note(f"Given up: {error}")
+        note(f"Given up: {error}; {command('terminate', 'NODE')}, then up, replaces a node that stays silent")
     except Exception as error:  # whatever it is, the nodes must not run on unattended
         failure = error
     if then_terminate:
@@ -5826,14 +5963,17 @@ class Asked(NamedTuple):
     restarts: int | None = None
 
 
-def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], linked: set[str]) -> Asked:
-    """Say in words and numbers what one node's server does."""
+def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], above: dict[str, Node]) -> Asked:
+    """Say in words and numbers what one node's server does, ABOVE which those are that link it."""
     if not outcome.ok:
         return Asked("silent" if outcome.silent else "down", outcome.error)
     facts, cores, why = outcome.value
     word, text = ("serving", f"serves {format_count(cores, 'core')}") if cores is not None else ("down", why)
-    if facts.role == "worker" and cores is not None and outcome.node.private_ip not in linked:
+    over = above.get(outcome.node.private_ip)
+    if facts.role == "worker" and cores is not None and not over:
         word, text = "unlinked", f"up but not linked: run {command('start', outcome.node.group)}"
+    elif cores is not None and over and over.role != "head":
+        text += f", linked to {over.name}"
     parts = [text, f"load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"]
     clients = facts.clients if facts.role == "head" else {}
     for peer, (connected, silent) in clients.items():
@@ -5874,9 +6014,12 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
 def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
     """Return node id -> what its server says, of the running NODES."""
     outcomes = ask_briefly(app, nodes, server_step)
-    facts = [outcome.value[0] for outcome in outcomes if outcome.ok]
-    linked = {address for one in facts if one.role == "head" for address in one.linked}  # a former head keeps its list
-    return {outcome.node.id: judge_server(outcome, linked) for outcome in outcomes}
+    facts = {outcome.node: outcome.value[0] for outcome in outcomes if outcome.ok}
+    above = {address: node for node, one in facts.items() if one.role == "head" for address in one.linked}
+    # A sub-head's workers, unless the head links them itself; whom the head does not link, links nobody to it.
+    for node in [node for node in facts if node.private_ip in above]:
+        above = dict.fromkeys(facts[node].linked, node) | above
+    return {outcome.node.id: judge_server(outcome, above) for outcome in outcomes}
 
 
 def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
@@ -6500,6 +6643,13 @@ def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
     return protected
 
 
+def with_untagged(requests: Sequence[SpotRequest], nodes: Sequence[Node]) -> list[SpotRequest]:
+    """Return REQUESTS, and those of NODES that lack our tag: each node names the request that it came by."""
+    known = {"", *(request.id for request in requests)}
+    untagged = [node for node in nodes if node.spot_request not in known and node.state in ALIVE]
+    return [*requests, *(SpotRequest(one.spot_request, one.group, "active", "", None, one.id) for one in untagged)]
+
+
 def cancel_spot_requests(ec2: Client, requests: Sequence[SpotRequest]) -> list[str]:
     """Cancel the live ones of REQUESTS; return their ids."""
     ids = [request.id for request in live(requests)]
@@ -6517,27 +6667,15 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def begin_end(app: App, ec2: Client, nodes: Sequence[Node], others: bool) -> list[Node]:
-    """Start the end of the user's NODES (OTHERS: everybody's); return those that end."""
-    inside = [node for node in nodes if node.is_inside]
-    targets = inside if others else app.launched(inside, ec2)
-    protected, unknown = terminate_nodes(ec2, [node for node in targets if node.state != "shutting-down"])
-    return [node for node in targets if node not in [*protected, *unknown]]
-
-
-def end_group(
-    app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node], show: Callable[[str], None]
-) -> Ended:
+def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
     """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
-
-    The end of those in BEGUN has been asked for.
 
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
-    seen = {node.id: node for node in begun}
+    seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
     before: Any = None
@@ -6560,7 +6698,7 @@ def end_group(
         seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
         if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
             with tolerate(loss="their spot requests are not cancelled"):
-                cancelled = cancel_spot_requests(ec2, fetch_spot_requests(ec2, group))
+                cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
         present = (len(seen), {node.id for node in living})
         since, before = (since if present == before else time.monotonic()), present
         held = len(protected) + len(inside) > len(targets)
@@ -6593,11 +6731,11 @@ def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
     )
 
 
-def terminate_in(app: App, ec2: Client, group: str, others: bool, begun: Sequence[Node] = ()) -> bool:
+def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
     region = ec2.meta.region_name
     progress = Progress(f"Terminating in {region}", 0)
-    done = end_group(app, ec2, group, others, begun, progress.show)
+    done = end_group(app, ec2, group, others, progress.show)
     for node in done.nodes:
         result(f"{node.name}: terminated")
     for node in done.left:
@@ -6668,36 +6806,28 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     app.left = f"Some nodes may still run; end them with {command('terminateAll', *options)}."
     home = app.settings.AWS_REGION
     problems: list[str] = []
-    regions = {home: fetch_present(app.ec2)} if not all_regions else app.in_all_regions(fetch_present, problems)
-    chosen: dict[str, list[str]] = {}
-    begun: list[tuple[str, str, list[Node], str]] = []
-    found = False
+    found: list[str] = []
 
-    @contextlib.contextmanager
-    def noted(region: str) -> Iterator[None]:
+    def end(region: str, present: Present, name: str) -> None:
+        nodes = [node for node in present.nodes if node.group == name]
         try:
-            yield
+            app.check_owner(name, nodes, others, present.ec2)
+            client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
+            found.extend([name] if terminate_in(app, present.ec2, name, others) else [])
+            if client:
+                note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
             problem = app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
-    for region, present in regions.items():  # every node is asked to end before any end is waited for
-        groups = own_groups(app, present) if all_groups else [group]
-        if region != home:
-            there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
-            groups = [one for one in groups if one in there]
-        chosen[region] = groups
-        for one in groups:
-            with noted(region):
-                nodes = [node for node in present.nodes if node.group == one]
-                app.check_owner(one, nodes, others, present.ec2)
-                client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
-                begun.append((region, one, begin_end(app, present.ec2, nodes, others), client))
-    for region, one, nodes, client in begun:
-        with noted(region):
-            found = terminate_in(app, regions[region].ec2, one, others, nodes) or found
-            if client:
-                note(f"{client}, was connected to the head of group {one!r}")
+    regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
+    chosen: dict[str, list[str]] = {}
+    for region, present in regions.items():
+        there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
+        chosen[region] = own_groups(app, present) if all_groups else [group] if region == home or group in there else []
+    ends = [functools.partial(end, name, regions[name], one) for name, groups in chosen.items() for one in groups]
+    if ends:
+        side_by_side(*ends)  # no group waits for another's end
     for region, present in regions.items():
         name_running(app, present, chosen[region])
     if not found and not problems:
@@ -6722,7 +6852,7 @@ def terminate(app: App, name: str, others: bool, force: bool) -> None:
     app.check_owner(node.group, [node], others)
     facts = Facts(0) if force else ask_head(app, fetch_nodes(app.ec2, node.group), ASK_LIMIT)
     client = describe_client(facts, CLIENT_ACTIVE)
-    if client and (node.role == "head" or node.private_ip in facts.linked):
+    if client and (node.role == "head" or node.tree or node.private_ip in facts.linked):
         raise ClusterError(f"{client}, would lose its render; {command('terminate', name, '--force')} ends the node")
     app.left = f"{node.name} may still run; {command('status')} shows it."
     if protected := terminate_young(app.ec2, [node]):
@@ -6750,13 +6880,13 @@ def format_plot(values: Sequence[float], width: int) -> str:
 @type_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def spot_prices(app: App, machine: str, as_json: bool) -> None:
+def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
     """Show the last day's spot prices of TYPE, per zone."""
-    history = fetch_spot_history(app.ec2, fetch_instance_type(app.ec2, machine).type)
+    history = fetch_spot_history(app.ec2, fetch_instance_type(app.ec2, instance_type).type)
     if as_json:
         return result(json.dumps({zone: [[t.isoformat(), p] for t, p in prices] for zone, prices in history.items()}))
     if not history:
-        raise ClusterError(f"{app.settings.AWS_REGION} has no spot prices for {machine}")
+        raise ClusterError(f"{app.settings.AWS_REGION} has no spot prices for {instance_type}")
     rows = [["ZONE", "LOWEST", "MEAN", "NOW", "LAST DAY" if sys.stdout.isatty() else ""]]
     for zone, prices in history.items():
         values = [price for _, price in prices]
@@ -6778,12 +6908,18 @@ def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
         note("No spot request is open")
 
 
+def our_requests(app: App) -> list[SpotRequest]:
+    """Return all spot requests that this tool made."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.is_inside]
+    return with_untagged(fetch_spot_requests(app.ec2), nodes)
+
+
 @cli.command("cancelSpot")
 @click.argument("name", metavar="ID")
 @click.pass_obj
 def cancel_spot(app: App, name: str) -> None:
     """Cancel one spot request."""
-    found = [request for request in fetch_spot_requests(app.ec2) if request.id == name]
+    found = [request for request in our_requests(app) if request.id == name]
     if not found:
         raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
     if found[0].state not in ("open", "active"):
@@ -6795,7 +6931,7 @@ def cancel_spot(app: App, name: str) -> None:
 @click.pass_obj
 def cancel_all_spot(app: App) -> None:
     """Cancel all spot requests that this tool made."""
-    cancel_requests(app, fetch_spot_requests(app.ec2))
+    cancel_requests(app, our_requests(app))
 
 
 # --- Small commands ----------------------------------------------------------
@@ -6944,10 +7080,10 @@ def list_regions(app: App, as_json: bool) -> None:
 
 
 COMPLETE_VARIABLE = "_CLUSTER_PY_COMPLETE"
-COMPLETIONS = {
-    "bash": ("~/.bashrc", 'eval "$({variable}=bash_source {program})"'),
-    "zsh": ("~/.zshrc", 'eval "$({variable}=zsh_source {program})"'),
-    "fish": ("~/.config/fish/config.fish", "{variable}=fish_source {program} | source"),
+COMPLETIONS = {  # file; what adds a folder to PATH, where zsh and fish must find the program; the line itself
+    "bash": ("~/.bashrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=bash_source {name})"'),
+    "zsh": ("~/.zshrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=zsh_source {name})"'),
+    "fish": ("~/.config/fish/config.fish", "set -a PATH {folder}; ", "{variable}=fish_source {name} | source"),
 }
 
 
@@ -6958,11 +7094,11 @@ def completion(shell: str | None) -> None:
     shell = shell or os.path.basename(os.environ.get("SHELL", ""))
     if shell not in COMPLETIONS:
         raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")
-    path, line = COMPLETIONS[shell]
+    path, add, line = COMPLETIONS[shell]
     called = shlex.split(Call.program)[0]
-    program = shlex.quote(os.path.abspath(called)) if os.sep in called else Call.program
+    folder, name = map(shlex.quote, os.path.split(os.path.abspath(called)))
     note(f"Add this line to {path}:")
-    result(line.format(variable=COMPLETE_VARIABLE, program=program))
+    result((add if os.sep in called else "").format(folder=folder) + line.format(variable=COMPLETE_VARIABLE, name=name))
 
 
 # $1: seconds to add to the deadline, if there is one. The idle time begins anew.

@@ -188,7 +188,7 @@ def test_the_guard_is_a_program_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     plan = {"role": "head", "build": BUILD, "workers": {good.address: 4, greedy.address: 2}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     path = tmp_path / "guard.py"
-    path.write_text(cluster.guard_program())
+    path.write_text(cluster.node_program(cluster.guard_node))
     done = subprocess.run([sys.executable, "-I", str(path), "filter"], capture_output=True, text=True, check=False)
     assert done.stdout == f"{greedy.address} is left out: it announces 4 cores, and its instance type has 2\n", done
     assert (tmp_path / "linked").read_text() == f"{good.address}\n"
@@ -411,7 +411,7 @@ def test_start_and_extend_begin_the_idle_time_anew_at_the_last_moment() -> None:
 
 def test_no_clock_but_the_monotonic_one_decides() -> None:
     """Nodes of the local cloud share this machine's clock: none can jump a day there."""
-    clocks = re.findall(r"\b(?:time\.\w+|datetime|st_[a-z]*time\w*)\b", cluster.guard_program())
+    clocks = re.findall(r"\b(?:time\.\w+|datetime|st_[a-z]*time\w*)\b", cluster.node_program(cluster.guard_node))
     assert set(clocks) == {"time.monotonic", "time.sleep", "st_atime_ns"}
     clock = Clock("worker").after(60, touched={"/dev/pts/0": 10**18})
     assert clock.after(3600).idle

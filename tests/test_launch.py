@@ -21,7 +21,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 import cluster
-from tests.support import LocalCloud, create, free_port, interrupt, make_node, serve, wait_until
+from tests.support import LocalCloud, create, free_port, interrupt, killed, make_node, serve, wait_until
 
 CREATE = ("createNodes", "c1.xlarge", "2")
 
@@ -100,9 +100,10 @@ def test_quota_that_is_used_up(cloud: LocalCloud, group: str) -> None:
 
 
 def test_quota_that_is_used_up_half_way(cloud: LocalCloud, group: str) -> None:
-    with cloud.options(vcpu_limit=8, pace="none"):
+    rule = {"kind": "code:VcpuLimitExceeded", "action": "RunInstances", "nth": 2}
+    with cloud.options(pace="none"), cloud.faults(rule):
         made = cloud.cluster(*CREATE, group, limits={"LAUNCH_BATCH": 1})
-    assert "\n16 vCPUs asked, your quota is 8 (Running On-Demand Standard" in made.err
+    assert "\n16 vCPUs asked, your quota is 1152 (Running On-Demand Standard" in made.err
     assert made.code == 1
     assert "1 of 2 nodes ready" in made.last_line
     assert "quota is used up" in made.last_line
@@ -233,6 +234,17 @@ def test_a_subnet_that_gives_no_public_addresses(cloud: LocalCloud, group: str) 
     assert made.code == 0, made.err
     assert f"Without public addresses of its own: {subnet}; the nodes ask for one each" in made.err
     assert public_address(cloud, group)
+
+
+def test_a_node_is_not_tried_at_its_private_address_before_it_has_its_public_one(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(pace="none"), cloud.options(address_lag=1000):
+        rule = {"kind": "kill-after", "action": "RunInstances"}
+        assert killed(cloud, rule, "createNodes", "c1.xlarge", "1", group).code == -signal.SIGKILL
+        (node,) = wait_until(lambda: [one for one in cloud.nodes(group) if one["state"] == "running"])
+        refused = cloud.cluster("runCommand", "true", group)
+    assert (refused.code, node["public_ip"]) == (1, "")
+    assert f"1 node still pending (no public address yet), left out: {node['id']}\n" in refused.err
+    assert "can be reached yet; run this again in a minute" in refused.last_line
 
 
 def test_private_nodes(cloud: LocalCloud, group: str) -> None:

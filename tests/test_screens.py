@@ -19,8 +19,8 @@ import pytest
 
 import cluster
 from tests.localcloud.places import PROJECT
-from tests.screens import Terminal, show, stop
-from tests.support import LocalCloud, make_node
+from tests.screens import Terminal, render, show, stop
+from tests.support import LocalCloud, impatience, make_node
 
 GROUP = "screens"
 SCREENS = PROJECT / "tests" / "screens.txt"
@@ -66,7 +66,7 @@ def test_screens(cloud: LocalCloud) -> None:
     """The session at 80x24 is what tests/screens.txt shows; to renew it, delete that file and look at the new one."""
     data = cloud.where.root / "smoke.vol"
     data.write_bytes(b"v" * 1_200_000)
-    patience = {"MITSUBA_CLUSTER_LIMITS": '{"ANSWER_LIMIT": 15}'}  # a slow machine, where healthy nodes take long
+    patience = impatience({"ANSWER_LIMIT": 15, "EXCHANGE_LIMIT": 15})  # a slow machine: healthy nodes take long
     screens = []
     cloud.end("default")
     for words in (
@@ -88,6 +88,16 @@ def test_screens(cloud: LocalCloud) -> None:
         assert all(len(line) <= 80 for line in seen.lines if "c1.xlarge  running" in line)
         name = " ".join(words).replace(str(data), "smoke.vol")
         screens.append(f"$ ./cluster.py {name}\n{in_own_words(cloud, seen.lines)}\n")
+    with cloud.options(pace="none", launch_faults=["", "sshd-silent", ""]):
+        terminal = Terminal(cloud, *PROGRAM, "up", "c1.xlarge", "3", env=cloud.environment(), **patience)
+        terminal.read(until="Up: 2/3 nodes", times=2)
+        whole, _, _ = terminal.raw.decode().rpartition("\r\x1b[1A")  # the last frame may lack its end
+        cloud.fault("heal", cloud.nodes("default")[1])
+        seen = terminal.end()
+    assert seen.code == 0, seen.raw
+    screens.append(f"$ ./cluster.py up c1.xlarge 3\n{in_own_words(cloud, seen.lines)}\n")
+    screens.append(f"While the second node boots:\n{in_own_words(cloud, render(whole))}\n")
+    cloud.end("default")
     text = in_own_addresses("\n".join(screens))
     if not SCREENS.exists():
         SCREENS.write_text(text)
@@ -299,18 +309,27 @@ def test_completion_knows_groups_nodes_and_files(serving: LocalCloud) -> None:
     assert complete(serving, "cluster.py stat") == {"plain,status"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_the_line_to_add(shell: str) -> None:
+SHELLS = {  # begin, what asks the shell, and what it must say
+    "bash": ("", "complete -p cluster.py", "-F _clusterpy_completion cluster.py"),
+    "zsh": (
+        "autoload -Uz compinit; compinit -D; ",
+        "echo $+commands[cluster.py] $+functions[_clusterpy_completion]",
+        "1 1",
+    ),
+    "fish": ("", "complete -C './cluster.py stat'", "status"),
+}
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_completion_prints_the_line_to_add(shell: str, tmp_path: Path) -> None:
     run = functools.partial(subprocess.run, cwd=PROJECT, capture_output=True, text=True, check=True)
     line = run([*PROGRAM, "completion", shell]).stdout.strip()
-    assert line.count(str(PROJECT / "cluster.py")) == 1
-    assert f"_CLUSTER_PY_COMPLETE={shell}_source" in line
-    if shutil.which(shell) and shell == "bash":
-        script = f"{line}; complete -p cluster.py"
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        assert (
-            "-F _clusterpy_completion cluster.py" in run(["bash", "-c", script], env=os.environ | {"PATH": path}).stdout
-        )
+    assert line.count(str(PROJECT)) == 1
+    assert f"_CLUSTER_PY_COMPLETE={shell}_source cluster.py" in line
+    if shutil.which(shell):
+        begin, ask, says = SHELLS[shell]
+        env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        assert says in run([shell, "-c", f"{begin}{line}; {ask}"], env=env).stdout
 
 
 def test_version_is_pyprojects() -> None:

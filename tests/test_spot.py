@@ -29,6 +29,16 @@ def test_spot_nodes(cloud: LocalCloud, group: str) -> None:
     assert "1 spot request cancelled" in ended.err
 
 
+def test_a_request_without_its_tag_is_cancelled(cloud: LocalCloud, group: str) -> None:
+    with cloud.options(pace="none"):
+        assert cloud.cluster("createNodes", "c1.xlarge", "2", group, "--spot").code == 0
+        requests = [request["id"] for request in cloud.status(group)["spot_requests"]]
+        cloud.client("ec2").delete_tags(Resources=requests, Tags=[{"Key": "mitsuba-group"}])
+        assert cloud.cluster("cancelSpot", requests[0]).out == f"Cancelled {requests[0]}\n"
+        ended = cloud.cluster("terminateAll", group)
+    assert "2 spot requests cancelled" in ended.err  # without its tag, nothing says that one is
+
+
 def test_spot_prices(cloud: LocalCloud) -> None:
     shown = cloud.cluster("spotPrices", "c1.xlarge")
     assert shown.out.splitlines()[0].split() == ["ZONE", "LOWEST", "MEAN", "NOW"]

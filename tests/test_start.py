@@ -107,9 +107,9 @@ def test_a_head_is_asked_again_just_before_its_restart(
     served = cluster.Served(cluster.Facts(4, "0.6.0", "worker"), 4, "serves already")
     cut_off: Any = cluster.Outcome(node(3), error="port 22 does not answer")
     workers = [cluster.Outcome(node(2), served), cut_off, cluster.Outcome(node(4), served)]
-    start = cluster.StartPlan(node(1), "/mnt", {"c1.xlarge": 8}, "", force=force)
+    start = cluster.StartPlan(node(1), "/mnt", {}, "", force=force)
     remote: Any = SimpleNamespace(node=node(1))
-    done = cluster.head_step(start, looked, workers, remote)
+    done = cluster.head_step(start, looked, workers, {}, remote)
     if restarted:
         assert given == [({"10.0.0.2", "10.0.0.4"}, True)]
         assert done.waiting == ""

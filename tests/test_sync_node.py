@@ -26,7 +26,7 @@ def wanted(server: RangeServer, *names: str, **changes: Any) -> list[cluster.Wan
 
 
 def test_every_name_that_is_sent_to_a_node_is_known_there() -> None:
-    for program in (cluster.fetch_program(), cluster.guard_program()):
+    for program in (cluster.fetch_program(), cluster.node_program(cluster.guard_node)):
         words = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select=F821", "-"]
         done = subprocess.run(words, input=program, text=True, capture_output=True, check=False)
         missing = re.findall(r"Undefined name `(\w+)`", done.stdout)

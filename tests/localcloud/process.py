@@ -27,6 +27,7 @@ from typing import Any
 
 import asyncssh
 
+from cluster import Answer, pick_workers
 from tests.localcloud.packages import CONTROL
 
 CORES = 4
@@ -92,8 +93,9 @@ class ProcessNode:
         self.folder = network.folder / instance.id
         self.cores = CORES
         self.role = ""
-        self.workers: list[str] = []  # that a head should have
-        self.linked: list[str] = []  # and has
+        self.plan: dict[str, Any] = {}  # what start wants of its guard
+        self.links = False  # its server is a head's or a sub-head's
+        self.linked: list[str] = []  # the workers that its server is linked to
         self.guard: dict[str, Any] = {}  # what the guard of a real node would say of itself
         self.boot = secrets.token_hex(16)
         self.started = ""  # the present start of the server's unit
@@ -137,6 +139,7 @@ class ProcessNode:
         self.boot = secrets.token_hex(16)
         self.call(self._listen())
         if self.role:
+            self.links = self.role == "head"  # a sub-head comes back as a worker
             self.call(self.serve())
 
     async def drop(self) -> None:
@@ -286,8 +289,11 @@ class ProcessNode:
     async def serve(self) -> None:
         """Start (or restart) a server of this node's role; a head's links those workers that answer."""
         self.end_server()
-        nodes = {node.instance.private_ip: node for node in self.known(self.network)}
-        self.linked = [one for one in self.workers if one in nodes and nodes[one].server]
+        nodes = {node.instance.private_ip: node for node in self.known(self.network) if node.server}
+        workers = self.plan.get("workers", {}) if self.links else {}
+        found = {one: Answer(one in nodes, "" if one in nodes else "is gone") for one in workers}
+        found |= {one: found[one]._replace(relays=bool(nodes[one].linked)) for one in found if one in nodes}
+        self.linked = pick_workers(self.plan, found) if workers else []
         self.started = secrets.token_hex(16)
         if self.trouble.get("server") == "exits":
             return
@@ -303,11 +309,16 @@ class ProcessNode:
             writer.transport.abort()
 
     async def lose_server(self) -> None:
-        """End the server; a head that was linked to it dies of that, and starts again without it."""
+        """End the server; heads that were linked to it die of that, and start again without it."""
         self.end_server()
+        await self.restart_heads()
+
+    async def restart_heads(self) -> None:
+        """Let those start again that were linked to this node, a sub-head before its own head."""
         for node in self.known(self.network):
             if node.server and self.instance.private_ip in node.linked:
                 await node.serve()
+                await node.restart_heads()
 
     async def render(self, job: dict[str, str], client: asyncio.StreamReader) -> bool:
         """Let a job's time pass, unless the server is frozen; return False where the picture is lost."""
@@ -328,10 +339,10 @@ class ProcessNode:
         """Return the cores that this node's server announces."""
         if self.trouble.get("server") == "greedy":
             return 9000
-        if self.role != "head":
+        if not self.links:
             return self.cores
         nodes = {node.instance.private_ip: node for node in ProcessNode.known(self.network)}
-        return max(1, self.cores - 2) + sum(nodes[one].cores for one in self.linked if one in nodes)
+        return max(1, self.cores - 2) + sum(nodes[one].offered() for one in self.linked if one in nodes)
 
     @staticmethod
     def known(network: ProcessNetwork) -> list[ProcessNode]:
@@ -454,12 +465,13 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
     if not node.installed:
         return 1, "Mitsuba is not installed here; run install first\n"
     role, unit, plan = arguments[0], arguments[1], json.loads(arguments[4])
-    node.role, node.workers = role, list(plan.get("workers", {}))
+    node.role, node.plan = role, plan
     if unit:
-        node.replaced = ""
+        node.replaced, node.links = "", role == "head" or bool(arguments[5])
         if node not in NODES:
             NODES.append(node)
         await node.serve()
+        await node.restart_heads()
     return 0, ""
 
 
