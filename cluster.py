@@ -2416,7 +2416,7 @@ class App:
         import getpass
 
         who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
-        return f"mitsuba-cluster {self.identity.fingerprint} {who}"[:255]
+        return f"mitsuba-cluster {self.fingerprint} {who}"[:255]
 
     @functools.cached_property
     def pool(self) -> NodePool:
