@@ -35,6 +35,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import glob
 import importlib
 import json
 import os
@@ -49,7 +50,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -627,10 +628,8 @@ def explain(error: Exception) -> str:
         add = f"{shlex.quote(sys.executable)} -m pip install 'botocore[crt]'"
         return f"your AWS profile was made by `aws login`, for which boto3 needs one more package: {add}"
     if code in EXPIRED_CODES or any(word in kind for word in ("SSO", "Login", "Token", "MFA")):
-        renew = (
-            "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
-        )
-        return f"your AWS session has expired; renew it, e.g. with {renew} ({code or text})"
+        way = "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
+        return f"your AWS session has expired; renew it, e.g. with {way} ({code or text})"
     if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
         role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
         return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
@@ -931,8 +930,8 @@ def at_least(nodes: Iterable[Node]) -> str:
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
     """Set one tag of many nodes, a thousand a call."""
     ids = [node.id for node in nodes]
-    for start in range(0, len(ids), TAG_BATCH):
-        ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
+    for at in range(0, len(ids), TAG_BATCH):
+        ec2.create_tags(Resources=ids[at : at + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
 
 
 def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
@@ -1261,14 +1260,14 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, json, os, re, socket, stat, subprocess, sys, threading, time
+import concurrent.futures, contextlib, glob, json, os, re, socket, stat, subprocess, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
 
-def node_program(main: Callable[[list[str]], object]) -> str:
-    """Return a Python program for a node: MAIN, and the functions, classes and CONSTANTS that it needs, to the letter.
+def node_program(entry: Callable[[list[str]], object]) -> str:
+    """Return a Python program for a node: ENTRY, and the functions, classes and CONSTANTS that it needs, to the letter.
 
     inspect.getsource finds a class only by parsing the whole file: 0.3 s each, before Python 3.13.
     """
@@ -1277,8 +1276,8 @@ def node_program(main: Callable[[list[str]], object]) -> str:
     text = Path(__file__).read_text("utf-8")
     blocks = {name: f"{name} = {value!r}" for name, value in globals().items() if name.isupper()}
     blocks |= {found[1]: found[0] for found in re.finditer(r"^(?:def|class) (\w+)\b.*\n(?:(?:[ )].*)?\n)*", text, re.M)}
-    needed = {main.__name__}
-    tables = [symtable.symtable(blocks[main.__name__], "", "exec")]
+    needed = {entry.__name__}
+    tables = [symtable.symtable(blocks[entry.__name__], "", "exec")]
     for table in tables:
         tables += table.get_children()
         used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
@@ -1286,7 +1285,7 @@ def node_program(main: Callable[[list[str]], object]) -> str:
         needed |= new
         tables += [symtable.symtable(blocks[name], "", "exec") for name in new]
     sources = [block for name, block in blocks.items() if name in needed]
-    return "\n".join([NODE_HEADER, *sources, f"{main.__name__}(sys.argv[1:])\n"])
+    return "\n".join([NODE_HEADER, *sources, f"{entry.__name__}(sys.argv[1:])\n"])
 
 
 class Unusable(NodeError):
@@ -1382,13 +1381,13 @@ class Remote:
 
     def run(
         self,
-        command: str,
+        line: str,
         limit: float | None = None,
         stdin: Iterable[bytes] = (),
         sink: Callable[[bytes], object] | None = None,
         keep: int = OUTPUT_TAIL,
     ) -> tuple[int, str]:
-        """Run COMMAND; return (exit code, or -1: killed; the last KEEP bytes of its output, stderr merged in).
+        """Run a command LINE; return (exit code, or -1: killed; the last KEEP bytes of its output, stderr merged in).
 
         SINK gets all of the output as it comes. NodeError after LIMIT seconds (None: STEP_LIMIT), when the node does
         not answer any more, or when the connection breaks.
@@ -1397,7 +1396,7 @@ class Remote:
         with self.session() as channel:
             channel.set_combine_stderr(True)
             channel.settimeout(SILENCE_LIMIT)
-            self.execute(channel, command)
+            self.execute(channel, line)
             self.feed(channel, stdin)
             tail = b""
             while block := self.receive(channel, deadline):
@@ -1427,10 +1426,10 @@ class Remote:
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
-    def execute(self, channel: paramiko.Channel, command: str) -> None:
-        """Start COMMAND; paramiko itself would wait for ever for the node's reply."""
+    def execute(self, channel: paramiko.Channel, line: str) -> None:
+        """Start a command LINE; paramiko itself would wait for ever for the node's reply."""
         self.reply_by = time.monotonic() + LIVENESS_LIMIT
-        channel.exec_command(command)
+        channel.exec_command(line)
         self.reply_by = None
 
     @staticmethod
@@ -1465,9 +1464,9 @@ class Remote:
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
 
-    def check(self, command: str, **options: Any) -> str:
-        """Run COMMAND and return its output's end; NodeError with the last lines where it fails."""
-        code, output = self.run(command, **options)
+    def check(self, line: str, **options: Any) -> str:
+        """Run a command LINE and return its output's end; NodeError with the last lines where it fails."""
+        code, output = self.run(line, **options)
         if code:
             raise NodeError(f"{format_exit(code)}{format_tail(output)}")
         return output
@@ -1721,10 +1720,10 @@ class NodePool:
         except ClusterError as error:
             return Outcome(node, error=error.message)
 
-    def wait(self, futures: Iterable[Future[Outcome[T]]], seconds: float, until: str = ALL_COMPLETED) -> None:
+    def wait(self, futures: Iterable[Future[Outcome[T]]], seconds: float) -> None:
         """Wait for FUTURES, for at most SECONDS; give up the nodes that do not reply in time."""
         if waiting := list(futures):
-            concurrent.futures.wait(waiting, seconds, until)
+            concurrent.futures.wait(waiting, seconds)
         else:
             time.sleep(seconds)
         for remote in list(self.remotes.values()):
@@ -2142,7 +2141,6 @@ class FileServer:
 
 def end_predecessor(address: str, port: str) -> None:
     """End the program that serves at this address for an earlier run, whose client may have lost its network."""
-    import glob
     import signal
 
     for path in glob.glob("/proc/[0-9]*/cmdline"):
@@ -3087,12 +3085,11 @@ class Look(NamedTuple):
 
 
 def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from `ss -HtinpO state established`."""
+    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from ss, which leaves out what is 0."""
     servers, logins = {}, {}
     for line in text.splitlines():
-        _, _, own, peer, *rest = line.split()
-        # ss leaves out what is 0.
-        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", " ".join(rest))))
+        _, _, own, peer, *_ = line.split()
+        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", line)))
         if own.endswith(f":{SERVER_PORT}"):
             servers[peer] = moved
         elif '"sshd' in line:
@@ -3113,8 +3110,6 @@ def is_below_sshd(process: str) -> bool:
 
 def is_held(path: str) -> bool:
     """Tell whether a command that somebody waits for holds PATH open."""
-    import glob
-
     for link in glob.glob("/proc/[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if os.readlink(link) == path and is_below_sshd(link.split("/")[2]):
@@ -3134,8 +3129,6 @@ def run_quietly(*words: str) -> str:
 
 def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
     """Look at this node; ENDS: of a head, see watch_ends."""
-    import glob
-
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
     touched = {}
@@ -3267,12 +3260,12 @@ def guard_node(arguments: list[str]) -> None:
         plan = json.loads(read_file(PLAN_PATH))
     if arguments == ["filter"]:
         return filter_workers(plan)
-    role, workers = plan.get("role", "none"), plan.get("workers", {})
+    role, workers = plan.get("role", "node"), plan.get("workers", {})
     watches = role == "head" or workers  # a sub-head does, whose role is that of a worker
     limit = 60 * float(read_file(IDLE_PATH) or 0)
     links, refused = Links(), 0
     end = f"ends after {format_duration(limit)} without use" if limit else "never ends by itself"
-    print(f"guards a node with role {role}, which {end}")
+    print(f"guards this {role}, which {end}")
     ends = watch_ends() if role == "head" else None
     with open(MARK_PATH, "a"):
         memory = remember(restore_memory(read_file(MEMORY_PATH)), take_look(ends))
@@ -3570,15 +3563,13 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
     )
 
 
-def check_image(wanted: InstanceType, image: Image, named: bool) -> None:
-    """Refuse an image that can't boot on the machine; NAMED: the user chose it."""
-    if "x86_64" not in wanted.architectures and not named:
-        raise ClusterError(
-            f"{wanted.type} is an {wanted.architectures[0]} machine, and Mitsuba 0.6 is an x86-64 program: "
-            "choose another type (or name an image of your own in AMI_IDS)"
-        )
+def check_image(wanted: InstanceType, image: Image) -> None:
+    """Refuse an image that can't boot on the instance type."""
     if image.architecture not in wanted.architectures:
-        raise ClusterError(f"image {image.id} is for {image.architecture}, which {wanted.type} is not; see AMI_IDS")
+        raise ClusterError(
+            f"{wanted.type} is an {wanted.architectures[0]} machine, and image {image.id} (as Mitsuba 0.6) is for "
+            f"{image.architecture}: choose another type, or an image of your own in AMI_IDS"
+        )
     if image.virtualization not in wanted.virtualization:
         raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {wanted.type}; see AMI_IDS")
     modes = {"uefi-preferred": ("uefi", "legacy-bios")}.get(image.boot_mode, (image.boot_mode,))
@@ -3621,12 +3612,6 @@ def fetch_spot_prices(ec2: Client, instance_type: str) -> dict[str, float]:
     return {}
 
 
-def by_price(subnets: Sequence[Subnet], prices: dict[str, float]) -> list[Subnet]:
-    """Return SUBNETS with their prices ("": that of all zones), the cheapest first, those of unknown price last."""
-    priced = [one._replace(price=prices.get(one.zone, prices.get(""))) for one in subnets]
-    return sorted(priced, key=lambda one: (one.price is None, one.price or 0.0, one.zone))
-
-
 def quota_code(instance_type: str, spot: bool) -> str:
     """Return Service Quotas' code for the vCPUs of an instance type; "" where there is none."""
     letters = re.sub("[^a-z].*", "", instance_type)
@@ -3651,13 +3636,6 @@ def format_price(instance_type: str, count: int, price: float | None, public: bo
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
     return f"{count} × {instance_type}: {format_money(count * price)} an hour{more}; {day} a day"
-
-
-def format_limits(hours: float, idle: float) -> str:
-    """Return "Each ends itself after 8 hours, or 60 minutes without use."; "" where it never does."""
-    limits = [format_count(hours, "hour")] if hours else []
-    limits += [f"{format_count(idle, 'minute')} without use"] if idle else []
-    return f"Each ends itself after {', or '.join(limits)}." if limits else ""
 
 
 def check_key_pair(app: App) -> None:
@@ -3697,8 +3675,9 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
     )
     app.check_owner(request.group, before, request.others)
-    check_image(instance_type, image, settings.AWS_REGION in settings.AMI_IDS)
-    subnets = by_price(subnets, spot if request.spot else {} if on_demand is None else {"": on_demand})
+    check_image(instance_type, image)
+    subnets = [one._replace(price=spot.get(one.zone) if request.spot else on_demand) for one in subnets]
+    subnets.sort(key=lambda one: (one.price is None, one.price or 0.0, one.zone))
     lowest = subnets[0].price
     if request.max_price is not None and lowest is not None and request.max_price < lowest:
         raise ClusterError(
@@ -3745,8 +3724,10 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         )
     elif closed := [subnet.id for subnet in plan.subnets if not subnet.gives_addresses]:
         yield f"Without public addresses of its own: {', '.join(closed)}; the nodes ask for one each"
-    limits = format_limits(plan.hours, plan.idle)
-    yield limits or f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
+    ends = [format_count(plan.hours, "hour")] if plan.hours else []
+    ends += [f"{format_count(plan.idle, 'minute')} without use"] if plan.idle else []
+    for_ever = f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
+    yield f"Each ends itself after {', or '.join(ends)}." if ends else for_ever
     if plan.package:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
@@ -3859,7 +3840,7 @@ def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]
     except paramiko.SSHException as error:
         raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
     text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
-    parts = (text[start : start + TAG_LENGTH] for start in range(0, len(text), TAG_LENGTH))
+    parts = (text[at : at + TAG_LENGTH] for at in range(0, len(text), TAG_LENGTH))
     return dict(zip(SIGNATURE_TAGS, parts))
 
 
@@ -4022,7 +4003,7 @@ def await_nodes(
     waiting = {node.id: node for node in nodes}
     begun: dict[str, Future[Outcome[T]]] = {}
     done: dict[str, Outcome[T]] = {}
-    start = good = time.monotonic()
+    began = good = time.monotonic()
     while waiting:
         try:
             seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
@@ -4041,16 +4022,13 @@ def await_nodes(
                 progress.step(node, "booting")
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
-        end = time.monotonic() + (POLL if len(begun) == len(waiting) + len(done) else POLL / 3)
-        while waiting and time.monotonic() < end:
-            app.pool.wait(
-                [begun[name] for name in waiting if name in begun], max(0.01, end - time.monotonic()), FIRST_COMPLETED
-            )
-            for node in list(waiting.values()):
-                if outcome := decide(app, node, begun.get(node.id), time.monotonic() - start):
-                    done[node.id] = outcome
-                    del waiting[node.id]
-                    progress.finished(outcome)
+        at_work = [begun[name] for name in waiting if name in begun]
+        app.pool.wait(at_work, POLL if len(at_work) == len(waiting) else POLL / 3)
+        for node in list(waiting.values()):
+            if outcome := decide(app, node, begun.get(node.id), time.monotonic() - began):
+                done[node.id] = outcome
+                del waiting[node.id]
+                progress.finished(outcome)
     return [done[node.id] for node in nodes]
 
 
@@ -4100,42 +4078,34 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
 
-count_argument = click.argument("count", type=Number(1, 5000, whole=True))
-
-
-hours_option = click.option(
-    "--max-hours", type=Number(0, 8760), metavar="HOURS", help="Terminate the nodes automatically after so long."
-)
-
-
-idle_option = click.option(
-    "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
-)
-
-
-dry_run_option = click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota.")
-without_option = click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba.")
-
-
-def launch_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add what createNodes and up can be asked for."""
-    for add in (
-        dry_run_option,
-        without_option,
-        others_option,
-        idle_option,
-        hours_option,
-        click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back."),
-        group_argument,
-        count_argument,
+def launch_options(*own: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds what each launch can be asked for, and a command's OWN argument or option."""
+    options = (
         type_argument,
-    ):
-        command = add(command)
-    return command
+        click.argument("count", type=Number(1, 5000, whole=True)),
+        *own,
+        group_argument,
+        click.option(
+            "--max-hours",
+            type=Number(0, 8760),
+            metavar="HOURS",
+            help="Terminate the nodes automatically after so long.",
+        ),
+        click.option(
+            "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
+        ),
+        others_option,
+        click.option("--without-mitsuba", is_flag=True, help="Launch even if install would find no Mitsuba."),
+        click.option("--dry-run", is_flag=True, help="Only say what would be made, its price, and your quota."),
+    )
+    return lambda function: functools.reduce(lambda decorated, add: add(decorated), reversed(options), function)
+
+
+spot_option = click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 
 
 @cli.command("createNodes")
-@launch_options
+@launch_options(spot_option)
 @click.pass_obj
 def create_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
@@ -4143,15 +4113,7 @@ def create_nodes(app: App, /, instance_type: str, count: int, group: str, dry_ru
 
 
 @cli.command("addSpotNodes")
-@type_argument
-@count_argument
-@click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True))
-@group_argument
-@hours_option
-@idle_option
-@others_option
-@without_option
-@dry_run_option
+@launch_options(click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True)))
 @click.pass_obj
 def add_spot_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
@@ -5532,7 +5494,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 
 
 @cli.command("up")
-@launch_options
+@launch_options(spot_option)
 @tree_option
 @click.pass_obj
 def up(
@@ -6611,7 +6573,7 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], lis
     from botocore.exceptions import ClientError
 
     ids = [node.id for node in nodes]
-    requests = [ids[start : start + TERMINATE_BATCH] for start in range(0, len(ids), TERMINATE_BATCH)]
+    requests = [ids[at : at + TERMINATE_BATCH] for at in range(0, len(ids), TERMINATE_BATCH)]
     protected: set[str] = set()
     unknown: set[str] = set()
     while requests:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -192,6 +193,38 @@ def test_the_guard_is_a_program_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     done = subprocess.run([sys.executable, "-I", str(path), "filter"], capture_output=True, text=True, check=False)
     assert done.stdout == f"{greedy.address} is left out: it announces 4 cores, and its instance type has 2\n", done
     assert (tmp_path / "linked").read_text() == f"{good.address}\n"
+
+
+SYSTEMCTL = """#!/bin/sh
+[ "$1" != poweroff ] || kill $PPID
+"""
+
+
+@pytest.mark.parametrize("role", ["node", "worker"])
+def test_what_ends_a_node_stands_in_its_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    for name in ("PLAN", "IDLE", "LINKED", "MEMORY", "STATE", "MARK"):
+        monkeypatch.setattr(cluster, f"{name}_PATH", str(tmp_path / name))
+    monkeypatch.setattr(cluster, "USE_LOOK", 0.2)
+    (tmp_path / "IDLE").write_text(f"{1 / 60}\n")
+    head = own_address()  # where nobody listens
+    if role == "worker":
+        (tmp_path / "PLAN").write_text(json.dumps({"role": role, "build": BUILD, "own": head, "head": head}))
+    for name, text in (("systemctl", SYSTEMCTL), ("ss", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    program = cluster.node_program(cluster.guard_node).replace("/dev/pts/", f"{tmp_path}/pts/")
+    words = [sys.executable, "-I", "-u", "-c", program]
+    given = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(words, env=given, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+    lines = re.sub(r"for \d+s", "for 1s", done.stdout).splitlines()
+    unused = "unused for 1s (before that: the node booted)"
+    asked = [f"{unused}, and the head {head} does not answer: {times} of 3" for times in (1, 2, 3)]
+    assert lines == [
+        f"guards this {role}, which ends after 1s without use",
+        *(asked if role == "worker" else ()),
+        f"ends this node: {unused}",
+    ]
 
 
 def test_user_data_has_room_for_the_guard() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -139,7 +140,7 @@ def test_a_forgotten_cluster_ends_but_not_under_a_client_nor_a_worker_before_its
         wait_until(lambda: len(ssh_bytes(nodes, workers[0])) >= 4, PATIENCE, "the watches, the log and the shell")
         before, began = ssh_bytes(nodes, workers[0]), time.monotonic()
         for node in (head, *workers):
-            wait_until(lambda node=node: idle_seconds(nodes, node) > 3 * IDLE, PATIENCE, f"idle time of {node}")  # type: ignore[misc]
+            wait_until(lambda node=node: idle_seconds(nodes, node) > 2 * IDLE, PATIENCE, f"idle time of {node}")  # type: ignore[misc]
         after, minutes = ssh_bytes(nodes, workers[0]), (time.monotonic() - began) / 60
         moved = {peer: (after[peer] - before[peer]) / minutes for peer in before.keys() & after.keys()}
         assert moved
@@ -165,15 +166,19 @@ def test_workers_that_come_back_are_linked_and_end_when_their_head_is_frozen_or_
         return nodes.run("timeout", "5", *words).out
 
     def linked() -> int:
-        return journal(nodes, head).count(f"restarts the head to link {worker['private_ip']}\n")
+        return journal(nodes, head).count(f"restarts mtssrv to link {worker['private_ip']}\n")
 
-    wait_until(lambda: idle_seconds(nodes, worker) > IDLE, PATIENCE, "a worker's idle time")
+    wait_until(lambda: idle_seconds(nodes, worker) > IDLE / 2, PATIENCE, "a worker's idle time")
     rebooted = time.monotonic()
     nodes.fault("reboot", worker)
     # What asks the servers now and then, as from cron, is no client.
     ask = ("status", group, "--servers")
     wait_until(lambda: not nodes.cluster(*ask).code and linked() == 1, PATIENCE, "a restart to link it")
-    assert 0 < idle_seconds(nodes, worker) < time.monotonic() - rebooted
+    idle = wait_until(lambda: idle_seconds(nodes, worker), PATIENCE, "the idle time after the boot")
+    assert idle < time.monotonic() - rebooted
+    shown = nodes.cluster("logs", head["id"]).out
+    left_out = rf" mtssrv\[\d+\]: {worker['private_ip']} is left out: it does not answer: .*\n"
+    assert re.search(rf"{left_out}(.*\n)+.* mitsuba-guard\[\d+\]: restarts mtssrv to link ", shown), shown
     wait_until(lambda: everything in offered(), PATIENCE, "an offer of all cores")
 
     short = json.dumps({"seconds": 0.3, "name": "a short render"})
@@ -191,7 +196,7 @@ def test_workers_that_come_back_are_linked_and_end_when_their_head_is_frozen_or_
         assert linked() == 1
     wait_until(lambda: linked() == 2, PATIENCE, "a restart once nobody renders")
 
-    hasty = f'sed -i "s/^HEAD_ASKED = .*/HEAD_ASKED = 2/" {GUARD}'
+    hasty = f'sed -i "s/^HEAD_ASKED = .*/HEAD_ASKED = 2/; s/^GUARD_TIMEOUT = .*/GUARD_TIMEOUT = 1/" {GUARD}'
     for fault, mend, node in (("freeze", "thaw", worker), ("cut", "plug", other)):
         nodes.fault(fault, head)
         shorten(nodes, node, more=hasty)

@@ -579,6 +579,36 @@ def test_the_boot_script_fails_if_a_part_does(tmp_path: Path, broken: str, secon
     assert ("date" in (tmp_path / "ran").read_text().split()) == (seconds != "0")  # even without the guard
 
 
+def test_an_image_of_a_node_brings_nothing_of_it_along(tmp_path: Path) -> None:
+    """The old deadline would end the new node, the old guard and server would act as the old node's."""
+    units, own = tmp_path / "etc/systemd/system", tmp_path / "etc/mitsuba-cluster"
+    library = tmp_path / "usr/local/lib/mitsuba-cluster"
+    (tmp_path / "bin").mkdir()
+    old = [units / name for name in ("mtssrv.service", "mitsuba-guard.service", "mitsuba-deadline.timer")]
+    old += [own / "plan.json", own / "role", library / "guard.py"]
+    (tmp_path / "bin/systemctl").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/ran\n")
+    (tmp_path / "bin/nft").write_text("#!/bin/sh\n")
+    for name in ("systemctl", "nft"):
+        (tmp_path / "bin" / name).chmod(0o755)
+    script = cluster.BOOT.replace("/etc/", f"{tmp_path}/etc/").replace("/usr/local/", f"{tmp_path}/usr/local/")
+
+    def boot(instance: str) -> list[str]:
+        """Write the old node's files, boot; return those that are left."""
+        for path in old:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("old")
+        env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "INSTANCE_ID": instance}
+        subprocess.run(["bash", "-c", script, "boot", "60"], env=env, check=True)
+        return [path.name for path in old if path.exists() and path.read_text() == "old"]
+
+    assert boot("i-1") == []
+    assert "OnCalendar" in (units / "mitsuba-deadline.timer").read_text()
+    ran = (tmp_path / "ran").read_text()
+    assert all(f"disable --now --no-block {path.name}" in ran for path in old[:3])
+    assert boot("i-1") == [path.name for path in old]  # a reboot: these are the node's own
+    assert boot("i-2") == []
+
+
 def test_cloud_init_sees_a_boot_script_that_fails(tmp_path: Path) -> None:
     """It makes one shell script of all commands: a list becomes quoted words, a string stands as it is."""
     config = json.loads(cluster.make_user_data("private", "public", 0, 60).removeprefix("#cloud-config\n"))
@@ -617,7 +647,7 @@ class Saying(cluster.Remote):
     def __init__(self, **facts: str | None) -> None:
         self.output = "".join(f"{name}={value}\n" for name, value in (GOOD | facts).items() if value is not None)
 
-    def check(self, command: str, **options: Any) -> str:
+    def check(self, line: str, **options: Any) -> str:
         """Say it."""
         return self.output
 

@@ -184,7 +184,7 @@ class LocalRemote(cluster.Remote):
 
     def run(
         self,
-        command: str,
+        line: str,
         limit: float | None = None,
         stdin: Iterable[bytes] = (),
         sink: Callable[[bytes], object] | None = None,
@@ -193,7 +193,7 @@ class LocalRemote(cluster.Remote):
         """Run a command."""
         assert sink
         if self.said is None:
-            done = subprocess.run(["bash", "-c", command], input=b"".join(stdin), capture_output=True, check=False)
+            done = subprocess.run(["bash", "-c", line], input=b"".join(stdin), capture_output=True, check=False)
             self.said, self.code = done.stdout + done.stderr, done.returncode
         output, self.said = self.said, None
         sink(output[:7])
