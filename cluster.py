@@ -1870,8 +1870,8 @@ class Fetcher:
         except OSError:
             return False
 
-    def fetch_range(self, one: Wanted, part: int, start: int, end: int) -> None:
-        """Bring the bytes from START to END into the open PART; what came before an error is kept."""
+    def fetch_range(self, one: Wanted, part: int, begin: int, end: int) -> None:
+        """Bring the bytes from BEGIN to END into the open PART; what came before an error is kept."""
         import errno
         import http.client
         import urllib.error
@@ -1879,18 +1879,18 @@ class Fetcher:
 
         for attempt in range(self.tries):
             try:
-                headers = one.headers | {"Range": f"bytes={start}-{end - 1}"}
+                headers = one.headers | {"Range": f"bytes={begin}-{end - 1}"}
                 request = urllib.request.Request(one.url, headers=headers)  # noqa: S310 - the tool wrote the address
                 with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
-                    if answer.status != 206 and (start, end) != (0, one.size):
+                    if answer.status != 206 and (begin, end) != (0, one.size):
                         raise FetchFailed("its source sends no ranges")
-                    while start < end:
-                        block = answer.read(min(MIB, end - start))
+                    while begin < end:
+                        block = answer.read(min(MIB, end - begin))
                         if not block:
                             raise ValueError("the transfer broke off")
                         while block:  # a disk that is nearly full takes less
-                            written = os.pwrite(part, block, start)
-                            start, block = start + written, block[written:]
+                            written = os.pwrite(part, block, begin)
+                            begin, block = begin + written, block[written:]
                             with self.counting:
                                 self.moved += written
                 return
@@ -1919,13 +1919,13 @@ class Fetcher:
         whole = (self.load(tally) or 0) if os.fstat(handle).st_size == one.size else 0
         self.save(tally, whole)  # before the part gets its size: a stale one would vouch for what is not there
         os.truncate(handle, one.size)
-        ranges = [(start, min(start + RANGE_SIZE, one.size)) for start in range(0, one.size, RANGE_SIZE)]
+        ranges = [(begin, min(begin + RANGE_SIZE, one.size)) for begin in range(0, one.size, RANGE_SIZE)]
         jobs = [self.ranges.submit(self.fetch_range, one, handle, *place) for place in ranges[whole:]]
-        for number, (start, end) in enumerate(ranges):
+        for number, (begin, end) in enumerate(ranges):
             if number >= whole:
                 jobs[number - whole].result()
                 self.save(tally, number + 1)
-            for place in range(start, end if one.digest else start, MIB):  # while the next ranges come
+            for place in range(begin, end if one.digest else begin, MIB):  # while the next ranges come
                 digest.update(os.pread(handle, min(MIB, end - place), place))
         os.close(handle)  # not after a failure: other ranges still write to it
         os.unlink(tally, dir_fd=self.state)
@@ -2034,7 +2034,7 @@ class Fetched(NamedTuple):
 class FetchError(NodeError):
     """A node's FetchFailed, as it has told it."""
 
-    def __init__(self, text: str, status: int) -> None:
+    def __init__(self, text: str, status: int = 0) -> None:
         super().__init__(text)
         self.status = status
 
@@ -2053,24 +2053,33 @@ def read_report(line: bytes) -> dict[str, Any]:
     raise NodeError(f"sends a malformed report: {line[:80].decode('utf-8', 'replace')}")
 
 
+def by_line(take: Callable[[bytes], object]) -> Callable[[bytes], None]:
+    """Return what takes a command's output as it comes, and hands TAKE each line that is complete."""
+    rest = b""
+
+    def cut(block: bytes) -> None:
+        nonlocal rest
+        *lines, rest = (rest + block).split(b"\n")
+        for line in lines:
+            take(line)
+        rest = rest[-MIB:]  # no line of ours is so long
+
+    return cut
+
+
 def fetch_step(
     folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote, *patience: int
 ) -> Fetched:
     """Let a node fetch files into FOLDER; SHOW hears how many bytes have come. PATIENCE: other tries, and timeout."""
     last: dict[str, Any] = {}
-    rest = b""
 
-    def hear(block: bytes) -> None:
-        nonlocal rest
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            last.update(read_report(line))
-            show(last.get("moved", 0))
-        rest = rest[-MIB:]  # no report is so long
+    def hear(line: bytes) -> None:
+        last.update(read_report(line))
+        show(last.get("moved", 0))
 
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
-    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
+    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=by_line(hear))
     if "error" in last:
         raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
@@ -2095,13 +2104,13 @@ class FileServer:
                 if not (block := stream.recv(4096)):
                     return
                 request += block
-            status, number, start, end = self.judge(request)
+            status, number, begin, end = self.judge(request)
             with self.counting:
                 if status == 206 and peer not in self.receivers and len(set(self.receivers)) >= RECEIVERS:
                     status = 503
                 self.receivers.append(peer)
             try:
-                self.send(stream, status, number, start, end)
+                self.send(stream, status, number, begin, end)
             finally:
                 with self.counting:
                     self.receivers.remove(peer)
@@ -2125,16 +2134,16 @@ class FileServer:
             return 416, 0, 0, 0
         return 206, int(number[1]), int(span[1]), int(span[2]) + 1
 
-    def send(self, stream: Stream, status: int, number: int, start: int, end: int) -> None:
+    def send(self, stream: Stream, status: int, number: int, begin: int, end: int) -> None:
         """Send the answer."""
-        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - start}\r\nConnection: close\r\n\r\n"
+        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
         stream.sendall(head.encode())
         if status == 206:
             handle = self.open_file(number)
             try:
-                while start < end and (block := os.pread(handle, min(MIB, end - start), start)):
+                while begin < end and (block := os.pread(handle, min(MIB, end - begin), begin)):
                     stream.sendall(block)
-                    start += len(block)
+                    begin += len(block)
             finally:
                 os.close(handle)
 
@@ -2173,11 +2182,14 @@ def serve_files(arguments: list[str]) -> None:
         os.close(below)
     server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
     end_predecessor(address, port)
-    listener = None
-    while not listener:
-        with contextlib.suppress(OSError):  # until the predecessor's end; the client waits so long for an answer
+    for pause in (0.01, 0.1, 1, 0):  # its end may take a moment
+        try:
             listener = socket.create_server((address, int(port)), backlog=64)
-        time.sleep(0.01)
+            break
+        except OSError as error:
+            if not pause:
+                sys.exit(f"port {port} can't be had: {error.strerror}")
+            time.sleep(pause)
 
     def accept() -> None:
         while True:
@@ -2280,7 +2292,7 @@ class Spread:
         if source.remote:
             if not source.channel or source.channel.exit_status_ready():
                 try:
-                    source.channel = self.start(source.remote)
+                    source.channel = self.begin(source.remote)
                 except SilentNode as error:  # the source's silence is not the receiver's
                     raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
@@ -2301,7 +2313,7 @@ class Spread:
             with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
-    def start(self, remote: Remote) -> paramiko.Channel:
+    def begin(self, remote: Remote) -> paramiko.Channel:
         """Start a node's program that serves the files; return the session whose end is its end."""
         job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
         words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
@@ -2870,8 +2882,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 
 # --- Guard -------------------------------------------------------------------
 # mtssrv's handshake, and the program that systemd runs on every node from its first boot: it keeps the head serving,
-# links nodes that come back, and ends idle nodes. Its functions reach the nodes to the letter: they touch no name but
-# each other, constants, and Python's own modules. All times are of the monotonic clock.
+# links nodes that come back, and ends idle nodes (node_program sends its functions). All times are monotonic.
 
 HELLO = b"\x1b\xcd"
 QUIT = b"\x00\x0c"
@@ -3225,8 +3236,7 @@ def restore_memory(text: str) -> Memory | None:
 def node_state(memory: Memory, limit: float) -> dict[str, Any]:
     """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
     clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
-    idle = memory.at - memory.used
-    return {"idle": idle, "used": memory.how, "limit": limit, "clients": clients}
+    return {"idle": memory.at - memory.used, "limit": limit, "clients": clients}
 
 
 def restart_head(why: str) -> None:
@@ -4445,33 +4455,23 @@ def run_tool(program: str, *words: str | Path, **environment: str) -> str:
         raise ClusterError(f"packing a build needs {program}; on Ubuntu: sudo apt-get install -y binutils") from None
 
 
-class Binary(NamedTuple):
-    """A program or library."""
-
-    path: Path
-    needed: set[str]  # names of libraries
-    versions: set[str]  # of glibc's symbols
-
-
-def read_binaries(paths: Iterable[Path]) -> list[Binary]:
-    """Return what programs and libraries there are among the files PATHS."""
+def read_binaries(paths: Iterable[Path]) -> dict[str, tuple[set[str], set[str]]]:
+    """Return program or library -> (libraries that it needs, names of glibc's versions), of those among PATHS."""
     _, *parts = re.split(r"^(.+):\s+file format (elf\S+)$", run_tool("objdump", "-p", *paths), flags=re.M)
-    binaries = []
+    found = {}
     for path, kind, text in zip(parts[::3], parts[1::3], parts[2::3]):
         if kind != "elf64-x86-64":
             raise ClusterError(f"{path} is not for x86-64 Linux ({kind})")
         needed = set(re.findall(r"^\s+NEEDED\s+(.+)$", text, re.M))
-        versions = set(re.findall(r"^\s+0x\w+ 0x\w+ \d+ (GLIBC_\w+(?:\.\d+)*)$", text, re.M))
-        binaries.append(Binary(Path(path), needed, versions))
-    return binaries
+        found[path] = needed, set(re.findall(r"^\s+0x\w+ 0x\w+ \d+ (GLIBC_\w+(?:\.\d+)*)$", text, re.M))
+    return found
 
 
 def find_libraries(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Path], set[str]]:
     """Return the libraries that the build's FILES need besides, by name, and all names of glibc's versions."""
     binaries = read_binaries(files.values())
     search = [str(folder), str(folder / "lib"), os.environ.get("LD_LIBRARY_PATH", "")]
-    paths = [binary.path for binary in binaries]
-    listed = run_tool("ldd", *paths, LD_LIBRARY_PATH=":".join(filter(None, search)))
+    listed = run_tool("ldd", *binaries, LD_LIBRARY_PATH=":".join(filter(None, search)))
     found = {name: Path(path) for name, path in re.findall(r"^\t(\S+) => (/.+) \(0x\w+\)$", listed, re.M)}
     known = {Path(name).name for name in files if Path(name).parent.name in ("", "lib")}
     known |= GLIBC_LIBRARIES | GRAPHICS_LIBRARIES
@@ -4479,16 +4479,14 @@ def find_libraries(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Path
     versions: set[str] = set()
     while binaries:
         fresh: dict[str, Path] = {}
-        for binary in binaries:
-            versions |= binary.versions
-            for name in binary.needed - known - libraries.keys():
+        for path, (needed, named) in binaries.items():
+            versions |= named
+            for name in needed - known - libraries.keys():
                 if name not in found:
-                    raise ClusterError(
-                        f"{binary.path} needs {name}, which this machine does not find (nor would a node)"
-                    )
+                    raise ClusterError(f"{path} needs {name}, which this machine does not find (nor would a node)")
                 fresh[name] = found[name]
         libraries |= fresh
-        binaries = read_binaries(fresh.values()) if fresh else []  # objdump without a name reads a.out
+        binaries = read_binaries(fresh.values()) if fresh else {}  # objdump without a name reads a.out
     return libraries, versions
 
 
@@ -4606,26 +4604,24 @@ def to_request(address: str, method: str = "GET") -> urllib.request.Request:
     return request
 
 
-def package_risks(settings: Settings, package: Package) -> list[str]:
-    """Say how somebody in between could replace Mitsuba, which root installs."""
-    if "://" in package.source:
-        unchecked = "MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes"
-        return [] if package.sha256 else [unchecked]
-    unsigned = re.match(
-        r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", settings.PKG_REPOSITORY
-    )
-    if unsigned and not package.is_file:
-        return ["PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]"]
-    return []
+def fetch_index(folder: str) -> bytes:
+    """Return an apt repository's list of packages in FOLDER, which is there compressed, or plain, or both."""
+    import gzip
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(to_request(f"{folder}/Packages.gz"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+            return gzip.decompress(answer.read())
+    except urllib.error.HTTPError as error:
+        if error.code not in GONE:
+            raise
+    with urllib.request.urlopen(to_request(f"{folder}/Packages"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+        return bytes(answer.read())
 
 
 def index_has(apt_line: str, package: str) -> bool:
     """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
-    import gzip
-    import lzma
-    import urllib.error
-    import urllib.request
-
     found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
     if not found:
         raise ValueError("this is no apt line")
@@ -4633,46 +4629,34 @@ def index_has(apt_line: str, package: str) -> bool:
     folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
     if suite.endswith("/"):
         folders = [f"{base}/{suite}".rstrip("/")]
-    wanted = re.compile(rf"^Package: {re.escape(package)}$".encode(), re.M)
-    indexes: dict[str, Callable[[bytes], bytes]]
-    indexes = {"Packages.gz": gzip.decompress, "Packages.xz": lzma.decompress, "Packages": bytes}
-    missing: urllib.error.HTTPError | None = None
-    for folder in folders:
-        for name, unpack in indexes.items():
-            try:
-                with urllib.request.urlopen(to_request(f"{folder}/{name}"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-                    if wanted.search(unpack(answer.read())):
-                        return True
-                missing = None
-                break
-            except urllib.error.HTTPError as error:
-                if error.code not in GONE:
-                    raise
-                missing = error
-    if missing:
-        raise missing
-    return False
+    return any(re.search(rf"^Package: {re.escape(package)}$".encode(), fetch_index(one), re.M) for one in folders)
 
 
 def check_package(settings: Settings, without: bool) -> str:
-    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it."""
-    import lzma
+    """Return what `install` will install, with a warning if in doubt; ClusterError if nothing, and not WITHOUT it.
+
+    Another warning says how somebody in between could replace Mitsuba, which root installs.
+    """
     import urllib.error
     import urllib.request
+    import zlib
 
-    title, doubt, proved = "", "", True
+    title, doubt, proved, apt_line = "", "", True, settings.PKG_REPOSITORY
     try:
         package = plan_package(settings)
         title = package.title
-        for risk in package_risks(settings, package):
-            warn(risk)
         if "://" in package.source:
+            if not package.sha256:
+                warn("MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes")
             urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
-        elif not package.is_file and not index_has(settings.PKG_REPOSITORY, "mitsuba"):
-            doubt = f"PKG_REPOSITORY ({settings.PKG_REPOSITORY}) has no package mitsuba"
+        elif not package.is_file:
+            if re.match(r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", apt_line):
+                warn("PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]")
+            if not index_has(apt_line, "mitsuba"):
+                doubt = f"PKG_REPOSITORY ({apt_line}) has no package mitsuba"
     except ClusterError as error:
         doubt = error.message
-    except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
         doubt = f"{title} can't be read ({error})"
     doubt += f"; set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings}" if doubt and title else ""
@@ -4692,22 +4676,6 @@ def make_spread(package: Package, nodes: int) -> Spread | None:
     return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
-def split_steps(log: Callable[[bytes], object], tell: Callable[[str], None]) -> Callable[[bytes], None]:
-    """Return what takes a script's output: LOG gets all of it, and TELL the name in each line "step: NAME"."""
-    rest = b""
-
-    def take(block: bytes) -> None:
-        nonlocal rest
-        log(block)
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            if line.startswith(b"step: "):
-                tell(printable(line[6:30].decode("utf-8", "replace")))
-        rest = rest[-MIB:]
-
-    return take
-
-
 def install_step(
     settings: Settings, package: Package, spread: Spread | None, logs: Path, progress: Progress, remote: Remote
 ) -> str:
@@ -4720,6 +4688,12 @@ def install_step(
     arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
     arguments.append(node_program(learn_build))
     tell = functools.partial(progress.step, remote.node)
+
+    def hear(line: bytes) -> None:
+        if line.startswith(b"step: "):
+            tell(printable(line[6:30].decode("utf-8", "replace")))
+
+    steps = by_line(hear)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
             os.fchmod(log.fileno(), 0o600)  # one of an older version
@@ -4737,7 +4711,9 @@ def install_step(
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=split_steps(log.write, tell))
+            code, output = remote.run(
+                run, limit=INSTALL_LIMIT, stdin=[lines], sink=lambda block: (log.write(block), steps(block))
+            )
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -5504,7 +5480,7 @@ def up(
 
     Run it again to complete or mend the group, whatever became of the first run.
     """
-    again = command("up", instance_type, str(count), group)
+    again = f"{Call.program} {shlex.join(sys.argv[1:])}"  # with its options, which a second run needs, too
     package = plan_package(app.settings)
     nodes, why, token = find_or_launch(app, LaunchRequest(instance_type, count, group, **options), again, dry_run)
     if dry_run:
@@ -5528,17 +5504,14 @@ def up(
         kept = {node.id for node in nodes if is_ours(node, app.identity)}
         if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
+    outcomes = [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
     try:
-        link_up(
-            app, group, plan, [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
-        )
+        link_up(app, group, plan, outcomes)
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
-        reason = f" ({why})" if why else ""
-        raise ClusterError(
-            f"the group has {len(nodes)} of {format_count(count, 'node')}{reason}; {again} makes the others"
-        )
+        has = f"the group has {len(nodes)} of {format_count(count, 'node')}{f' ({why})' if why else ''}"
+        raise ClusterError(f"{has}; {again} makes the others")
 
 
 # --- render ------------------------------------------------------------------
@@ -5614,8 +5587,8 @@ def judge(
         return "cluster", f"{heads[0]} was restarted to link other workers"
     if server_error or died:
         return "server", server_error or f"mtssrv died on {', '.join(died)}"
-    if refusal := find_error(attempt.output):
-        return "scene", f"Mitsuba refuses it: {refusal}"
+    if said := find_error(attempt.output):
+        return "scene", f"Mitsuba refuses it: {said}"
     if attempt.code > 0:
         return "cluster", "the connection to the head broke"
     return "server", "Mitsuba wrote no whole picture" if not attempt.code else "this machine's mitsuba was killed"
@@ -6425,34 +6398,43 @@ def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
     return [one._replace(url=address(key)) for key, one in objects.items()]
 
 
-def describe_fetched(done: Fetched, moved: int) -> str:
-    """Return a node's line."""
-    if not done.fetched:
-        return "has everything already"
-    there = f"; {done.present} there already" if done.present else ""
-    return f"fetched {format_count(done.fetched, 'file')}, {format_size(moved)}{there}"
+def bring_from_s3(
+    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], show: Callable[[int], None], remote: Remote
+) -> Fetched:
+    """Let a node fetch WANTED by signed addresses; they die with the session's credentials: boto3 may have new ones."""
+    before, moved = 0, 0  # bytes, of earlier addresses and in all
 
-
-def sync_step(
-    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], progress: Progress, remote: Remote
-) -> str:
-    """Fetch WANTED on one node; return what was done."""
-    before = 0  # bytes, of earlier attempts
-
-    def show(moved: int) -> None:
-        progress.moved[remote.node.id] = before + moved
+    def count(more: int) -> None:
+        nonlocal moved
+        moved = before + more
+        show(moved)
 
     while True:
         try:
-            done = fetch_step(data, wanted, show, remote)
-            return describe_fetched(done, before + done.moved)
+            return fetch_step(data, wanted, count, remote)._replace(moved=moved)
         except FetchError as error:
             if error.status not in (401, 403):
                 raise
-            # Signed addresses die with the session's credentials: boto3 may have new ones.
-            if progress.moved[remote.node.id] == before:
+            if moved == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
-            wanted, before = sign_again(), progress.moved[remote.node.id]
+            wanted, before = sign_again(), moved
+
+
+def sync_nodes(
+    app: App, nodes: Sequence[Node], wanted: Sequence[Wanted], bring: Callable[[Callable[[int], None], Remote], Fetched]
+) -> None:
+    """Let BRING bring the files to all NODES, with a bar, and report."""
+    size = sum(one.size for one in wanted)
+    note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
+    progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
+
+    def step(remote: Remote) -> str:
+        done = bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
+        there = f"; {done.present} there already" if done.present else ""
+        fetched = f"fetched {format_count(done.fetched, 'file')}, {format_size(done.moved)}{there}"
+        return fetched if done.fetched else "has everything already"
+
+    app.report(app.pool.each(nodes, step, progress), "Synchronized")
 
 
 def send_files(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
@@ -6479,16 +6461,7 @@ def sync_from_here(app: App, group: str, files: dict[str, Path]) -> None:
     """Send FILES once, to a node, and from node to node."""
     nodes = app.open_group(group)
     wanted = read_files(files)
-    size = sum(one.size for one in wanted)
-    note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
-    spread = Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes))
-    progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
-
-    def step(remote: Remote) -> str:
-        done = spread.bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
-        return describe_fetched(done, done.moved)
-
-    app.report(app.pool.each(nodes, step, progress), "Synchronized")
+    sync_nodes(app, nodes, wanted, Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes)).bring)
 
 
 def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
@@ -6505,16 +6478,12 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
         raise ClusterError(
             f"there is no file {name!r} here, and nothing under {app.settings.S3_PATH.rstrip('/')}/{name} in S3"
         )
-    size = sum(one.size for one in objects.values())
-    note(f"{format_count(len(objects), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
-    progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
-    sign_all = functools.partial(sign, s3, bucket, objects)
-    step = functools.partial(sync_step, app.settings.DATA_DIR, sign_all(), sign_all, progress)
-    outcomes = app.pool.each(nodes, step, progress)
     for one in objects.values():
         if not one.digest:
-            note(f"{one.path}: complete by its size, but not verified by hash (it has none in S3)")
-    app.report(outcomes, "Synchronized")
+            note(f"{one.path}: will be verified by its size, not by hash (it has none in S3)")
+    sign_all = functools.partial(sign, s3, bucket, objects)
+    bring = functools.partial(bring_from_s3, app.settings.DATA_DIR, sign_all(), sign_all)
+    sync_nodes(app, nodes, list(objects.values()), bring)
     if refused:
         raise ClusterError(f"{format_count(len(refused), 'object')} left out")
 

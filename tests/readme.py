@@ -44,11 +44,15 @@ def transcript_block(text: str) -> str:
         "$ ./cluster.py status",
         "$ ./cluster.py terminateAll",
     )
-    text = text.split(SHORT_WAY)[0]
-    blocks = [block.strip() for block in re.split(r"\n(?=\$ )", text) if block.startswith(shown)]
+    text = re.sub(r"^(Image|Zones).*\n", "", text.split(SHORT_WAY)[0], flags=re.M)
+    text = re.sub(r"(Made a new SSH key: ).*", r"\1mitsuba-key.pem", text)
+    kept: dict[str, str] = {}  # command -> its first block
+    for block in re.split(r"\n(?=\$ )", text):
+        if block.startswith(shown):
+            kept.setdefault(block.split("\n")[0], block.strip())
     return (
         "What that looks like, at 80 columns, on three small nodes of the local stand-in:\n\n```\n"
-        + "\n".join(blocks).strip()
+        + "\n".join(kept.values())
         + "\n```"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,3 +141,41 @@ def test_a_link_that_goes_in_mid_sync(four: LocalCloud, tmp_path: Path) -> None:
     assert again.out.count("has everything already") >= 3, again.err
     sums = {ssh(four, node, "sha256sum /mnt/volume.vol").out for node in four.nodes(GROUP)}
     assert len(sums) == 1
+
+
+SLOW_LINK = "sudo tc qdisc add dev eth0 root tbf rate 16mbit burst 32kb latency 400ms"
+NO_DISK = "mkdir -p .mitsuba-cluster; sudo mount -t tmpfs -o size=1m,uid=1000 none .mitsuba-cluster"
+
+
+def test_a_node_that_goes_while_it_passes_on_and_a_full_disk(four: LocalCloud, tmp_path: Path) -> None:
+    """Each node's link is so slow that the first is still serving the second when it goes."""
+    package = tmp_path / "passed-on.sh"
+    package.write_text(SLOW_PACKAGE.replace("installing", "passed").replace("go-on", "finish") + "exit 0\n")
+    with package.open("ab") as file:
+        file.write(os.urandom(8 << 20))
+    full, *others = four.nodes(GROUP)
+    for node in four.nodes(GROUP):
+        assert ssh(four, node, SLOW_LINK).code == 0
+    assert ssh(four, full, NO_DISK).code == 0
+    config = str(four.config({"MITSUBA_PACKAGE": str(package)}))
+    env = four.environment(MITSUBA_CLUSTER_CONFIG=config, **impatience({"PEER_TIMEOUT": 5}))
+    child = four.start(sys.executable, "cluster.py", "install", GROUP, env=env)
+
+    def having(what: str) -> list[dict[str, Any]]:
+        return [node for node in others if not ssh(four, node, f"ls {what}").code]
+
+    wait_until(lambda: having(".mitsuba-package/*passed-on.sh") and having(".mitsuba-cluster/*.part"))
+    (source, *_) = having(".mitsuba-package/*passed-on.sh")
+    four.fault("reboot", source)
+    left = [node for node in others if node != source]
+    for node in left:
+        ssh(four, node, "sudo touch /run/finish")
+    out, err = child.communicate(timeout=120)
+    wait_until(lambda: not ssh(four, source, "test ! -e /run/passed").code, 60, "the reboot")
+    for node in four.nodes(GROUP):
+        ssh(four, node, "sudo tc qdisc del dev eth0 root; sudo umount .mitsuba-cluster")
+    assert child.returncode == 1, err
+    assert sorted(out.splitlines()) == sorted(f"{node['name']}: Mitsuba 0.6.0" for node in left), err
+    assert f"{full['name']}: the package can't be brought to its home folder: " in err
+    assert f"{source['name']}: the connection broke" in err
+    assert ssh(four, full, "ls .mitsuba-package/*passed-on.sh").code, "half-installed"

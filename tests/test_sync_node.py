@@ -232,22 +232,21 @@ def test_a_node_that_can_write_nothing(tmp_path: Path) -> None:
         cluster.fetch_step(str(tmp_path / "nowhere"), [], lambda _: None, LocalRemote())
 
 
-def sync_by(server: RangeServer, remote: LocalRemote, folder: Path) -> str:
+def sync_by(server: RangeServer, remote: LocalRemote, folder: Path) -> cluster.Fetched:
     """Fetch by the addresses /0, then /1 and so on; return what was done."""
     numbers = iter(range(100))
 
     def sign_again() -> list[cluster.Wanted]:
         return [one._replace(url=f"{one.url}{next(numbers)}") for one in wanted(server, "big")]
 
-    progress = cluster.Progress("Fetching", 1, size=2 * PART)
-    return cluster.sync_step(str(folder), sign_again(), sign_again, progress, remote)
+    return cluster.bring_from_s3(str(folder), sign_again(), sign_again, lambda moved: None, remote)
 
 
 def test_addresses_that_die_are_signed_again(tmp_path: Path) -> None:
     content = os.urandom(2 * PART)
     with range_server(content) as server:
         server.admit = lambda path, start: path == "/1" or start == 0
-        assert sync_by(server, LocalRemote(), tmp_path).startswith("fetched 1 file, ")
+        assert sync_by(server, LocalRemote(), tmp_path).fetched == 1
     assert (tmp_path / "big").read_bytes() == content
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from tests.benchmarks import data, fanout, measure, peers
+from tests.benchmarks import data, fanout, measure, peers, spread
 from tests.localcloud.__main__ import best_kind, bring_up, take_down
 from tests.localcloud.places import PROJECT, Places
 from tests.support import LocalCloud, ssh
@@ -139,6 +139,20 @@ def run_data(rounds: int, megabytes: int = 1024) -> Results:
         }
 
 
+def run_spread(rounds: int, megabytes: int = 32) -> Results:
+    """A package once over a slow uplink, to 8 real nodes; and its rounds to 64 process nodes."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-package-") as folder:
+        package = spread.make_package(Path(folder) / "mitsuba.tar.gz", megabytes)
+        with local_cloud("nspawn") as cloud:
+            uplink = spread.measure_uplink(cloud, package, (1, 8))
+        with local_cloud("process") as cloud:
+            return {
+                "megabytes": megabytes,
+                "uplink": uplink,
+                "rounds": spread.measure_rounds(cloud, package, (1, 8, 64)),
+            }
+
+
 def run_thousand(rounds: int) -> Results:
     """A thousand process nodes: each command, and as many open connections."""
     found: Results = {}
@@ -161,6 +175,7 @@ SECTIONS: dict[str, Callable[[int], Results]] = {
     "boot": run_boot,
     "up": run_up,
     "data": run_data,
+    "spread": run_spread,
     "thousand": run_thousand,
 }
 
@@ -196,7 +211,7 @@ def main(rounds: int, only: tuple[str, ...], go_on: bool) -> None:
     results: Results = json.loads(kept.read_text()) if only and kept.exists() else {}
     results["machine"] = machine()
     for name in only or SECTIONS:
-        if name in ("boot", "up") and best_kind() != "nspawn":
+        if name in ("boot", "up", "spread") and best_kind() != "nspawn":
             click.echo(f"{name}: left out, since it needs root and nspawn", err=True)
             continue
         click.echo(f"{name} …", err=True)

@@ -154,6 +154,25 @@ def data_section(results: Results) -> Iterator[str]:
     )
 
 
+def spread_section(results: Results) -> Iterator[str]:
+    """A package once over the uplink."""
+    one, eight = results["uplink"]["1"], results["uplink"]["8"]
+    first, few, many = (results["rounds"][size]["cpu"] for size in ("1", "8", "64"))
+    early, late = (few - first) / 7, (many - few) / 56
+    yield f"## A package of {results['megabytes']} MiB, an uplink of 20 Mbit/s\n"
+    yield f"- over the uplink for 8 real nodes: {verdict(eight['packages'], 1.05)} times the package"
+    yield (
+        f"- install of 1: {one['seconds']:.1f} s, of 8: {eight['seconds']:.1f} s: "
+        f"{verdict(eight['seconds'] / one['seconds'], 1.3)}"
+    )
+    rounds = results["rounds"]["64"]["rounds"]
+    yield f"- 64 process nodes: {verdict(rounds, 7)} transfers, one after the other, for the last node"
+    yield (
+        f"- client CPU for one node more: {1000 * early:.0f} ms up to 8 nodes, {1000 * late:.0f} ms up to 64: "
+        f"{verdict(late / early, 1.2)}\n"
+    )
+
+
 def thousand_section(results: Results) -> Iterator[str]:
     """A thousand process nodes."""
     names = [name for name, one in results.items() if "wall" in one and name != "connections"]
@@ -178,6 +197,7 @@ def markdown(results: Results) -> str:
         "boot": boot_section,
         "up": up_section,
         "data": data_section,
+        "spread": spread_section,
         "thousand": thousand_section,
     }
     for name, section in sections.items():
