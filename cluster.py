@@ -6536,27 +6536,25 @@ class Ended(NamedTuple):
 def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
     """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
-    For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: the others
-    are sent again. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: such a
+    request is sent again in halves. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
     """
     from botocore.exceptions import ClientError
 
-    ids = [node.id for node in nodes]
-    requests = [ids[at : at + TERMINATE_BATCH] for at in range(0, len(ids), TERMINATE_BATCH)]
-    protected: set[str] = set()
-    unknown: set[str] = set()
+    requests = [nodes[at : at + TERMINATE_BATCH] for at in range(0, len(nodes), TERMINATE_BATCH)]
+    refused: dict[str, list[Node]] = {"OperationNotPermitted": [], "InvalidInstanceID.NotFound": []}
     while requests:
         request = requests.pop()
         try:
-            ec2.terminate_instances(InstanceIds=request)
+            ec2.terminate_instances(InstanceIds=[node.id for node in request])
         except ClientError as error:
-            if error_code(error) not in ("InvalidInstanceID.NotFound", "OperationNotPermitted"):
+            if error_code(error) not in refused:
                 raise
-            named = {name for name in request if len(request) == 1 or name in str(error)}
-            (protected if error_code(error) == "OperationNotPermitted" else unknown).update(named)
-            rest = [name for name in request if name not in named]
-            requests += [[name] for name in rest] if not named else [rest] if rest else []
-    return [node for node in nodes if node.id in protected], [node for node in nodes if node.id in unknown]
+            if half := len(request) // 2:
+                requests += [request[:half], request[half:]]
+            else:
+                refused[error_code(error)].append(request[0])
+    return refused["OperationNotPermitted"], refused["InvalidInstanceID.NotFound"]
 
 
 def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
@@ -6818,12 +6816,13 @@ def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
         return result(json.dumps({zone: [[t.isoformat(), p] for t, p in prices] for zone, prices in history.items()}))
     if not history:
         raise ClusterError(f"{app.settings.AWS_REGION} has no spot prices for {instance_type}")
+    sign = "¥" if find_partition(app.settings.AWS_REGION)[0] == "aws-cn" else "$"
     rows = [["ZONE", "LOWEST", "MEAN", "NOW", "LAST DAY" if sys.stdout.isatty() else ""]]
     for zone, prices in history.items():
         values = [price for _, price in prices]
         figures = [min(values), sum(values) / len(values), values[-1]]
         plot = format_plot(values, 24) if sys.stdout.isatty() else ""
-        rows.append([zone, *(f"${figure:.4f}" for figure in figures), plot])
+        rows.append([zone, *(f"{sign}{figure:.4f}" for figure in figures), plot])
     return result(format_table(rows, terminal_width()))
 
 
