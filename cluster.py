@@ -100,6 +100,7 @@ ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
 
 POLL = 1.0  # between two polls of EC2, one call for all nodes
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
+LOOK_LIMIT = 10  # for connecting to a node that may be frozen, only to ask it something
 SYNC_LIMIT = 24 * 3600
 MIB = 1 << 20
 VERSION = "1.0.0"
@@ -5396,7 +5397,7 @@ def keep_count(
 
 
 def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board, remote: Remote) -> Served:
-    """Take one node from its boot to its server, without a look at the others; of the head only learn what it is."""
+    """Take one node from its boot to its server, whatever the others do; of the head only learn what it is."""
     version = install_one(remote)
     if not is_terminal():
         note(f"{remote.node.name}: Mitsuba {version}")
@@ -5442,10 +5443,10 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 
     where, group, count = app.where(request.group), request.group, request.number
     tell = result if dry_run else note
-    look = functools.partial(make_plan, app, request, dry_run)
-    counting = functools.partial(count_nodes, app.ec2, group)
-    incomplete = len(counting(limit=0)) < count
-    nodes, plan = side_by_side(counting, look) if incomplete else (counting(), None)
+    look_up = functools.partial(make_plan, app, request, dry_run)
+    count_all = functools.partial(count_nodes, app.ec2, group)
+    incomplete = len(count_all(limit=0)) < count
+    nodes, plan = side_by_side(count_all, look_up) if incomplete else (count_all(), None)
     app.check_owner(group, nodes, request.others)
     if others := [node for node in nodes if node.type != request.type]:
         types = ", ".join(sorted({node.type for node in others}))
@@ -5454,7 +5455,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
         tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = (plan or look())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
+    plan = (plan or look_up())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
     for line in describe(app, plan):
         tell(line)
     if dry_run:
@@ -5521,7 +5522,7 @@ def up(
 RENDER_POLL = 10  # seconds between two questions to the head beside a render
 RENDER_SILENCE = 60  # seconds without its answer after which a render is lost: Mitsuba itself waits without end
 HEAL_LIMIT = 900  # seconds for a head to serve (again): a reboot, a frozen worker, this machine's own network
-HEAL_POLL = 2  # seconds between two looks at it
+HEAL_POLL = 2  # seconds between two polls of it
 FROZEN_LIMIT = 300  # of a head's silence, longer than a reboot, after which another node takes its place
 MOST_DEATHS = 2  # of the servers under one scene, with every node as it was
 RENDER_TAIL = 1 << 14  # bytes of Mitsuba's output that are kept
@@ -5739,9 +5740,8 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     deaths = 0
     for attempt_number in range(1, request.tries + 1):
         head, facts, cores = cluster.await_head()
-        asked = cluster.running
-        before = {name: one for name, one in cluster.ask_nodes(asked).items() if isinstance(one, Facts)}
-        nodes = [node for node in asked if node.name in before]
+        before = {name: one for name, one in cluster.ask_nodes(cluster.running).items() if isinstance(one, Facts)}
+        nodes = [node for node in cluster.running if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
@@ -5823,7 +5823,6 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
 # What runs, since when, and what it costs. Touches AWS; the nodes only where they are to be asked.
 
 BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
-LOOK_LIMIT = 10  # for connecting, where all that is wanted is a look
 ANSWER_LIMIT = 5  # for a node's whole answer to status
 ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
 WATCH_SECONDS = 3  # between two polls of --watch
@@ -5845,7 +5844,7 @@ class GroupState(NamedTuple):
     security_groups: list[SecurityGroup]
 
     @property
-    def alive(self) -> list[Node]:
+    def present(self) -> list[Node]:
         """The nodes that are not terminated."""
         return [node for node in self.nodes if node.state in ALIVE]
 
@@ -5959,12 +5958,12 @@ def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
 
 def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
-    nodes, alive = group.nodes, group.alive
-    heading = f"Group {group.name} ({group.region}): {format_count(len(alive), 'node')}"
-    limits = sorted({node.idle_minutes for node in alive if node.idle_minutes})
+    nodes, present = group.nodes, group.present
+    heading = f"Group {group.name} ({group.region}): {format_count(len(present), 'node')}"
+    limits = sorted({node.idle_minutes for node in present if node.idle_minutes})
     idle = f"idle limit {' and '.join(f'{minutes:g}' for minutes in limits)} min" if limits else ""
-    owner = describe_owner(alive, group.security_groups) if alive and not app.launched(alive) else ""
-    lines = [", ".join(filter(None, [heading, format_cost(alive), idle, owner]))]
+    owner = describe_owner(present, group.security_groups) if present and not app.launched(present) else ""
+    lines = [", ".join(filter(None, [heading, format_cost(present), idle, owner]))]
     more = []
     if asked is not None:
         known = [asked.get(node.id, Asked("", "")) for node in nodes]
@@ -5982,12 +5981,12 @@ def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked
             lines.append(f"{node.name}: {not_ours(node)}")
     for request in live(group.requests):
         lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    mine = own_or_all(app, alive)
+    mine = own_or_all(app, present)
     if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
     elif any(node.role == "worker" for node in mine):
         lines.append(f"The head node is gone: {command('start', group.name)} makes another node the head")
-    if not alive:
+    if not present:
         lines.append(f"No nodes, but a security group is left: {command('terminateAll', group.name)} removes it")
     return "\n".join(lines)
 
@@ -6016,8 +6015,8 @@ def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str
             for node in group.nodes
         ],
         "spot_requests": [request._asdict() for request in group.requests],
-        "head": next((node.name for node in own_or_all(app, group.alive) if node.role == "head"), None),
-        "totals": totals(group.alive),
+        "head": next((node.name for node in own_or_all(app, group.present) if node.role == "head"), None),
+        "totals": totals(group.present),
     }
 
 
@@ -6063,7 +6062,7 @@ def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: boo
 )
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
-@click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
+@click.option("--all-regions", is_flag=True, help="Show every region of the account.")
 @click.pass_obj
 def show_status(
     app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
@@ -6075,8 +6074,8 @@ def show_status(
     if watch:
         renew(lambda: show_watched(app, group, wide))
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
-    look = functools.partial(fetch_groups, group)
-    regions = app.in_all_regions(look, problems) if everywhere else {home: look(app.ec2)}
+    fetch = functools.partial(fetch_groups, group)
+    regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
     groups = [one for found in regions.values() for one in found]
     if as_json:
         asked = ask_servers(app, [node for one in groups for node in one.nodes]) if servers else {}
@@ -6086,7 +6085,7 @@ def show_status(
             if everywhere
             else {"region": home, "groups": shown[home]}
         )
-        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.alive])}, indent=2))
+        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.present])}, indent=2))
     elif groups:
         show_groups(app, groups, wide, servers)
         if app.known_identity:
@@ -6712,10 +6711,9 @@ def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
     nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
     for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
         same = [node for node in nodes if node.group == group]
-        price = sum_known(node.price for node in same)
-        cost = f", {at_least(same)}{format_money(price)} an hour" if price else ""
+        cost = format_cost(same)
         region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
-        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost}")
+        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost and ', '}{cost}")
 
 
 @cli.command("terminateAll")
@@ -6890,14 +6888,17 @@ class Lines:
             self(b"\n")
 
 
+optional_node = click.argument("name", shell_complete=complete_nodes, metavar="[NODE]", default="head")
+
+
 @cli.command("login")
-@click.argument("name", metavar="[NODE]", required=False)
+@optional_node
 @click.pass_obj
-def login(app: App, name: str | None) -> None:
+def login(app: App, name: str) -> None:
     """Open a shell on a node (the head, if none is named)."""
     import subprocess
 
-    node = find_node(app, name) if name else find_head(app, "default")
+    node = find_node(app, name)
     if not is_ours(node, app.identity):
         raise ClusterError(f"{node.name}: {not_ours(node)}")
     app.open_group(node.group)
@@ -6906,15 +6907,11 @@ def login(app: App, name: str | None) -> None:
     sys.exit(min(code, 255))
 
 
-class Ran(NamedTuple):
-    """What a command did on a node: the fields of `runCommand --json` beside the error."""
+def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple[int, str]:
+    """Run a command line on one node, as its shell reads it; print its output as it comes.
 
-    code: int | None = None
-    output: str = ""  # at most a megabyte
-
-
-def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
-    """Run a command line on one node, as its shell reads it; print its output as it comes, or keep it for JSON."""
+    For JSON return (exit code, the output's first megabyte) instead; else another code than 0 is an error.
+    """
     marked = f"[ ! -e {MARK_PATH} ] || exec 9< {MARK_PATH}; {line}"  # so the node's guard sees that it is at work
     kept = bytearray()
     lines = Lines(f"{remote.node.short}: " if named else "")
@@ -6925,7 +6922,7 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> Ran:
         lines.end()
     if code and not as_json:
         raise NodeError(format_exit(code))
-    return Ran(code, kept.decode("utf-8", "replace"))
+    return code, kept.decode("utf-8", "replace")
 
 
 @cli.command("runCommand", cls=OwnWords)
@@ -6947,14 +6944,16 @@ def run_command(
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     if as_json:
-        ran = {one.node.name: {"error": one.error or None} | (one.value or Ran())._asdict() for one in outcomes}
-        result(json.dumps(ran, indent=2))
-    failed = [one.node.name for one in outcomes if not one.ok or one.value.code]
+        ran = {one.node.name: (one.error or None, *(one.value or (None, ""))) for one in outcomes}
+        result(
+            json.dumps({name: dict(zip(("error", "code", "output"), values)) for name, values in ran.items()}, indent=2)
+        )
+    failed = [one.node.name for one in outcomes if not one.ok or one.value[0]]
     if failed:
         raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
 
 
-# $1 how many lines are looked at, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
+# $1 how many lines are read, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
 # each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
 set -o pipefail
@@ -6966,20 +6965,20 @@ journalctl --no-pager --quiet --output short-unix --show-cursor --lines "$1" ${2
 
 def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
     """Return (the journal's lines after CURSOR, the new cursor)."""
-    looked_at, shown = ("all", "+1") if cursor else ("100000", "201")  # the last line is the cursor
-    output = remote.check(root_command("journal", JOURNAL, looked_at, cursor, shown), keep=MIB)
+    read, shown = ("all", "+1") if cursor else ("100000", "201")  # the last line is the cursor
+    output = remote.check(root_command("journal", JOURNAL, read, cursor, shown), keep=MIB)
     text, _, end = output.rpartition("-- cursor: ")
     return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
 
 
 @cli.command("logs")
-@click.argument("name", shell_complete=complete_nodes, metavar="[NODE]", required=False)
+@optional_node
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
 @click.pass_obj
-def show_logs(app: App, name: str | None, follow: bool, installation: bool) -> None:
+def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
     """Show what a node's server wrote (default: the head's)."""
-    node = find_node(app, name or "head")
+    node = find_node(app, name)
     if installation:
         path = log_folder(node.group) / f"{node.id}.install.log"
         if not path.exists():
@@ -7061,7 +7060,7 @@ def extend_step(hours: float, remote: Remote) -> str:
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
-    """Move the moment at which the nodes end themselves by HOURS, and begin their idle time anew."""
+    """Add HOURS to the nodes' time limit, and begin their idle time anew."""
     nodes = [node for node in app.open_group(group) if node.max_hours or node.idle_minutes]
     if not nodes:
         raise ClusterError(f"no running node of {app.where(group)} has a time limit")
@@ -7074,7 +7073,7 @@ def extend(app: App, hours: float, group: str) -> None:
     app.report(outcomes, "Extended")
 
 
-LOOKS = (
+READS = (
     "DescribeImages DescribeInstanceTypeOfferings DescribeInstanceTypes DescribeInstances DescribeKeyPairs "
     "DescribeRegions DescribeSecurityGroups DescribeSpotInstanceRequests "
     "DescribeSpotPriceHistory DescribeSubnets"
@@ -7108,8 +7107,8 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
     return {
         "Version": "2012-10-17",
         "Statement": [
-            allow("Look", LOOKS, "*"),
-            allow("LookUpPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", "*"),
+            allow("Read", READS, "*"),
+            allow("ReadPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", "*"),
             allow("FindUbuntu", "ssm:GetParameter", "ssm:*::parameter/aws/service/canonical/*"),
             allow("LaunchFrom", f"{launch} ImportKeyPair", kinds("image subnet network-interface key-pair vpc")),
             allow("LaunchWithTag", launch, kinds(made), new),

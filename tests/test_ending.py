@@ -212,7 +212,7 @@ def test_other_groups_are_named_and_a_mistyped_one_fails(cloud: LocalCloud, grou
     mistyped = end_quickly(cloud, "terminateAll", f"{group}-x", limits={"UNSEEN_LIMIT": 0})
     assert mistyped.code == 1
     assert mistyped.last_line == f"Error: Nothing to terminate: group '{group}-x' does not exist in us-east-1"
-    assert f"Group {group} runs on: 2 nodes, $1.04 an hour\n" in mistyped.err
+    assert f"Group {group} runs on: 2 nodes, $1.05/h, $" in mistyped.err
 
 
 def test_all_groups_in_all_regions_past_those_that_refuse(cloud: LocalCloud, group: str) -> None:
