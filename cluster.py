@@ -2098,7 +2098,7 @@ class FileServer:
 
     def answer(self, stream: Stream, peer: str) -> None:
         """Answer one request, and close the STREAM."""
-        try:
+        with contextlib.closing(stream), contextlib.suppress(OSError, EOFError):  # a receiver that goes asks again
             stream.settimeout(RANGE_TIMEOUT)
             request = b""
             while b"\r\n\r\n" not in request and len(request) < 1 << 14:
@@ -2108,17 +2108,19 @@ class FileServer:
             status, number, begin, end = self.judge(request)
             with self.counting:
                 if status == 206 and peer not in self.receivers and len(set(self.receivers)) >= RECEIVERS:
-                    status = 503
+                    status, end = 503, begin
                 self.receivers.append(peer)
             try:
-                self.send(stream, status, number, begin, end)
+                head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
+                stream.sendall(head.encode())
+                if status == 206:
+                    with open(self.open_file(number), "rb") as file:
+                        while begin < end and (block := os.pread(file.fileno(), min(MIB, end - begin), begin)):
+                            stream.sendall(block)
+                            begin += len(block)
             finally:
                 with self.counting:
                     self.receivers.remove(peer)
-        except (OSError, EOFError):  # the receiver has gone; it asks again if it can
-            pass
-        finally:
-            stream.close()
 
     def judge(self, request: bytes) -> tuple[int, int, int, int]:
         """Return (HTTP status, number of the file, first byte, end) for a REQUEST."""
@@ -2134,19 +2136,6 @@ class FileServer:
         if not span or not int(span[1]) <= int(span[2]) < self.sizes[int(number[1])]:
             return 416, 0, 0, 0
         return 206, int(number[1]), int(span[1]), int(span[2]) + 1
-
-    def send(self, stream: Stream, status: int, number: int, begin: int, end: int) -> None:
-        """Send the answer."""
-        head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
-        stream.sendall(head.encode())
-        if status == 206:
-            handle = self.open_file(number)
-            try:
-                while begin < end and (block := os.pread(handle, min(MIB, end - begin), begin)):
-                    stream.sendall(block)
-                    begin += len(block)
-            finally:
-                os.close(handle)
 
 
 def end_predecessor(address: str, port: str) -> None:
@@ -2216,6 +2205,7 @@ class Source:
 
     remote: Remote | None = None
     channel: paramiko.Channel | None = None
+    session: contextlib.ExitStack | None = None  # its end closes the channel, and ends the program
     failures: int = 0
 
     @property
@@ -2242,7 +2232,6 @@ class Spread:
         self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
-        self.sessions = contextlib.ExitStack()  # of the sources; their end is the end of their programs
 
     def hear(self) -> None:
         """Note that one more node has said what it has."""
@@ -2293,7 +2282,7 @@ class Spread:
         if source.remote:
             if not source.channel or source.channel.exit_status_ready():
                 try:
-                    source.channel = self.begin(source.remote)
+                    self.begin(source, source.remote)
                 except SilentNode as error:  # the source's silence is not the receiver's
                     raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
@@ -2314,8 +2303,8 @@ class Spread:
             with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
-    def begin(self, remote: Remote) -> paramiko.Channel:
-        """Start a node's program that serves the files; return the session whose end is its end."""
+    def begin(self, source: Source, remote: Remote) -> None:
+        """Start a SOURCE's program, which serves the files."""
         job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
         words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
         with contextlib.ExitStack() as stack:
@@ -2326,8 +2315,7 @@ class Spread:
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
-            self.sessions.push(stack.pop_all())
-        return channel
+            source.channel, source.session = channel, stack.pop_all()
 
     def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
         """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
@@ -4736,8 +4724,6 @@ def install(app: App, group: str) -> None:
     spread = make_spread(package, len(nodes))
     step = functools.partial(install_step, app.settings, package, spread, logs, progress)
     outcomes = app.pool.each(nodes, step, progress)
-    if spread:
-        spread.sessions.close()
     note(f"Each node's whole output: {logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
@@ -5025,9 +5011,9 @@ def fetch_types(ec2: Client, nodes: Sequence[Node]) -> dict[str, InstanceType]:
     return {}
 
 
-def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
+def configure_node(remote: Remote, program: str, guard_plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
     """Give a node's guard its PLAN, with which its idle time begins anew; with a UNIT (re)start its server, too."""
-    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan), relay]
+    arguments = [guard_plan["role"], unit, GUARD_UNIT, program, json.dumps(guard_plan), relay]
     remote.check(root_command("start-server", START_SERVER, *arguments))
 
 
@@ -5039,52 +5025,52 @@ def look_step(remote: Remote) -> Facts:
     return facts
 
 
-def worker_step(start: StartPlan, remote: Remote) -> Served:
+def worker_step(plan: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
-    plan = start.node_plan("worker", node, facts.build)
+    guard_plan = plan.node_plan("worker", node, facts.build)
     if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
             cores = ask_server(remote, facts.build)
     action = "started" if cores is None else "serves already"
     if cores is None:
-        if node.private_ip in start.linked:
-            raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
-        configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
+        if node.private_ip in plan.linked:
+            raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
+        configure_node(remote, plan.guard, guard_plan, server_unit("worker", node.private_ip, facts.cores, plan.data))
         cores, facts = await_server(remote, facts.build), facts._replace(linked=())
     elif facts.linked:
         return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
-        configure_node(remote, start.guard, plan)
-    if not 0 < cores <= start.most_cores(node):
+        configure_node(remote, plan.guard, guard_plan)
+    if not 0 < cores <= plan.most_cores(node):
         raise NodeError(
-            f"its mtssrv announces {format_count(cores, 'core')}, and {node.type} has {start.most_cores(node)}"
+            f"its mtssrv announces {format_count(cores, 'core')}, and {node.type} has {plan.most_cores(node)}"
         )
     return Served(facts, cores, action)
 
 
 def branch_step(
-    start: StartPlan, good: dict[str, Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+    plan: StartPlan, good: dict[str, Outcome[Served]], branches: dict[str, list[str]], remote: Remote
 ) -> Served:
     """Make a worker that serves link the workers of its branch and no others, unless it does."""
     node, address = remote.node, remote.node.private_ip
     (facts, offered, *_), cores, relay = good[address].value, None, ""
     workers = [good[one] for one in branches.get(address, ())]
-    plan = start.node_plan("worker", node, facts.build)
+    guard_plan = plan.node_plan("worker", node, facts.build)
     action = f"with {format_count(len(workers), 'worker')} of its own, "
     if workers:
-        plan["workers"] = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+        guard_plan["workers"] = {one.node.private_ip: plan.most_cores(one.node) for one in workers}
         cores = plan_head_cores(facts.cores) + sum(one.value.cores for one in workers)
         relay = links_unit(f"{RELAY}{address}", address, facts.cores)
     if offered == cores and set(facts.linked) == set(branches.get(address, ())):
-        configure_node(remote, start.guard, plan)
+        configure_node(remote, plan.guard, guard_plan)
         return Served(facts, offered, f"{action}serves already")
-    configure_node(remote, start.guard, plan, server_unit("worker", address, facts.cores, start.data), relay)
+    configure_node(remote, plan.guard, guard_plan, server_unit("worker", address, facts.cores, plan.data), relay)
     return Served(facts, await_server(remote, facts.build, cores, len(workers)), f"{action}started")
 
 
 def head_step(
-    start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+    plan: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
 ) -> Served:
     """Make the head serve with those WORKERS that do, but for branches, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
@@ -5099,24 +5085,24 @@ def head_step(
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan = start.head_plan(facts.build, [one.node for one in good], branches)
+    guard_plan = plan.head_plan(facts.build, [one.node for one in good], branches)
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
             offered = ask_server(remote, facts.build)
     if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
-        configure_node(remote, start.guard, plan)
+        configure_node(remote, plan.guard, guard_plan)
         return Served(facts, cores, "serves already")
     # Asked again: installing may have taken minutes since the first look.
-    if offered is not None and not start.force and (client := describe_client(fetch_facts(remote))):
+    if offered is not None and not plan.force and (client := describe_client(fetch_facts(remote))):
         # A linked worker that SSH can't reach is still the guard's to watch.
         kept = [one.node for one in workers if one.ok or one.node.private_ip in facts.linked]
-        configure_node(remote, start.guard, start.head_plan(facts.build, kept, branches))
+        configure_node(remote, plan.guard, plan.head_plan(facts.build, kept, branches))
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
         return Served(facts, offered, "serves already", f"{what}: {client}")
-    configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
+    configure_node(remote, plan.guard, guard_plan, server_unit("head", own, facts.cores, plan.data))
     action = "restarted: a render that was running is lost" if serving else "started"
     return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
 
@@ -5143,16 +5129,16 @@ def plan_start(
     A worker's only client is its head, which may be gone. TREE: None to stay with what was chosen before.
     """
     is_tree = any(node.tree for node in nodes)
-    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_types(app.ec2, nodes), node_program(guard_node))
-    start = start._replace(force=force, tree=is_tree if tree is None else tree)
+    plan = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_types(app.ec2, nodes), node_program(guard_node))
+    plan = plan._replace(force=force, tree=is_tree if tree is None else tree)
     if not force and looked and looked.ok and (client := head_client(looked.value)):
         linked = [node.private_ip for node in nodes] if is_tree else looked.value.linked
-        start = start._replace(client=client, linked=frozenset(linked))
-    return start
+        plan = plan._replace(client=client, linked=frozenset(linked))
+    return plan
 
 
 def link_branches(
-    app: App, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+    app: App, plan: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
 ) -> tuple[dict[str, list[str]], Sequence[Outcome[Served]], str]:
     """Make the sub-heads of a tree link their workers, and former ones none, unless a client would lose its render.
 
@@ -5161,29 +5147,29 @@ def link_branches(
     build = looked.value.build
     good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.build == build}
     now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.linked}
-    branches = plan_branches([one.node for one in good.values()]) if start.tree else {}
+    branches = plan_branches([one.node for one in good.values()]) if plan.tree else {}
     if not now and not branches:
         return {}, workers, ""
     (asked,) = app.pool.each([looked.node], fetch_facts)
-    if asked.ok and not start.force and (client := head_client(asked.value)):
+    if asked.ok and not plan.force and (client := head_client(asked.value)):
         same = {own: set(branch) for own, branch in now.items()} == {own: set(one) for own, one in branches.items()}
         return now, workers, "" if same else f"the nodes wait to be linked in another way: {client}"
     if asked.ok and asked.value.role == "head":
         # First, since it loses its links to them, and its guard is to link nobody twice then.
-        plan = start.head_plan(build, [one.node for one in good.values()], branches)
-        app.pool.each([looked.node], lambda remote: configure_node(remote, start.guard, plan))
+        guard_plan = plan.head_plan(build, [one.node for one in good.values()], branches)
+        app.pool.each([looked.node], lambda remote: configure_node(remote, plan.guard, guard_plan))
     heads = [good[own].node for own in now.keys() | branches.keys()]
-    step = functools.partial(branch_step, start, good, branches)
+    step = functools.partial(branch_step, plan, good, branches)
     progress = Progress("Linking branches", len(heads), describe_server)
     done = {one.node.id: one for one in app.pool.each(heads, step, progress)}
     branches = {own: branch for own, branch in branches.items() if done[good[own].node.id].ok}
     return branches, [done.get(one.node.id, one) for one in workers], ""
 
 
-def suggest_tree(group: str, start: StartPlan, workers: int) -> None:
+def suggest_tree(group: str, plan: StartPlan, workers: int) -> None:
     """Name --tree where the head alone would send a big scene to its WORKERS for long."""
-    gbits = start.head.type in start.types and start.types[start.head.type].gbits
-    if gbits and not start.tree and workers / gbits >= TREE_WORTH:
+    gbits = plan.head.type in plan.types and plan.types[plan.head.type].gbits
+    if gbits and not plan.tree and workers / gbits >= TREE_WORTH:
         heads = round(workers**0.5)
         flat, tree = (format_duration(SCENE_GBITS * copies / gbits) for copies in (workers, heads + workers / heads))
         note(
@@ -5193,37 +5179,41 @@ def suggest_tree(group: str, start: StartPlan, workers: int) -> None:
 
 
 def link_group(
-    app: App, group: str, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+    app: App, group: str, plan: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
 ) -> None:
     """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
     head, waiting = looked.node, ""
     ready: Outcome[Any] = looked
     if looked.ok:
-        branches, workers, waiting = link_branches(app, start, looked, workers)
-        step = functools.partial(head_step, start, looked.value, workers, branches)
+        branches, workers, waiting = link_branches(app, plan, looked, workers)
+        step = functools.partial(head_step, plan, looked.value, workers, branches)
         (ready,) = app.pool.each([head], step, Progress("Linking", 1))
     else:
         note(f"{head.name}: {looked.error}")
     tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in workers if outcome.ok])
-    others = [node for node in (head, *(one.node for one in workers)) if node.tree != start.tree]
-    tag_nodes(app.ec2, others, TAG_TREE, "yes" if start.tree else "no")
+    if not waiting:
+        others = [node for node in (head, *(one.node for one in workers)) if node.tree != plan.tree]
+        tag_nodes(app.ec2, others, TAG_TREE, "yes" if plan.tree else "no")
     failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
     if not ready.ok:
         raise ClusterError(explain_failed_head(group, ready, failed))
-    suggest_tree(group, start, len(workers))
+    suggest_tree(group, plan, len(workers))
     say_how_to_connect(app, group, head, ready.value)
     if failed:
         count = len(workers) + 1
         raise ClusterError(
             f"{count - len(failed)} of {format_count(count, 'node')} serving; failed: {', '.join(failed)}"
         )
-    if ready.value.waiting or waiting:
-        later = (
-            "they join when it leaves" if ready.value.waiting else f"{command('start', group)} does when it has left"
-        )
+    if waiting:
+        again = [group, "--tree" if plan.tree else "--flat"]
         raise ClusterError(
-            f"{ready.value.waiting or waiting}; {command('start', group, '--force')} links them now and ends that "
-            f"client, else {later}"
+            f"{waiting}; {command('start', *again, '--force')} does that now and ends that client, else "
+            f"{command('start', *again)} once it has left"
+        )
+    if ready.value.waiting:
+        raise ClusterError(
+            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
+            "else they join when it leaves"
         )
 
 
@@ -5232,11 +5222,11 @@ def start_group(app: App, group: str, nodes: Sequence[Node], force: bool, tree: 
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
     (looked,) = app.pool.each([head], look_step)
-    start = plan_start(app, nodes, looked, tree, force)
+    plan = plan_start(app, nodes, looked, tree, force)
     workers = app.pool.each(
-        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
+        others, functools.partial(worker_step, plan), Progress("Starting", len(others), describe_server)
     )
-    link_group(app, group, start, looked, workers)
+    link_group(app, group, plan, looked, workers)
 
 
 tree_option = click.option(
@@ -5419,8 +5409,6 @@ def bring_up(
     board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
     outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
-    if spread:
-        spread.sessions.close()
     return plan, outcomes
 
 
@@ -6348,27 +6336,32 @@ def is_same(s3: Client, bucket: str, key: str, there: tuple[int, str] | None, pa
     return digest == sha256 or (len(digest) == 32 and digest_file(path, "md5") == digest)
 
 
-def upload(s3: Client, bucket: str, files: dict[str, Path], count: Callable[..., None]) -> int:
-    """Send those of FILES that S3 has not; return how many. COUNT hears of each byte sent or spared.
+def upload(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
+    """Send FILES as far as S3 lacks them, with a bar; while one is sent, the next is being hashed.
 
-    While one file is sent, the next is being hashed.
+    In this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money.
     """
     from boto3.s3.transfer import TransferConfig
 
-    there = list_objects(s3, bucket, os.path.commonprefix(list(files)))  # noqa: RUF071 - keys are no paths
+    keys = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
+    there = list_objects(s3, bucket, os.path.commonprefix(list(keys)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
-    sent = 0
-    with threads(1) as hasher:
-        read = functools.partial(count, 0)
-        hashes = hasher.map(lambda path: digest_file(path, "sha256", read), files.values())
-        for (key, path), sha256 in zip(files.items(), hashes):
-            if is_same(s3, bucket, key, there.get(key), path, sha256):
-                count(path.stat().st_size)
-                continue
-            extra = {"Metadata": {"sha256": sha256}}
-            s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
-            sent += 1
-    return sent
+    size, sent = sum(path.stat().st_size for path in files.values()), 0
+    try:
+        with counted("Uploading", size) as count, threads(1) as hasher:
+            read = functools.partial(count, 0)
+            hashes = hasher.map(lambda path: digest_file(path, "sha256", read), keys.values())
+            for (key, path), sha256 in zip(keys.items(), hashes):
+                if is_same(s3, bucket, key, there.get(key), path, sha256):
+                    count(path.stat().st_size)
+                    continue
+                extra = {"Metadata": {"sha256": sha256}}
+                s3.upload_file(str(path), bucket, key, ExtraArgs=extra, Config=transfer, Callback=count)
+                sent += 1
+    except OSError as error:
+        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
+    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
+    note(f"Uploaded {sent} of {format_count(len(keys), 'file')} to {where} ({len(keys) - sent} there already)")
 
 
 def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[dict[str, Wanted], list[str]]:
@@ -6436,18 +6429,6 @@ def sync_nodes(
     app.report(app.pool.each(nodes, step, progress), "Synchronized")
 
 
-def send_files(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None:
-    """Upload FILES as far as S3 lacks them, with a bar."""
-    where = "/".join(filter(None, ["s3:/", bucket, prefix]))
-    files = {"/".join(filter(None, [prefix, path])): file for path, file in files.items()}
-    try:  # in this thread: Ctrl-C then lets boto3 abort it, and no parts stay in S3 that cost money
-        with counted("Uploading", sum(path.stat().st_size for path in files.values())) as count:
-            sent = upload(s3, bucket, files, count)
-    except OSError as error:
-        raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
-    note(f"Uploaded {sent} of {format_count(len(files), 'file')} to {where} ({len(files) - sent} there already)")
-
-
 def read_files(files: dict[str, Path]) -> list[Wanted]:
     """Return FILES as what the nodes shall have, once all are hashed."""
     sizes = [path.stat().st_size for path in files.values()]
@@ -6468,7 +6449,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     s3, bucket, prefix = open_bucket(app.settings)
     nodes = app.open_group(group)
     if files:
-        send_files(s3, bucket, prefix, files)
+        upload(s3, bucket, prefix, files)
         name = os.path.basename(os.path.abspath(name))
     objects, refused = plan_objects(s3, bucket, prefix, name)
     for key in refused:
