@@ -1,4 +1,4 @@
-# Settings of cluster.py. Two of them need a look before the first session: AWS_REGION here, and
+# Settings of cluster.py. Two of them matter before the first session: AWS_REGION just below, and
 # MITSUBA_PACKAGE near the end. All others are right for most people as they are.
 
 # --- Your AWS account -------------------------------------------------------

@@ -35,6 +35,7 @@ code = SourceFileLoader("__main__", __file__).get_code("__main__")
 sys.dont_write_bytecode = kept
 exec(code)
 """
+TOOL = (sys.executable, "-c", LAUNCHER, "cluster.py")
 
 LIMIT = 240  # seconds for one command, far beyond what any should take
 
@@ -92,7 +93,7 @@ class LocalCloud:
         given = {"MITSUBA_CLUSTER_CONFIG": str(self.config(settings))} if settings is not None else {}
         patient = {"ANSWER_LIMIT": 30}  # healthy nodes of a slow machine may take their time
         given |= impatience(patient | (limits or {})) | (env or {})
-        return self.run(sys.executable, "-c", LAUNCHER, "cluster.py", *words, env=self.environment(**given))
+        return self.run(*TOOL, *words, env=self.environment(**given))
 
     def config(self, settings: dict[str, Any]) -> Path:
         """Write a config.py that differs from the cloud's own in SETTINGS; return its path."""
@@ -243,7 +244,7 @@ def killed(cloud: LocalCloud, rule: dict[str, Any], *words: str) -> Result:
     pid_file.unlink(missing_ok=True)
     with cloud.faults(rule | {"pid_file": str(pid_file)}):
         script = f'echo $$ > {pid_file}.part; mv {pid_file}.part {pid_file}; exec "$@"'
-        return cloud.run("sh", "-c", script, "sh", sys.executable, "cluster.py", *words)
+        return cloud.run("sh", "-c", script, "sh", *TOOL, *words)
 
 
 def interrupt(child: subprocess.Popen[str], number: int = signal.SIGINT) -> Result:

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.support import LocalCloud, serve, wait_until
+import cluster
+from tests.support import LocalCloud, make_node, serve, wait_until
 
 
 def create(cloud: LocalCloud, group: str, count: int = 1, settings: dict[str, Any] | None = None) -> list[str]:
@@ -211,7 +212,7 @@ def test_other_groups_are_named_and_a_mistyped_one_fails(cloud: LocalCloud, grou
     mistyped = end_quickly(cloud, "terminateAll", f"{group}-x", limits={"UNSEEN_LIMIT": 0})
     assert mistyped.code == 1
     assert mistyped.last_line == f"Error: Nothing to terminate: group '{group}-x' does not exist in us-east-1"
-    assert f"Group {group} runs on: 2 nodes, $1.04 an hour\n" in mistyped.err
+    assert f"Group {group} runs on: 2 nodes, $1.05/h, $" in mistyped.err
 
 
 def test_all_groups_in_all_regions_past_those_that_refuse(cloud: LocalCloud, group: str) -> None:
@@ -291,3 +292,18 @@ def test_terminate_one_node(cloud: LocalCloud, group: str) -> None:
     assert "It was a worker" in done.err
     wait_until(lambda: [n["id"] for n in cloud.nodes(group) if n["state"] == "running"] != [worker["id"]])
     assert cloud.cluster("status", group, "--servers").code == 0
+
+
+def test_a_request_ends_a_thousand_nodes_at_most() -> None:
+    asked: list[int] = []
+
+    class Ec2:
+        """Ends all that it is asked to."""
+
+        def terminate_instances(self, InstanceIds: list[str]) -> None:
+            """Note how many."""
+            asked.append(len(InstanceIds))
+
+    nodes = [make_node(f"i-{number}") for number in range(2001)]
+    assert cluster.terminate_nodes(Ec2(), nodes) == ([], [])
+    assert sorted(asked) == [1, 1000, 1000]

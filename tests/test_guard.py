@@ -9,6 +9,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -403,6 +404,7 @@ def test_a_short_render_between_two_looks_is_seen_when_it_ends() -> None:
     assert clock.after(120).idle
 
 
+@pytest.mark.skipif(not shutil.which("ss"), reason="needs ss")
 @pytest.mark.parametrize(("size", "client"), [(12, False), (1000, True)])
 def test_a_connection_that_ends_was_a_client_if_it_brought_more_than_a_handshake(
     monkeypatch: pytest.MonkeyPatch, size: int, client: bool
@@ -420,7 +422,7 @@ def test_a_connection_that_ends_was_a_client_if_it_brought_more_than_a_handshake
     with socket.create_server((own_address(), 0)) as listener:
         monkeypatch.setattr(cluster, "SERVER_PORT", listener.getsockname()[1])
         with cluster.watch_ends() as ends:
-            text = wait_until(visit, 20, "the report of a connection's end")
+            text = wait_until(visit, 60, "the report of a connection's end")
             told: Any = SimpleNamespace(stdout=io.BytesIO(text))
             assert cluster.has_left(told) == client, text
             ends.kill()

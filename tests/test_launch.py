@@ -383,16 +383,47 @@ def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -
     assert len({one["ClientToken"] for one in ec2.requests}) == 3
 
 
-def test_nodes_give_their_metadata_to_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def prepared(monkeypatch: pytest.MonkeyPatch, **request: Any) -> dict[str, Any]:
+    """Return what a request for one node asks EC2 for, where no key and no security group must be made."""
     for name in ("ensure_key", "check_rules", "repair_rules", "rule_owner"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(cluster, "ensure_security_group", lambda *_: cluster.SecurityGroup("sg-1", "g", "n", "vpc-1"))
     monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
     app: Any = SimpleNamespace(ec2=Ec2(), settings=cluster.Settings(), identity=None)
-    asked = cluster.prepare(app, plan(1))
+    whole = plan(1)
+    return cluster.prepare(app, whole._replace(request=whole.request._replace(**request), hours=1.5))
+
+
+def test_nodes_give_their_metadata_to_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prepared(monkeypatch)
     assert asked["MetadataOptions"]["HttpTokens"] == "required"
     assert asked["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
     assert asked["InstanceInitiatedShutdownBehavior"] == "terminate"
+
+
+def test_disks_are_encrypted_and_go_with_their_nodes_and_all_of_it_has_tags(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prepared(monkeypatch)
+    (disk,) = asked["BlockDeviceMappings"]
+    assert disk["Ebs"]["Encrypted"] is True
+    assert disk["Ebs"]["DeleteOnTermination"] is True
+    assert [one["ResourceType"] for one in asked["TagSpecifications"]] == ["instance", "volume"]
+    assert "InstanceMarketOptions" not in asked
+
+
+def test_a_spot_request_is_for_one_node_and_its_price_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = prepared(monkeypatch, spot=True, max_price=0.0871234)
+    once = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate", "MaxPrice": "0.087123"}
+    assert asked["InstanceMarketOptions"] == {"MarketType": "spot", "SpotOptions": once}
+    kinds = [one["ResourceType"] for one in asked["TagSpecifications"]]
+    assert kinds == ["instance", "volume", "spot-instances-request"]
+
+
+def test_nobody_logs_in_by_a_password_and_the_deadline_is_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads(prepared(monkeypatch)["UserData"].removeprefix("#cloud-config\n"))
+    assert config["ssh_pwauth"] is False
+    assert config["disable_root"] is True
+    assert config["bootcmd"][0] == "set -e"
+    assert config["bootcmd"][1][-1] == "5400"
 
 
 @pytest.mark.parametrize(

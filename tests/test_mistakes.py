@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,22 +230,31 @@ def make_folder(path: Path) -> None:
 
 KEY_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no key": (lambda path: path.write_text("hello"), "is no SSH private key"),
+    "0640": (lambda path: path.chmod(0o640), "can be read by other users: chmod 600"),
     "0644": (lambda path: path.chmod(0o644), "can be read by other users: chmod 600"),
     "broken": (lambda path: path.write_text(path.read_text()[:120]), "can't be read as an SSH private key"),
     "a folder": (make_folder, "key.pem: Is a directory"),
 }
 
 
+@pytest.fixture(scope="module")
+def one_node(cloud: LocalCloud) -> Iterator[LocalCloud]:
+    """A node for wrong keys to be tried on."""
+    with cloud.options(pace="none"):
+        assert cloud.cluster("createNodes", "c1.xlarge", "1", "key-file").code == 0
+    yield cloud
+    cloud.end("key-file")
+
+
 @pytest.mark.parametrize("name", KEY_FILES)
-def test_key_file(cloud: LocalCloud, tmp_path: Path, name: str) -> None:
+def test_key_file(one_node: LocalCloud, tmp_path: Path, name: str) -> None:
+    cloud = one_node
     spoil, says = KEY_FILES[name]
-    assert cloud.cluster("createNodes", "c1.xlarge", "1", "key-file").code == 0
     path = tmp_path / "key.pem"
     shutil.copy(cloud.where.root / "key.pem", path)
     path.chmod(0o600)
     spoil(path)
     done = cloud.cluster("runCommand", "true", "key-file", settings={"SSH_PRIVATE_KEY_FILE": str(path)})
-    cloud.end("key-file")
     assert done.code == 1, done.err
     assert says in only_one_line(done)
 

@@ -304,7 +304,7 @@ def complete(cloud: LocalCloud, typed: str) -> set[str]:
 def test_completion_knows_groups_nodes_and_files(serving: LocalCloud) -> None:
     node = serving.nodes(GROUP)[0]
     assert f"plain,{GROUP}" in complete(serving, "cluster.py install scr")
-    assert {"plain,head", f"plain,{node['short']}"} <= complete(serving, "cluster.py terminate ")
+    assert {"plain,head", f"plain,{node['short']}"} <= complete(serving, "cluster.py login ")
     assert complete(serving, "cluster.py syncData pyp") == {"file,pyp"}
     assert complete(serving, "cluster.py stat") == {"plain,status"}
 

@@ -188,6 +188,12 @@ def test_an_address_that_cannot_be_let_in(cloud: LocalCloud, answer: str) -> Non
     assert says in done.last_line
 
 
+def test_this_machines_address_alone_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    with address_service("198.51.100.7\n") as url:
+        monkeypatch.setenv("MITSUBA_CLUSTER_ADDRESS_URL", url)
+        assert cluster.fetch_client_cidr(cluster.Settings()) == "198.51.100.7/32"
+
+
 # Nodes that others have tagged
 
 
@@ -346,7 +352,9 @@ def test_a_planted_security_group(cloud: LocalCloud, group: str) -> None:
 def test_a_rule_with_a_forged_mark_does_not_outlive_the_launch(cloud: LocalCloud, group: str) -> None:
     """The mark is no secret; where no node runs, no other machine of the user's needs its rule."""
     planted = make_group(cloud, group, f"mitsuba-{group}")
-    mark = f"mitsuba-cluster {cluster.load_identity(cloud.where.root / 'key.pem').fingerprint} me@elsewhere"
+    key = cloud.where.root / "key.pem"
+    cluster.ensure_key_file(key)
+    mark = f"mitsuba-cluster {cluster.load_identity(key).fingerprint} me@elsewhere"
     rule = permission("tcp", "0.0.0.0/0", mark, FromPort=22, ToPort=22)
     ec2 = cloud.client("ec2")
     cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=[rule]))
@@ -490,10 +498,27 @@ def test_ssh_obeys_no_settings_of_the_user(tmp_path: Path) -> None:
 
     with cluster.ssh_command(node, cluster.Settings()) as words:
         assert shown(*words) == set()
+        told = subprocess.run([words[0], "-G", *words[1:]], capture_output=True, text=True, check=True).stdout
+        for line in ("stricthostkeychecking true", "globalknownhostsfile /dev/null", "identitiesonly yes"):
+            assert f"\n{line}\n" in told
         assert shown(*[str(path) if word == "none" else word for word in words]) >= {
             "ForwardAgent",
             "KnownHostsCommand",
         }
+
+
+def test_the_programs_that_are_run_here_get_no_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "topsecret")
+    for name in ("git", "ssh-keygen"):
+        (tmp_path / name).write_text(f"#!/bin/sh\nenv > '{tmp_path}/{name}.env'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    cluster.hide_from_git(tmp_path / "key.pem")
+    cluster.read_fingerprint(tmp_path / "key.pem")
+    for name in ("git", "ssh-keygen"):
+        seen = (tmp_path / f"{name}.env").read_text()
+        assert "PATH=" in seen
+        assert "topsecret" not in seen
 
 
 SIGNED = "https://me:hunter2@example.org/m.deb?X-Amz-Signature=5ec4e7&X-Amz-Date=1#sha256=0"
@@ -645,7 +670,7 @@ class Saying(cluster.Remote):
     def __init__(self, **facts: str | None) -> None:
         self.output = "".join(f"{name}={value}\n" for name, value in (GOOD | facts).items() if value is not None)
 
-    def check(self, command: str, **options: Any) -> str:
+    def check(self, line: str, **options: Any) -> str:
         """Say it."""
         return self.output
 
