@@ -3566,8 +3566,8 @@ def check_image(wanted: InstanceType, image: Image) -> None:
     """Refuse an image that can't boot on the instance type."""
     if image.architecture not in wanted.architectures:
         raise ClusterError(
-            f"image {image.id} is for {image.architecture}, which {wanted.type} is not: choose another type (Mitsuba 0.6 "
-            "is an x86-64 program), or an image of your own in AMI_IDS"
+            f"image {image.id} is for {image.architecture}, which {wanted.type} is not: choose another type (Mitsuba "
+            "0.6 is an x86-64 program), or an image of your own in AMI_IDS"
         )
     if image.virtualization not in wanted.virtualization:
         raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {wanted.type}; see AMI_IDS")
