@@ -5103,9 +5103,9 @@ def fetch_types(ec2: Client, nodes: Sequence[Node]) -> dict[str, InstanceType]:
     return {}
 
 
-def configure_node(remote: Remote, program: str, plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
+def configure_node(remote: Remote, program: str, guard_plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
     """Give a node's guard its PLAN, with which its idle time begins anew; with a UNIT (re)start its server, too."""
-    arguments = [plan["role"], unit, GUARD_UNIT, program, json.dumps(plan), relay]
+    arguments = [guard_plan["role"], unit, GUARD_UNIT, program, json.dumps(guard_plan), relay]
     remote.check(root_command("start-server", START_SERVER, *arguments))
 
 
@@ -5117,52 +5117,52 @@ def look_step(remote: Remote) -> Facts:
     return facts
 
 
-def worker_step(start: StartPlan, remote: Remote) -> Served:
+def worker_step(plan: StartPlan, remote: Remote) -> Served:
     """Make a worker serve, unless it does."""
     facts, node, cores = look_step(remote), remote.node, None
-    plan = start.node_plan("worker", node, facts.build)
+    guard_plan = plan.node_plan("worker", node, facts.build)
     if facts.role == "worker" and not facts.replaced:
         with contextlib.suppress(NodeError):
             cores = ask_server(remote, facts.build)
     action = "started" if cores is None else "serves already"
     if cores is None:
-        if node.private_ip in start.linked:
-            raise NodeError(f"its mtssrv needs a restart, which would end {start.client}: start --force does it")
-        configure_node(remote, start.guard, plan, server_unit("worker", node.private_ip, facts.cores, start.data))
+        if node.private_ip in plan.linked:
+            raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
+        configure_node(remote, plan.guard, guard_plan, server_unit("worker", node.private_ip, facts.cores, plan.data))
         cores, facts = await_server(remote, facts.build), facts._replace(linked=())
     elif facts.linked:
         return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
-        configure_node(remote, start.guard, plan)
-    if not 0 < cores <= start.most_cores(node):
+        configure_node(remote, plan.guard, guard_plan)
+    if not 0 < cores <= plan.most_cores(node):
         raise NodeError(
-            f"its mtssrv announces {format_count(cores, 'core')}, and {node.type} has {start.most_cores(node)}"
+            f"its mtssrv announces {format_count(cores, 'core')}, and {node.type} has {plan.most_cores(node)}"
         )
     return Served(facts, cores, action)
 
 
 def branch_step(
-    start: StartPlan, good: dict[str, Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+    plan: StartPlan, good: dict[str, Outcome[Served]], branches: dict[str, list[str]], remote: Remote
 ) -> Served:
     """Make a worker that serves link the workers of its branch and no others, unless it does."""
     node, address = remote.node, remote.node.private_ip
     (facts, offered, *_), cores, relay = good[address].value, None, ""
     workers = [good[one] for one in branches.get(address, ())]
-    plan = start.node_plan("worker", node, facts.build)
+    guard_plan = plan.node_plan("worker", node, facts.build)
     action = f"with {format_count(len(workers), 'worker')} of its own, "
     if workers:
-        plan["workers"] = {one.node.private_ip: start.most_cores(one.node) for one in workers}
+        guard_plan["workers"] = {one.node.private_ip: plan.most_cores(one.node) for one in workers}
         cores = plan_head_cores(facts.cores) + sum(one.value.cores for one in workers)
         relay = links_unit(f"{RELAY}{address}", address, facts.cores)
     if offered == cores and set(facts.linked) == set(branches.get(address, ())):
-        configure_node(remote, start.guard, plan)
+        configure_node(remote, plan.guard, guard_plan)
         return Served(facts, offered, f"{action}serves already")
-    configure_node(remote, start.guard, plan, server_unit("worker", address, facts.cores, start.data), relay)
+    configure_node(remote, plan.guard, guard_plan, server_unit("worker", address, facts.cores, plan.data), relay)
     return Served(facts, await_server(remote, facts.build, cores, len(workers)), f"{action}started")
 
 
 def head_step(
-    start: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+    plan: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
 ) -> Served:
     """Make the head serve with those WORKERS that do, but for branches, unless it does, or a client would lose it."""
     good = [one for one in workers if one.ok]
@@ -5177,24 +5177,24 @@ def head_step(
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    plan = start.head_plan(facts.build, [one.node for one in good], branches)
+    guard_plan = plan.head_plan(facts.build, [one.node for one in good], branches)
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
             offered = ask_server(remote, facts.build)
     if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
-        configure_node(remote, start.guard, plan)
+        configure_node(remote, plan.guard, guard_plan)
         return Served(facts, cores, "serves already")
     # Asked again: installing may have taken minutes since the first look.
-    if offered is not None and not start.force and (client := describe_client(fetch_facts(remote))):
+    if offered is not None and not plan.force and (client := describe_client(fetch_facts(remote))):
         # A linked worker that SSH can't reach is still the guard's to watch.
         kept = [one.node for one in workers if one.ok or one.node.private_ip in facts.linked]
-        configure_node(remote, start.guard, start.head_plan(facts.build, kept, branches))
+        configure_node(remote, plan.guard, plan.head_plan(facts.build, kept, branches))
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
         what = waiting if count else "the head waits to be restarted"
         return Served(facts, offered, "serves already", f"{what}: {client}")
-    configure_node(remote, start.guard, plan, server_unit("head", own, facts.cores, start.data))
+    configure_node(remote, plan.guard, guard_plan, server_unit("head", own, facts.cores, plan.data))
     action = "restarted: a render that was running is lost" if serving else "started"
     return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
 
@@ -5221,16 +5221,16 @@ def plan_start(
     A worker's only client is its head, which may be gone. TREE: None to stay with what was chosen before.
     """
     is_tree = any(node.tree for node in nodes)
-    start = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_types(app.ec2, nodes), node_program(guard_node))
-    start = start._replace(force=force, tree=is_tree if tree is None else tree)
+    plan = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_types(app.ec2, nodes), node_program(guard_node))
+    plan = plan._replace(force=force, tree=is_tree if tree is None else tree)
     if not force and looked and looked.ok and (client := head_client(looked.value)):
         linked = [node.private_ip for node in nodes] if is_tree else looked.value.linked
-        start = start._replace(client=client, linked=frozenset(linked))
-    return start
+        plan = plan._replace(client=client, linked=frozenset(linked))
+    return plan
 
 
 def link_branches(
-    app: App, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+    app: App, plan: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
 ) -> tuple[dict[str, list[str]], Sequence[Outcome[Served]], str]:
     """Make the sub-heads of a tree link their workers, and former ones none, unless a client would lose its render.
 
@@ -5239,29 +5239,29 @@ def link_branches(
     build = looked.value.build
     good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.build == build}
     now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.linked}
-    branches = plan_branches([one.node for one in good.values()]) if start.tree else {}
+    branches = plan_branches([one.node for one in good.values()]) if plan.tree else {}
     if not now and not branches:
         return {}, workers, ""
     (asked,) = app.pool.each([looked.node], fetch_facts)
-    if asked.ok and not start.force and (client := head_client(asked.value)):
+    if asked.ok and not plan.force and (client := head_client(asked.value)):
         same = {own: set(branch) for own, branch in now.items()} == {own: set(one) for own, one in branches.items()}
         return now, workers, "" if same else f"the nodes wait to be linked in another way: {client}"
     if asked.ok and asked.value.role == "head":
         # First, since it loses its links to them, and its guard is to link nobody twice then.
-        plan = start.head_plan(build, [one.node for one in good.values()], branches)
-        app.pool.each([looked.node], lambda remote: configure_node(remote, start.guard, plan))
+        guard_plan = plan.head_plan(build, [one.node for one in good.values()], branches)
+        app.pool.each([looked.node], lambda remote: configure_node(remote, plan.guard, guard_plan))
     heads = [good[own].node for own in now.keys() | branches.keys()]
-    step = functools.partial(branch_step, start, good, branches)
+    step = functools.partial(branch_step, plan, good, branches)
     progress = Progress("Linking branches", len(heads), describe_server)
     done = {one.node.id: one for one in app.pool.each(heads, step, progress)}
     branches = {own: branch for own, branch in branches.items() if done[good[own].node.id].ok}
     return branches, [done.get(one.node.id, one) for one in workers], ""
 
 
-def suggest_tree(group: str, start: StartPlan, workers: int) -> None:
+def suggest_tree(group: str, plan: StartPlan, workers: int) -> None:
     """Name --tree where the head alone would send a big scene to its WORKERS for long."""
-    gbits = start.head.type in start.types and start.types[start.head.type].gbits
-    if gbits and not start.tree and workers / gbits >= TREE_WORTH:
+    gbits = plan.head.type in plan.types and plan.types[plan.head.type].gbits
+    if gbits and not plan.tree and workers / gbits >= TREE_WORTH:
         heads = round(workers**0.5)
         flat, tree = (format_duration(SCENE_GBITS * copies / gbits) for copies in (workers, heads + workers / heads))
         note(
@@ -5271,37 +5271,41 @@ def suggest_tree(group: str, start: StartPlan, workers: int) -> None:
 
 
 def link_group(
-    app: App, group: str, start: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
+    app: App, group: str, plan: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
 ) -> None:
     """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
     head, waiting = looked.node, ""
     ready: Outcome[Any] = looked
     if looked.ok:
-        branches, workers, waiting = link_branches(app, start, looked, workers)
-        step = functools.partial(head_step, start, looked.value, workers, branches)
+        branches, workers, waiting = link_branches(app, plan, looked, workers)
+        step = functools.partial(head_step, plan, looked.value, workers, branches)
         (ready,) = app.pool.each([head], step, Progress("Linking", 1))
     else:
         note(f"{head.name}: {looked.error}")
     tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in workers if outcome.ok])
-    others = [node for node in (head, *(one.node for one in workers)) if node.tree != start.tree]
-    tag_nodes(app.ec2, others, TAG_TREE, "yes" if start.tree else "no")
+    if not waiting:
+        others = [node for node in (head, *(one.node for one in workers)) if node.tree != plan.tree]
+        tag_nodes(app.ec2, others, TAG_TREE, "yes" if plan.tree else "no")
     failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
     if not ready.ok:
         raise ClusterError(explain_failed_head(group, ready, failed))
-    suggest_tree(group, start, len(workers))
+    suggest_tree(group, plan, len(workers))
     say_how_to_connect(app, group, head, ready.value)
     if failed:
         count = len(workers) + 1
         raise ClusterError(
             f"{count - len(failed)} of {format_count(count, 'node')} serving; failed: {', '.join(failed)}"
         )
-    if ready.value.waiting or waiting:
-        later = (
-            "they join when it leaves" if ready.value.waiting else f"{command('start', group)} does when it has left"
-        )
+    if waiting:
+        again = [group, "--tree" if plan.tree else "--flat"]
         raise ClusterError(
-            f"{ready.value.waiting or waiting}; {command('start', group, '--force')} links them now and ends that "
-            f"client, else {later}"
+            f"{waiting}; {command('start', *again, '--force')} does that now and ends that client, else "
+            f"{command('start', *again)} once it has left"
+        )
+    if ready.value.waiting:
+        raise ClusterError(
+            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
+            "else they join when it leaves"
         )
 
 
@@ -5310,11 +5314,11 @@ def start_group(app: App, group: str, nodes: Sequence[Node], force: bool, tree: 
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
     (looked,) = app.pool.each([head], look_step)
-    start = plan_start(app, nodes, looked, tree, force)
+    plan = plan_start(app, nodes, looked, tree, force)
     workers = app.pool.each(
-        others, functools.partial(worker_step, start), Progress("Starting", len(others), describe_server)
+        others, functools.partial(worker_step, plan), Progress("Starting", len(others), describe_server)
     )
-    link_group(app, group, start, looked, workers)
+    link_group(app, group, plan, looked, workers)
 
 
 tree_option = click.option(
