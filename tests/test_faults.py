@@ -25,14 +25,18 @@ COMMANDS = {
     "status": (GROUP,),
     "syncData": ("DATA", GROUP),
     "runCommand": ("true", GROUP),
+    "up": ("c1.xlarge", "2", GROUP),
 }
 KINDS = ("throttle", "500", "503", "reset", "html", "truncate", "code:InvalidInstanceID.NotFound", "expired", "denied")
 S3_KINDS = ("500", "503", "reset", "html", "truncate", "expired")
 RATES = (0.1, 0.5, 1.0)
 Case = tuple[str, str, str, float]  # command, service, kind of fault, rate (0: once, at the second call)
-CASES: list[Case] = [(command, "ec2", kind, rate) for command in COMMANDS for kind in KINDS for rate in RATES]
+CASES: list[Case] = [
+    (command, "ec2", kind, rate) for command in COMMANDS if command != "up" for kind in KINDS for rate in RATES
+]
 CASES += [("syncData", "s3", kind, rate) for kind in S3_KINDS for rate in RATES]
 CASES += [(command, "ec2", "hang", 0.0) for command in ("createNodes", "status", "runCommand")]
+UP_CASES: list[Case] = [("up", "ec2", kind, rate) for kind in KINDS for rate in RATES]  # of a group that is complete
 SAMPLE = 16
 
 
@@ -40,7 +44,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the cases."""
     if "case" in metafunc.fixturenames:
         everything = metafunc.config.getoption("--all-faults")
-        chosen = CASES if everything else random.Random(7).sample(CASES, SAMPLE)
+        chosen = CASES + UP_CASES if everything else random.Random(7).sample(CASES, SAMPLE)
         metafunc.parametrize("case", chosen, ids=lambda case: "-".join(map(str, case)))
 
 

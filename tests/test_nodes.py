@@ -1,6 +1,6 @@
 """What only real nodes prove: cloud-init, apt, systemd, security groups, the head guard, deadlines.
 
-The tests of one cluster run in their order, each on what the one before left.
+Several tests share a cluster; what one of them has spoilt is mended before the next, so that any of them can run alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Cluster:
 
     def __init__(self, cloud: LocalCloud) -> None:
         self.cloud = cloud
+        self.spoilt = False
 
     def tool(self, *words: str) -> Result:
         """Run the tool on the shared group and see it succeed."""
@@ -68,14 +69,26 @@ class Cluster:
         wait_until(lambda: self.offered(head["public_name"]) == cores, GUARD_LIMIT, f"an offer of {cores} cores")
         assert time.monotonic() - start < GUARD_LIMIT
 
+    @property
+    def cores(self) -> int:
+        """The cores that the head offers where all workers are linked."""
+        return own_cores(len(self.nodes("worker")))
+
+    def crash(self, *victims: dict[str, Any]) -> None:
+        """Let nodes die, and wait until EC2 knows it."""
+        for node in victims:
+            self.cloud.fault("crash", node)
+        dead = {node["id"] for node in victims}
+        wait_until(lambda: not dead & {node["id"] for node in self.nodes()}, what="the end of the nodes")
+
     def pids(self) -> dict[str, str]:
         """Return each node's mtssrv process."""
         return {node["id"]: self.ssh(node, "systemctl show -P MainPID mtssrv").out for node in self.nodes()}
 
 
 @pytest.fixture(scope="module")
-def cluster(nodes: LocalCloud) -> Iterator[Cluster]:
-    """A cluster of three nodes that serve."""
+def shared(nodes: LocalCloud) -> Iterator[Cluster]:
+    """The cluster, as it was made."""
     made = Cluster(nodes)
     created = made.tool("createNodes", "c1.xlarge", "3", GROUP)
     assert created.err.splitlines()[-1].startswith("3 nodes ready.")
@@ -86,6 +99,22 @@ def cluster(nodes: LocalCloud) -> Iterator[Cluster]:
     nodes.cluster("terminateAll", GROUP)
 
 
+@pytest.fixture
+def cluster(shared: Cluster) -> Cluster:
+    """A cluster of three nodes or more that serve, all linked."""
+    if shared.spoilt:
+        shared.tool("up", "c1.xlarge", "3", GROUP)
+        shared.spoilt = False
+    return shared
+
+
+@pytest.fixture
+def victim(cluster: Cluster) -> Cluster:
+    """The cluster for a test that spoils it."""
+    cluster.spoilt = True
+    return cluster
+
+
 def own_cores(count: int) -> int:
     """Return what a head with COUNT workers offers on this machine, whose cores each node sees."""
     cores = len(os.sched_getaffinity(0))
@@ -94,7 +123,7 @@ def own_cores(count: int) -> int:
 
 def test_mitsuba_is_offered_all_cores_through_the_security_group(cluster: Cluster) -> None:
     assert cluster.head["public_name"].startswith("ec2-203-0-113-")
-    assert cluster.offered(cluster.head["public_name"]) == own_cores(2)
+    assert cluster.offered(cluster.head["public_name"]) == cluster.cores
 
 
 def test_the_server_is_a_hardened_unit_in_the_data_directory(cluster: Cluster) -> None:
@@ -128,10 +157,11 @@ def test_data_reaches_every_node_byte_for_byte_and_only_once(cluster: Cluster, t
     for number in range(3):
         (folder / f"density {number}.vol").write_bytes(os.urandom(1 << 20))
     sync = lambda: (cluster.tool("syncData", str(big), GROUP), cluster.tool("syncData", str(folder), GROUP))  # noqa: E731
-    assert bytes_served(cluster.cloud, sync) == 3 * (256 + 3) * (1 << 20)
-    assert digests(cluster, "big.vol") == 3 * [{hashlib.sha256(big.read_bytes()).hexdigest()}]
+    count = len(cluster.nodes())
+    assert bytes_served(cluster.cloud, sync) == count * (256 + 3) * (1 << 20)
+    assert digests(cluster, "big.vol") == count * [{hashlib.sha256(big.read_bytes()).hexdigest()}]
     parts = {hashlib.sha256(part.read_bytes()).hexdigest() for part in folder.iterdir()}
-    assert digests(cluster, "smoke/*.vol") == 3 * [parts]
+    assert digests(cluster, "smoke/*.vol") == count * [parts]
     assert bytes_served(cluster.cloud, sync) == 0
     assert bytes_served(cluster.cloud, lambda: cluster.tool("syncData", "smoke/density", GROUP)) == 0
 
@@ -139,11 +169,12 @@ def test_data_reaches_every_node_byte_for_byte_and_only_once(cluster: Cluster, t
 def test_a_second_start_changes_nothing(cluster: Cluster) -> None:
     before = cluster.pids()
     again = cluster.tool("start", GROUP)
-    assert again.out.count("serves already") == 3
+    assert again.out.count("serves already") == len(before)
     assert cluster.pids() == before
 
 
-def test_a_killed_server_comes_back(cluster: Cluster) -> None:
+def test_a_killed_server_comes_back(victim: Cluster) -> None:
+    cluster = victim
     worker = cluster.nodes("worker")[0]
     pid = cluster.ssh(worker, "systemctl show -P MainPID mtssrv; sudo systemctl kill -s KILL mtssrv").out
     wait_until(lambda: cluster.ssh(worker, "systemctl show -P MainPID mtssrv").out not in (pid, "0\n"))
@@ -151,18 +182,12 @@ def test_a_killed_server_comes_back(cluster: Cluster) -> None:
     wait_until(lambda: cluster.offered(head["address"]), GUARD_LIMIT)
 
 
-def relink(cluster: Cluster, cores: int) -> None:
-    """Run start and see all nodes linked."""
-    cluster.tool("start", GROUP)
-    assert cluster.offered(cluster.head["address"]) == cores
-
-
-def test_a_frozen_worker_is_left_out(cluster: Cluster) -> None:
-    relink(cluster, own_cores(2))
-    worker = cluster.nodes("worker")[0]
+def test_a_frozen_worker_is_left_out(victim: Cluster) -> None:
+    cluster, worker = victim, victim.nodes("worker")[0]
+    rest = own_cores(len(cluster.nodes("worker")) - 1)
     cluster.cloud.fault("freeze", worker)
     try:
-        cluster.serves_again(own_cores(1))
+        cluster.serves_again(rest)
     finally:
         cluster.cloud.fault("thaw", worker)
     shown = wait_until(lambda: found_unlinked(cluster, worker["name"]))
@@ -175,11 +200,11 @@ def found_unlinked(cluster: Cluster, name: str) -> str:
     return next((line for line in lines if line.startswith(f"{name}: up")), "")
 
 
-def test_a_worker_that_drops_off_the_network_is_left_out(cluster: Cluster) -> None:
-    relink(cluster, own_cores(2))
-    worker = cluster.nodes("worker")[0]
+def test_a_worker_that_drops_off_the_network_is_left_out(victim: Cluster) -> None:
+    cluster, worker = victim, victim.nodes("worker")[0]
+    rest = own_cores(len(cluster.nodes("worker")) - 1)
     cluster.cloud.fault("cut", worker)
-    cluster.serves_again(own_cores(1))
+    cluster.serves_again(rest)
     shown = cluster.tool("status", GROUP, "--servers").out
     assert f"{worker['name']}: frozen or cut off: no answer within 30 s" in shown
     cluster.tool("terminate", worker["id"])
@@ -187,75 +212,76 @@ def test_a_worker_that_drops_off_the_network_is_left_out(cluster: Cluster) -> No
 
 def test_new_nodes_join_and_the_rest_stays(cluster: Cluster) -> None:
     head, before = cluster.head["id"], cluster.pids()
-    (worker,) = (node for node in cluster.nodes("worker") if node["state"] == "running")
-    more = cluster.tool("createNodes", "c1.xlarge", "2", GROUP)
-    assert "has 2 nodes already; adding 2 more" in more.err
-    assert cluster.tool("install", GROUP).out.count(": Mitsuba 0.6.0\n") == 4
-    relink(cluster, own_cores(3))
+    worker = cluster.nodes("worker")[0]
+    more = cluster.tool("createNodes", "c1.xlarge", "1", GROUP)
+    assert f"has {len(before)} nodes already; adding 1 more" in more.err
+    assert cluster.tool("install", GROUP).out.count(": Mitsuba 0.6.0\n") == len(before) + 1
+    cluster.tool("start", GROUP)
+    assert cluster.offered(cluster.head["address"]) == own_cores(len(before))
     assert cluster.head["id"] == head
     assert cluster.pids()[worker["id"]] == before[worker["id"]]
 
 
-def test_a_terminated_worker_is_left_out(cluster: Cluster) -> None:
-    cluster.tool("terminate", cluster.nodes("worker")[0]["id"])
-    cluster.serves_again(own_cores(2))
+def test_a_terminated_worker_is_left_out(victim: Cluster) -> None:
+    workers = victim.nodes("worker")
+    victim.tool("terminate", workers[0]["id"])
+    victim.serves_again(own_cores(len(workers) - 1))
 
 
-def test_two_workers_that_die_at_once(cluster: Cluster) -> None:
-    cluster.tool("createNodes", "c1.xlarge", "1", GROUP)
-    cluster.tool("install", GROUP)
-    relink(cluster, own_cores(3))
-    for worker in cluster.nodes("worker")[:2]:
-        cluster.cloud.fault("crash", worker)
-    cluster.serves_again(own_cores(1))
+def test_two_workers_that_die_at_once(victim: Cluster) -> None:
+    workers = victim.nodes("worker")
+    victim.crash(*workers[:2])
+    victim.serves_again(own_cores(len(workers) - 2))
 
 
-def test_a_head_that_reboots_serves_again(cluster: Cluster) -> None:
-    head = cluster.head
+def test_a_head_that_reboots_serves_again(victim: Cluster) -> None:
+    cluster, head, cores = victim, victim.head, victim.cores
     booted = cluster.ssh(head, "cat /proc/sys/kernel/random/boot_id; systemctl show -P MainPID mtssrv").out
     cluster.cloud.fault("reboot", head)
     wait_until(lambda: not cluster.offered(head["address"]))
-    wait_until(lambda: cluster.offered(head["address"]) == own_cores(1), GUARD_LIMIT)
+    wait_until(lambda: cluster.offered(head["address"]) == cores, GUARD_LIMIT)
     assert cluster.ssh(head, "cat /proc/sys/kernel/random/boot_id; systemctl show -P MainPID mtssrv").out != booted
     assert "serves already" in cluster.tool("start", GROUP).out
 
 
-def test_a_head_that_is_gone_for_good(cluster: Cluster) -> None:
-    head = cluster.head
-    cluster.cloud.fault("crash", head)
+def test_a_head_that_is_gone_for_good(victim: Cluster) -> None:
+    cluster, head = victim, victim.head
+    cluster.crash(head)
     gone = f"The head node is gone: ./cluster.py start {GROUP} makes another node the head\n"
-    wait_until(lambda: gone in cluster.cloud.cluster("status", GROUP).out)
-    cluster.tool("createNodes", "c1.xlarge", "2", GROUP)
-    cluster.tool("install", GROUP)
+    assert gone in cluster.tool("status", GROUP).out
     started = cluster.tool("start", GROUP)
     assert cluster.head["id"] != head["id"]
     assert started.out.splitlines()[-1] == f"Head node: {cluster.head['public_name']}"
-    assert cluster.offered(cluster.head["address"]) == own_cores(2)
+    assert cluster.offered(cluster.head["address"]) == cluster.cores
 
 
-def test_one_bad_node_does_not_stop_the_others(cluster: Cluster) -> None:
-    bad = cluster.nodes("worker")[0]
+def test_one_bad_node_does_not_stop_the_others(victim: Cluster) -> None:
+    cluster, bad = victim, victim.nodes("worker")[0]
+    others = len(cluster.nodes()) - 1
     spoil = "sudo rm /var/lib/mitsuba-cluster/installed && sudo sh -c 'echo \"#!/bin/false\" > /usr/bin/apt-get'"
     assert cluster.ssh(bad, spoil).code == 0
     done = cluster.cloud.cluster("install", GROUP)
-    assert (done.code, done.out.count(": Mitsuba 0.6.0\n")) == (1, 2)
+    assert done.code == 1
+    assert done.out.count(": Mitsuba 0.6.0\n") == others
     assert f"{bad['name']}: the installation failed" in done.err
     assert "the package lists could not be fetched" in done.err
-    assert done.last_line == f"Error: Installed on 2 of 3 nodes; failed: {bad['name']}"
+    assert done.last_line == f"Error: Installed on {others} of {others + 1} nodes; failed: {bad['name']}"
+    cluster.tool("terminate", bad["id"])
 
 
-def test_terminate_all_leaves_nothing(cluster: Cluster) -> None:
+def test_terminate_all_leaves_nothing(victim: Cluster) -> None:
+    cluster = victim
     ended = cluster.tool("terminateAll", GROUP)
     assert "security group removed: nothing of group 'main' is left in us-east-1." in ended.err
-    assert all(node["state"] == "terminated" for node in cluster.cloud.ask("status").values())
+    assert cluster.cloud.truth(GROUP) == ([], 0)
     assert cluster.cloud.status(GROUP) == {}
 
 
 @pytest.mark.parametrize("reboot", [False, True], ids=["", "after a reboot"])
 def test_a_node_ends_itself_at_its_deadline(nodes: LocalCloud, reboot: bool) -> None:
     group = f"deadline{reboot}"
-    made = nodes.cluster("createNodes", "c1.xlarge", "1", group, "--max-hours", "0.01" if reboot else "0.004")
-    assert made.code == 0, made.err
+    made = nodes.cluster("createNodes", "c1.xlarge", "1", group, "--max-hours", "0.015" if reboot else "0.004")
+    assert made.code == 0 or not reboot, made.err  # after 14 s a slow machine may still boot it
     if reboot:
         nodes.fault("reboot", nodes.nodes(group)[0])
     shown = wait_until(lambda: [n for n in nodes.nodes(group) if n["state"] == "terminated"], 90, "its own end")

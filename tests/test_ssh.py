@@ -50,7 +50,7 @@ def test_a_step_over_its_limit_has_failed(monkeypatch: pytest.MonkeyPatch) -> No
         def recv(self, _: int) -> bytes:
             return b"still at it\n"
 
-    remote = cluster.Remote(None, None, "ubuntu")  # type: ignore[arg-type]
+    remote = cluster.Remote(None, None)  # type: ignore[arg-type]
     assert remote.receive(Channel(), time.monotonic() + 60) == b"still at it\n"  # type: ignore[arg-type]
     with pytest.raises(cluster.NodeError, match="did not end within its time limit"):
         remote.receive(Channel(), time.monotonic() - 1)  # type: ignore[arg-type]

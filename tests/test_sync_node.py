@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -182,22 +181,15 @@ class LocalRemote(cluster.Remote):
         self.node: Any = cluster.to_node({"InstanceId": "i-1", "State": {"Name": "running"}})
         self.said, self.code = said, code
 
-    def run(
-        self,
-        command: str,
-        limit: float | None = None,
-        stdin: Iterable[bytes] = (),
-        sink: Callable[[bytes], object] | None = None,
-        keep: int = 4000,
-    ) -> tuple[int, str]:
+    def run(self, *command: Any, **options: Any) -> tuple[int, str]:
         """Run a command."""
-        assert sink
         if self.said is None:
-            done = subprocess.run(["bash", "-c", command], input=b"".join(stdin), capture_output=True, check=False)
+            given = b"".join(options["stdin"])
+            done = subprocess.run(["bash", "-c", *command], input=given, capture_output=True, check=False)
             self.said, self.code = done.stdout + done.stderr, done.returncode
         output, self.said = self.said, None
-        sink(output[:7])
-        sink(output[7:])
+        options["sink"](output[:7])
+        options["sink"](output[7:])
         return self.code, output.decode()
 
 

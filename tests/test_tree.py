@@ -183,10 +183,10 @@ def test_links_are_changed_under_no_client(cloud: LocalCloud, tree: str) -> None
     assert (refused.code, offered(head)) == (1, 22)
     assert refused.last_line == (
         "Error: the nodes wait to be linked in another way: client 203.0.113.9 (and 1 more), silent for 1m; "
-        "./cluster.py start tree --force links them now and ends that client, else ./cluster.py start tree does when "
-        "it has left"
+        "./cluster.py start tree --flat --force does that now and ends that client, else ./cluster.py start tree "
+        "--flat once it has left"
     )
-    forced = cloud.cluster("start", tree, "--force")
+    forced = cloud.cluster("start", tree, "--flat", "--force")
     assert "head, 26 cores in all, restarted" in forced.out, forced.out + forced.err
     assert not links(cloud.cluster("status", tree, "--servers"))
     cloud.fault("client-goes", head)

@@ -49,7 +49,7 @@ def measure_uploads(cloud: LocalCloud, path: Path, rounds: int) -> dict[str, Any
     ours = (
         "import sys; sys.path.insert(0, sys.argv[1]); import cluster; from pathlib import Path\n"
         "settings = cluster.load_settings(Path(sys.argv[2])); s3, bucket, prefix = cluster.open_bucket(settings)\n"
-        "cluster.upload(s3, bucket, {Path(sys.argv[3]).name: Path(sys.argv[3])}, lambda sent: None)"
+        "cluster.upload(s3, bucket, prefix, {Path(sys.argv[3]).name: Path(sys.argv[3])})"
     )
     boto3 = (
         "import boto3, sys; from boto3.s3.transfer import TransferConfig; from botocore.config import Config\n"

@@ -186,6 +186,27 @@ def thousand_section(results: Results) -> Iterator[str]:
     yield f"- EC2 calls of `status`: {results['calls of status']}\n"
 
 
+def tree_section(results: Results) -> Iterator[str]:
+    """How long a scene takes to reach every node, flat and in a tree."""
+    rows, targets = [], {"17": 0.55, "65": 0.35}
+    megabytes = results.pop("megabytes")
+    for rate, sizes in results.items():
+        for size, one in sizes.items():
+            computed = [f"{one['computed flat']:.1f}", f"{one['computed tree']:.1f}"]
+            measured, ratio = ["", ""], f"{one['computed tree'] / one['computed flat']:.2f} (computed)"
+            if "flat" in one:
+                measured, part = [f"{one['flat']:.1f}", f"{one['tree']:.1f}"], one["tree"] / one["flat"]
+                ratio = verdict(part, targets[size]) if rate == "80 Mbit/s" else f"{part:.2f}"
+            rows.append([rate, size, *measured, *computed, ratio])
+    yield "## A scene to every node\n"
+    yield (
+        f"{megabytes} MB of resources from a client through the head to each worker, by the stand-in servers; every "
+        "interface limited by tc. Seconds.\n"
+    )
+    header = ["each interface", "nodes", "flat", "tree", "flat, computed", "tree, computed", "ratio"]
+    yield measure.table(header, rows) + "\n"
+
+
 def markdown(results: Results) -> str:
     """Return the whole page."""
     lines = ["# Benchmarks", "", "Written by `python -m tests.benchmarks`; medians of interleaved runs.", ""]
@@ -199,6 +220,7 @@ def markdown(results: Results) -> str:
         "data": data_section,
         "spread": spread_section,
         "thousand": thousand_section,
+        "tree": tree_section,
     }
     for name, section in sections.items():
         if name in results:

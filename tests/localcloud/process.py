@@ -373,7 +373,9 @@ class ProcessNode:
                 await writer.drain()
                 while await reader.readexactly(2) == RENDER:
                     number, size = struct.unpack(">II", await reader.readexactly(8))
-                    if not await self.render(json.loads(await reader.readexactly(size)), reader):
+                    job = json.loads(await reader.readexactly(size))
+                    await reader.readexactly(int(job.get("bytes", 0)))
+                    if not await self.render(job, reader):
                         break
                     writer.write(DONE + struct.pack(">I", number))
             await writer.drain()
