@@ -201,11 +201,6 @@ def format_time(moment: datetime) -> str:
     return f"{here:%F %T} ({utc:%T} UTC)" if here.utcoffset() else f"{utc:%F %T} UTC"
 
 
-def to_moment(seconds: str) -> datetime:
-    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
-    return datetime.fromtimestamp(int(seconds), timezone.utc)
-
-
 def format_count(count: float, noun: str) -> str:
     """Return "1 node", "3 nodes" or "2.5 hours"."""
     return f"{count:.10g} {noun}" if count == 1 else f"{count:.10g} {noun}s"
@@ -3566,8 +3561,8 @@ def check_image(wanted: InstanceType, image: Image) -> None:
     """Refuse an image that can't boot on the instance type."""
     if image.architecture not in wanted.architectures:
         raise ClusterError(
-            f"{wanted.type} is an {wanted.architectures[0]} machine, and image {image.id} (as Mitsuba 0.6) is for "
-            f"{image.architecture}: choose another type, or an image of your own in AMI_IDS"
+            f"image {image.id} is for {image.architecture}, which {wanted.type} is not: choose another type (Mitsuba "
+            "0.6 is an x86-64 program), or an image of your own in AMI_IDS"
         )
     if image.virtualization not in wanted.virtualization:
         raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {wanted.type}; see AMI_IDS")
@@ -6008,7 +6003,7 @@ def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str
     }
 
 
-def renew(show: Callable[[], str]) -> NoReturn:
+def keep_showing(show: Callable[[], str]) -> NoReturn:
     """SHOW a text alone on the terminal, as far as it has room, every few seconds until Ctrl-C."""
     while True:
         text = f"{show()}\n\n{format_time(datetime.now(timezone.utc))}; every {WATCH_SECONDS} s until Ctrl-C"
@@ -6060,7 +6055,7 @@ def show_status(
     if everywhere and (servers or watch):
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
-        renew(lambda: show_watched(app, group, wide))
+        keep_showing(lambda: show_watched(app, group, wide))
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
     fetch = functools.partial(fetch_groups, group)
     regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
@@ -6107,7 +6102,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
     if watch:
-        renew(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
+        keep_showing(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
     outcomes = ask_briefly(app, nodes, fetch_facts)
     if as_json:
         fields = ("load", "cores", "memory_mb")
@@ -6934,6 +6929,11 @@ def run_command(
         raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
 
 
+def to_moment(seconds: str) -> datetime:
+    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
+    return datetime.fromtimestamp(int(seconds), timezone.utc)
+
+
 # $1 how many lines are read, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
 # each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
@@ -6964,7 +6964,7 @@ def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
         path = log_folder(node.group) / f"{node.id}.install.log"
         if not path.exists():
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
-        return Lines()(path.read_bytes() + b"\n")
+        return put(printable_lines(path.read_text("utf-8", "replace").removesuffix("\n")))
     app.open_group(node.group)
     cursor = ""
     while True:
