@@ -5656,9 +5656,9 @@ class RenderCluster:
 
 
 @contextlib.contextmanager
-def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
+def mitsuba_address(app: App, head: Node, through_ssh: bool) -> Iterator[str]:
     """Yield what Mitsuba is to connect to: the head, or this end of a tunnel to it."""
-    if not tunnel and app.settings.PUBLIC_SERVER_PORT:
+    if not through_ssh and app.settings.PUBLIC_SERVER_PORT:
         yield head.address
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
