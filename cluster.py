@@ -99,6 +99,7 @@ PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every regio
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
 
 POLL = 1.0  # between two polls of EC2, one call for all nodes
+POLL_ERROR_LIMIT = 60  # of polls that fail in a row
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
 LOOK_LIMIT = 10  # for connecting to a node that may be frozen, only to ask it something
 SYNC_LIMIT = 24 * 3600
@@ -3359,7 +3360,6 @@ QUOTAS = {
     "x": ("L-7295265B", "L-E3A00192"),
     "": ("L-1216C47A", "L-34B43A08"),
 }
-POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
@@ -4004,7 +4004,7 @@ def await_nodes(
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
-            if time.monotonic() - good > POLL_TROUBLE_LIMIT:
+            if time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
         waiting |= seen
         for node in seen.values():
@@ -6589,7 +6589,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
             listed = fetch_nodes(ec2, group)
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
-            if before is None or time.monotonic() - good > POLL_TROUBLE_LIMIT:
+            if before is None or time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
             time.sleep(POLL)
             continue
@@ -6790,13 +6790,13 @@ def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
         return result(json.dumps({zone: [[t.isoformat(), p] for t, p in prices] for zone, prices in history.items()}))
     if not history:
         raise ClusterError(f"{app.settings.AWS_REGION} has no spot prices for {instance_type}")
-    sign = "¥" if find_partition(app.settings.AWS_REGION)[0] == "aws-cn" else "$"
+    currency = "¥" if find_partition(app.settings.AWS_REGION)[0] == "aws-cn" else "$"
     rows = [["ZONE", "LOWEST", "MEAN", "NOW", "LAST DAY" if sys.stdout.isatty() else ""]]
     for zone, prices in history.items():
         values = [price for _, price in prices]
         figures = [min(values), sum(values) / len(values), values[-1]]
         plot = format_plot(values, 24) if sys.stdout.isatty() else ""
-        rows.append([zone, *(f"{sign}{figure:.4f}" for figure in figures), plot])
+        rows.append([zone, *(f"{currency}{figure:.4f}" for figure in figures), plot])
     return result(format_table(rows, terminal_width()))
 
 
