@@ -99,6 +99,7 @@ PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every regio
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
 
 POLL = 1.0  # between two polls of EC2, one call for all nodes
+POLL_ERROR_LIMIT = 60  # of polls that fail in a row
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
 LOOK_LIMIT = 10  # for connecting to a node that may be frozen, only to ask it something
 SYNC_LIMIT = 24 * 3600
@@ -198,11 +199,6 @@ def format_time(moment: datetime) -> str:
     """Return "2026-11-30 21:05:09 (19:05:09 UTC)": this machine's time beside UTC, where they differ."""
     here, utc = moment.astimezone(), moment.astimezone(timezone.utc)
     return f"{here:%F %T} ({utc:%T} UTC)" if here.utcoffset() else f"{utc:%F %T} UTC"
-
-
-def to_moment(seconds: str) -> datetime:
-    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
-    return datetime.fromtimestamp(int(seconds), timezone.utc)
 
 
 def format_count(count: float, noun: str) -> str:
@@ -3364,7 +3360,6 @@ QUOTAS = {
     "x": ("L-7295265B", "L-E3A00192"),
     "": ("L-1216C47A", "L-34B43A08"),
 }
-POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
@@ -3566,8 +3561,8 @@ def check_image(wanted: InstanceType, image: Image) -> None:
     """Refuse an image that can't boot on the instance type."""
     if image.architecture not in wanted.architectures:
         raise ClusterError(
-            f"{wanted.type} is an {wanted.architectures[0]} machine, and image {image.id} (as Mitsuba 0.6) is for "
-            f"{image.architecture}: choose another type, or an image of your own in AMI_IDS"
+            f"image {image.id} is for {image.architecture}, which {wanted.type} is not: choose another type (Mitsuba "
+            "0.6 is an x86-64 program), or an image of your own in AMI_IDS"
         )
     if image.virtualization not in wanted.virtualization:
         raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {wanted.type}; see AMI_IDS")
@@ -4009,7 +4004,7 @@ def await_nodes(
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
-            if time.monotonic() - good > POLL_TROUBLE_LIMIT:
+            if time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
         waiting |= seen
         for node in seen.values():
@@ -4124,7 +4119,7 @@ def add_spot_nodes(app: App, /, instance_type: str, count: int, group: str, dry_
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
-BUILD_LIMIT = 20
+BUILD_LIMIT = 10  # seconds for mtssrv to greet; it takes milliseconds
 GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
@@ -4351,7 +4346,7 @@ if [ -z "$version" ]; then
   exit 1
 fi
 cd "$work"  # for its log
-build=$(python3 -I -c "$learn_build")
+build=$(python3 -I -c "$learn_build" "$version")
 echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
@@ -4361,11 +4356,13 @@ echo "version $version"
 def learn_build(arguments: list[str]) -> None:
     """Run on a node: print the build by which mtssrv greets other servers; a build answers its own greeting only.
 
-    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision.
+    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision. A server
+    that greets nobody is taken for the usual build of the version in ARGUMENTS: start's handshake shows whether it is.
     """
     import subprocess
 
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    build = [arguments[0], 3, 0]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(BUILD_LIMIT)
         worker = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -4373,16 +4370,16 @@ def learn_build(arguments: list[str]) -> None:
             try:
                 stream, _ = listener.accept()
                 stream.settimeout(BUILD_LIMIT)
-                greeting = b""
-                while not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
-                    if not (more := stream.recv(64)):
-                        sys.exit(f"mtssrv greets other servers in an unknown way: {greeting.hex()}")
-                    greeting += more
-            except TimeoutError:
-                sys.exit(f"mtssrv does not greet other servers within {BUILD_LIMIT} seconds")
+                greeting, more = b"", b"-"
+                while more and not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                    greeting += (more := stream.recv(64))
+                if found:
+                    build = [found[1].decode(), *found[2], *found[3]]
+            except OSError:
+                pass
             finally:
                 server.kill()
-    print(found[1].decode(), *found[2], *found[3])
+    print(*build)
 
 
 def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
@@ -5661,9 +5658,9 @@ class RenderCluster:
 
 
 @contextlib.contextmanager
-def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
+def mitsuba_address(app: App, head: Node, through_ssh: bool) -> Iterator[str]:
     """Yield what Mitsuba is to connect to: the head, or this end of a tunnel to it."""
-    if not tunnel and app.settings.PUBLIC_SERVER_PORT:
+    if not through_ssh and app.settings.PUBLIC_SERVER_PORT:
         yield head.address
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -6008,7 +6005,7 @@ def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str
     }
 
 
-def renew(show: Callable[[], str]) -> NoReturn:
+def keep_showing(show: Callable[[], str]) -> NoReturn:
     """SHOW a text alone on the terminal, as far as it has room, every few seconds until Ctrl-C."""
     while True:
         text = f"{show()}\n\n{format_time(datetime.now(timezone.utc))}; every {WATCH_SECONDS} s until Ctrl-C"
@@ -6060,7 +6057,7 @@ def show_status(
     if everywhere and (servers or watch):
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
-        renew(lambda: show_watched(app, group, wide))
+        keep_showing(lambda: show_watched(app, group, wide))
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
     fetch = functools.partial(fetch_groups, group)
     regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
@@ -6107,7 +6104,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
     if watch:
-        renew(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
+        keep_showing(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
     outcomes = ask_briefly(app, nodes, fetch_facts)
     if as_json:
         fields = ("load", "cores", "memory_mb")
@@ -6594,7 +6591,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
             listed = fetch_nodes(ec2, group)
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
-            if before is None or time.monotonic() - good > POLL_TROUBLE_LIMIT:
+            if before is None or time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
             time.sleep(POLL)
             continue
@@ -6795,13 +6792,13 @@ def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
         return result(json.dumps({zone: [[t.isoformat(), p] for t, p in prices] for zone, prices in history.items()}))
     if not history:
         raise ClusterError(f"{app.settings.AWS_REGION} has no spot prices for {instance_type}")
-    sign = "¥" if find_partition(app.settings.AWS_REGION)[0] == "aws-cn" else "$"
+    currency = "¥" if find_partition(app.settings.AWS_REGION)[0] == "aws-cn" else "$"
     rows = [["ZONE", "LOWEST", "MEAN", "NOW", "LAST DAY" if sys.stdout.isatty() else ""]]
     for zone, prices in history.items():
         values = [price for _, price in prices]
         figures = [min(values), sum(values) / len(values), values[-1]]
         plot = format_plot(values, 24) if sys.stdout.isatty() else ""
-        rows.append([zone, *(f"{sign}{figure:.4f}" for figure in figures), plot])
+        rows.append([zone, *(f"{currency}{figure:.4f}" for figure in figures), plot])
     return result(format_table(rows, terminal_width()))
 
 
@@ -6934,6 +6931,11 @@ def run_command(
         raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
 
 
+def to_moment(seconds: str) -> datetime:
+    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
+    return datetime.fromtimestamp(int(seconds), timezone.utc)
+
+
 # $1 how many lines are read, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
 # each handshake makes. Without --follow: that would run on when the user has left.
 JOURNAL = r"""
@@ -6964,7 +6966,7 @@ def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
         path = log_folder(node.group) / f"{node.id}.install.log"
         if not path.exists():
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
-        return Lines()(path.read_bytes() + b"\n")
+        return put(printable_lines(path.read_text("utf-8", "replace").removesuffix("\n")))
     app.open_group(node.group)
     cursor = ""
     while True:

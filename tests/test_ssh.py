@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cluster
 
 
+@settings(deadline=None)  # each example starts a shell
 @given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8")), max_size=4))
 def test_quoting_survives_the_shell(arguments: list[str]) -> None:
     line = cluster.user_command("name", "printf '%s\\0' \"$@\"", *arguments)
