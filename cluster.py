@@ -4119,7 +4119,7 @@ def add_spot_nodes(app: App, /, instance_type: str, count: int, group: str, dry_
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
-BUILD_LIMIT = 20
+BUILD_LIMIT = 10  # seconds for mtssrv to greet; it takes milliseconds
 GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
@@ -4346,7 +4346,7 @@ if [ -z "$version" ]; then
   exit 1
 fi
 cd "$work"  # for its log
-build=$(python3 -I -c "$learn_build")
+build=$(python3 -I -c "$learn_build" "$version")
 echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
@@ -4356,11 +4356,13 @@ echo "version $version"
 def learn_build(arguments: list[str]) -> None:
     """Run on a node: print the build by which mtssrv greets other servers; a build answers its own greeting only.
 
-    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision.
+    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision. A server
+    that greets nobody is taken for the usual build of the version in ARGUMENTS: start's handshake shows whether it is.
     """
     import subprocess
 
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    build = [arguments[0], 3, 0]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(BUILD_LIMIT)
         worker = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -4368,16 +4370,16 @@ def learn_build(arguments: list[str]) -> None:
             try:
                 stream, _ = listener.accept()
                 stream.settimeout(BUILD_LIMIT)
-                greeting = b""
-                while not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
-                    if not (more := stream.recv(64)):
-                        sys.exit(f"mtssrv greets other servers in an unknown way: {greeting.hex()}")
-                    greeting += more
-            except TimeoutError:
-                sys.exit(f"mtssrv does not greet other servers within {BUILD_LIMIT} seconds")
+                greeting, more = b"", b"-"
+                while more and not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                    greeting += (more := stream.recv(64))
+                if found:
+                    build = [found[1].decode(), *found[2], *found[3]]
+            except OSError:
+                pass
             finally:
                 server.kill()
-    print(found[1].decode(), *found[2], *found[3])
+    print(*build)
 
 
 def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
@@ -5656,9 +5658,9 @@ class RenderCluster:
 
 
 @contextlib.contextmanager
-def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
+def mitsuba_address(app: App, head: Node, through_ssh: bool) -> Iterator[str]:
     """Yield what Mitsuba is to connect to: the head, or this end of a tunnel to it."""
-    if not tunnel and app.settings.PUBLIC_SERVER_PORT:
+    if not through_ssh and app.settings.PUBLIC_SERVER_PORT:
         yield head.address
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
