@@ -37,7 +37,6 @@ import functools
 import gc
 import glob
 import importlib
-import inspect
 import json
 import os
 import re
@@ -55,7 +54,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 MISSING = (
     "cluster.py needs {name}. On Debian and Ubuntu: sudo apt-get install -y python3-venv && python3 -m venv "
@@ -99,7 +98,8 @@ PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for cre
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
 
-POLL = 1.0  # between two looks at EC2, one call for all nodes
+POLL = 1.0  # between two polls of EC2, one call for all nodes
+POLL_ERROR_LIMIT = 60  # of polls that fail in a row
 ADDRESS_LIMIT = 5  # the look-up of this machine's public address
 LOOK_LIMIT = 10  # for connecting to a node that may be frozen, only to ask it something
 SYNC_LIMIT = 24 * 3600
@@ -201,11 +201,6 @@ def format_time(moment: datetime) -> str:
     return f"{here:%F %T} ({utc:%T} UTC)" if here.utcoffset() else f"{utc:%F %T} UTC"
 
 
-def to_moment(seconds: str) -> datetime:
-    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
-    return datetime.fromtimestamp(int(seconds), timezone.utc)
-
-
 def format_count(count: float, noun: str) -> str:
     """Return "1 node", "3 nodes" or "2.5 hours"."""
     return f"{count:.10g} {noun}" if count == 1 else f"{count:.10g} {noun}s"
@@ -279,10 +274,10 @@ def is_terminal(stream: Any = None) -> bool:
     return bool((stream or sys.stderr).isatty() and os.environ.get("TERM") != "dumb")
 
 
-def paint(text: str, err: bool = False, **look: Any) -> str:
+def paint(text: str, err: bool = False, **style: Any) -> str:
     """Return TEXT, made printable, with click's colours for stdout (ERR: stderr) if wanted: https://no-color.org."""
     coloured = is_terminal(sys.stderr if err else sys.stdout) and not os.environ.get("NO_COLOR")
-    return click.style(printable(text), **look) if coloured else printable(text)
+    return click.style(printable(text), **style) if coloured else printable(text)
 
 
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
@@ -508,17 +503,6 @@ QUOTA_CODES = {"VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"}
 S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
 
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Keep Python's garbage collector from AWS's models, a million objects that stay: 0.1 s of a start."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 SESSION_LOCK = threading.Lock()  # boto3's sessions are not safe for threads, their clients are
 
 
@@ -540,8 +524,13 @@ def make_session(region: str, key: str, secret: str, token: str) -> Any:
 @contextlib.contextmanager
 def open_session(settings: Settings, key: str, secret: str, token: str) -> Iterator[Any]:
     """Lend the session for these credentials to one thread, to make a client."""
-    with SESSION_LOCK, no_collection():
-        yield make_session(settings.AWS_REGION, key, secret, token)
+    with SESSION_LOCK:
+        gc.disable()  # AWS's models are a million objects that stay: 0.1 s of a start
+        try:
+            yield make_session(settings.AWS_REGION, key, secret, token)
+        finally:
+            gc.freeze()
+            gc.enable()
 
 
 def open_client(settings: Settings, service: str, region: str = "", **options: Any) -> Client:
@@ -576,18 +565,6 @@ def find_partition(region: str) -> tuple[str, str]:
     if region.startswith("cn-"):
         return "aws-cn", "cn-north-1"
     return ("aws-us-gov", "us-gov-west-1") if region.startswith("us-gov-") else ("aws", "us-east-1")
-
-
-@contextlib.contextmanager
-def tolerate(*codes: str) -> Iterator[None]:
-    """Let AWS's errors with these CODES pass; with none named, all of AWS's errors."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError) as error:
-        if codes and error_code(error) not in codes:
-            raise
 
 
 def explain_denial(text: str, call: str) -> str:
@@ -631,7 +608,9 @@ def clock_problem(error: Exception) -> str:
 
 
 def explain(error: Exception) -> str:
-    """Say in one line what a botocore error means and what to do."""
+    """Say in one line what an error of botocore's, or our own, means and what to do."""
+    if isinstance(error, ClusterError):
+        return error.message
     if type(error).__name__ == "S3UploadFailedError" and isinstance(error.__context__, Exception):
         return explain(error.__context__)  # boto3 wraps the real one in words of its own
     code, kind = error_code(error), type(error).__name__
@@ -646,10 +625,8 @@ def explain(error: Exception) -> str:
         add = f"{shlex.quote(sys.executable)} -m pip install 'botocore[crt]'"
         return f"your AWS profile was made by `aws login`, for which boto3 needs one more package: {add}"
     if code in EXPIRED_CODES or any(word in kind for word in ("SSO", "Login", "Token", "MFA")):
-        renew = (
-            "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
-        )
-        return f"your AWS session has expired; renew it, e.g. with {renew} ({code or text})"
+        way = "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
+        return f"your AWS session has expired; renew it, e.g. with {way} ({code or text})"
     if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
         role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
         return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
@@ -674,14 +651,17 @@ def explain(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def excused(loss: str) -> Iterator[None]:
-    """Turn what goes wrong at AWS into a warning that says what is lost by it."""
+def tolerate(*codes: str, loss: str = "") -> Iterator[None]:
+    """Let AWS's errors with these CODES pass, all of them if none is named; warn of the LOSS where there is one."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except (BotoCoreError, ClientError) as error:
-        warn(f"{loss}: {explain(error)}")
+        if codes and error_code(error) not in codes:
+            raise
+        if loss:
+            warn(f"{loss}: {explain(error)}")
 
 
 def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
@@ -821,9 +801,9 @@ def to_number(text: str | None) -> float | None:
     return float(text) if text and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text) else None
 
 
-def read_tags(thing: dict[str, Any]) -> dict[str, str]:
-    """Return the tags of a raw EC2 thing; anybody in the account may have written them."""
-    return {tag["Key"]: printable(tag["Value"]) for tag in thing.get("Tags", [])}
+def read_tags(raw: dict[str, Any]) -> dict[str, str]:
+    """Return the tags of a raw EC2 object; anybody in the account may have written them."""
+    return {tag["Key"]: printable(tag["Value"]) for tag in raw.get("Tags", [])}
 
 
 def to_node(raw: dict[str, Any]) -> Node:
@@ -892,7 +872,7 @@ def our_filter(group: str | None) -> list[dict[str, Any]]:
 def fetch_pages(ec2: Client, call: str, key: str, **arguments: Any) -> list[dict[str, Any]]:
     """Return what all pages of a Describe call hold under KEY."""
     pages = ec2.get_paginator(call).paginate(**arguments, PaginationConfig={"PageSize": 1000})
-    return [thing for page in pages for thing in page.get(key, [])]
+    return [raw for page in pages for raw in page.get(key, [])]
 
 
 def has_group(one: Node | SpotRequest | SecurityGroup) -> bool:
@@ -947,23 +927,23 @@ def at_least(nodes: Iterable[Node]) -> str:
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
     """Set one tag of many nodes, a thousand a call."""
     ids = [node.id for node in nodes]
-    for start in range(0, len(ids), TAG_BATCH):
-        ec2.create_tags(Resources=ids[start : start + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
+    for at in range(0, len(ids), TAG_BATCH):
+        ec2.create_tags(Resources=ids[at : at + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
 
 
-def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
+def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
     """Return what an instance type can do; ClusterError where EC2 has no such type here."""
     types = []
     with tolerate("InvalidInstanceType", "InvalidParameterValue"):
-        types = ec2.describe_instance_types(InstanceTypes=[machine])["InstanceTypes"]
+        types = ec2.describe_instance_types(InstanceTypes=[name])["InstanceTypes"]
     if not types:
         offered = fetch_pages(ec2, "describe_instance_type_offerings", "InstanceTypeOfferings")
-        near = did_you_mean(machine, (one["InstanceType"] for one in offered))
+        near = did_you_mean(name, (offer["InstanceType"] for offer in offered))
         advice = near or "; see https://aws.amazon.com/ec2/instance-types/"
-        raise ClusterError(f"{ec2.meta.region_name} has no instance type {machine!r}{advice}")
+        raise ClusterError(f"{ec2.meta.region_name} has no instance type {name!r}{advice}")
     raw = types[0]
     return InstanceType(
-        type=machine,
+        type=name,
         architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
         boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
         virtualization=tuple(raw.get("SupportedVirtualizationTypes", ("hvm",))),
@@ -974,13 +954,13 @@ def fetch_instance_type(ec2: Client, machine: str) -> InstanceType:
     )
 
 
-def fetch_spot_history(ec2: Client, machine: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
+def fetch_spot_history(ec2: Client, instance_type: str, hours: float = 24) -> dict[str, list[tuple[datetime, float]]]:
     """Return zone -> [(time, $ an hour)], oldest first, of the last HOURS."""
     history = fetch_pages(
         ec2,
         "describe_spot_price_history",
         "SpotPriceHistory",
-        InstanceTypes=[machine],
+        InstanceTypes=[instance_type],
         ProductDescriptions=["Linux/UNIX"],
         StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
     )
@@ -1036,63 +1016,34 @@ def try_client_cidr(settings: Settings) -> str:
         return ""
 
 
-RULE_MARK = "mitsuba-cluster"
-
-
-def rule_owner(identity: Identity) -> str:
-    """Return what marks a rule as this machine's: EC2 allows a few characters only."""
-    import getpass
-
-    who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
-    return f"{RULE_MARK} {identity.fingerprint} {who}"[:255]
-
-
-def wanted_rules(group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> list[Rule]:
-    """Return what GROUP has to let in: CIDR, and its own nodes."""
+def sort_rules(
+    group: SecurityGroup, settings: Settings, cidr: str, owner: str
+) -> tuple[list[Rule], list[Rule], list[Rule]]:
+    """Return the rules for CIDR and its own nodes that GROUP lacks, the old ones of OWNER, and all others it has."""
     ports = [settings.SSH_PORT, SERVER_PORT] if settings.PUBLIC_SERVER_PORT else [settings.SSH_PORT]
-    inside = [SERVER_PORT, PASS_ON_PORT]
-    return [Rule("tcp", port, port, "IpRanges", cidr, owner) for port in ports] + [
-        Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in inside
-    ]
-
-
-def is_stale(rule: Rule, group: SecurityGroup, wanted: Sequence[Rule], owner: str) -> bool:
-    """Tell whether a RULE is this machine's (or what older versions made for the nodes), and not WANTED any more."""
-    mine = rule.owner == owner or rule.way == ("-1", None, None, "UserIdGroupPairs", group.id)
-    return mine and rule.way not in {one.way for one in wanted}
+    wanted = [Rule("tcp", port, port, "IpRanges", cidr, owner) for port in ports]
+    wanted += [Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in (SERVER_PORT, PASS_ON_PORT)]
+    present, ways = {rule.way for rule in group.rules}, {rule.way for rule in wanted}
+    others = [rule for rule in group.rules if rule.way not in ways]
+    older = ("-1", None, None, "UserIdGroupPairs", group.id)  # what older versions made for the nodes
+    stale = [rule for rule in others if rule.owner == owner or rule.way == older]
+    return [rule for rule in wanted if rule.way not in present], stale, [r for r in others if r not in stale]
 
 
 def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
     """Add what GROUP has to let in, then remove the owner's old rules; return whether those had another address."""
-    wanted = wanted_rules(group, settings, cidr, owner)
-    present = {rule.way for rule in group.rules}
-    for rule in wanted:
-        if rule.way not in present:
-            permission = rule.permission
-            if rule.owner:
-                permission[rule.kind][0]["Description"] = rule.owner
-            with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
-                send = functools.partial(
-                    ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission]
-                )
-                once_known(send)
-    stale = [rule for rule in group.rules if is_stale(rule, group, wanted, owner)]
+    missing, stale, _ = sort_rules(group, settings, cidr, owner)
+    for rule in missing:
+        permission = rule.permission
+        if rule.owner:
+            permission[rule.kind][0]["Description"] = rule.owner
+        add = functools.partial(ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission])
+        with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
+            once_known(add)
     for rule in stale:
         with tolerate("InvalidPermission.NotFound"):
             ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
     return any(rule.owner and rule.source != cidr for rule in stale)
-
-
-def other_rules(group: SecurityGroup, settings: Settings, cidr: str, identity: Identity) -> tuple[list[Rule], bool]:
-    """Return what GROUP lets in beside this machine and its own nodes, and whether another than this key added any."""
-    owner = rule_owner(identity)
-    wanted = wanted_rules(group, settings, cidr, owner)
-    known = {rule.way for rule in wanted}
-    others = [rule for rule in group.rules if rule.way not in known and not is_stale(rule, group, wanted, owner)]
-    mark = f"{RULE_MARK} {identity.fingerprint} "
-    one_port = [r for r in others if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
-    alike = [rule for rule in one_port if rule.owner.startswith(mark)]
-    return others, len(alike) < len(others)
 
 
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
@@ -1103,12 +1054,10 @@ def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> 
     return f"security group {group.name} also lets in {ways}; to close that: {close} --ip-permissions {permissions}"
 
 
-def warn_of_rules(
-    ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, identity: Identity
-) -> None:
+def warn_of_rules(ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, owner: str) -> None:
     """Name what security GROUPS let in beside this machine and their own nodes."""
     for group in groups:
-        others, _ = other_rules(group, settings, cidr, identity)
+        _, _, others = sort_rules(group, settings, cidr, owner)
         if others:
             warn(describe_rules(ec2, group, others))
 
@@ -1118,7 +1067,7 @@ def warn_of_rules(
 
 TCP_LIMIT = 5  # one connection attempt
 EXCHANGE_LIMIT = 30  # banner and key exchange: long under load
-IDLE_POLL = 5  # between paramiko's looks at an idle connection; its 0.1 s costs half a core with 1000 nodes
+IDLE_POLL = 5  # between paramiko's polls of an idle connection; its 0.1 s costs half a core with 1000 nodes
 BOOT_LIMIT = 600  # from the launch to an answering sshd
 LOGIN_LIMIT = 60  # a node that should be up
 REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who fails often (PerSourcePenalties)
@@ -1162,16 +1111,6 @@ def to_identity(key: paramiko.PKey) -> Identity:
     return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
 
-def agent_identity(path: Path, public: str) -> Identity:
-    """Return the ssh-agent's key with this PUBLIC half."""
-    import paramiko
-
-    for key in paramiko.Agent().get_keys():
-        if (identity := to_identity(key)).public == public:
-            return identity
-    raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
-
-
 @functools.cache
 def read_fingerprint(path: Path) -> str:
     """Return the fingerprint of a key file, of an encrypted one too; "" where ssh-keygen can't tell it."""
@@ -1184,23 +1123,13 @@ def read_fingerprint(path: Path) -> str:
     return ""
 
 
-def unlock_identity(path: Path, may_ask: bool) -> Identity:
-    """Return an encrypted key: the agent's, if it has it, else by asking for the passphrase."""
+def from_agent(path: Path) -> Identity | None:
+    """Return the ssh-agent's key that a file holds the public half of, or encrypted."""
     import paramiko
 
-    if shown := read_fingerprint(path):
-        for held in paramiko.Agent().get_keys():
-            if held.fingerprint == shown:
-                return to_identity(held)
-    if not (may_ask and sys.stdin.isatty()):
-        raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
-    passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
-    try:
-        # Bytes, whatever the annotation says: cryptography, which paramiko hands it to, takes nothing else.
-        key = paramiko.PKey.from_path(path, passphrase.encode())  # type: ignore[arg-type]
-    except (paramiko.SSHException, ValueError) as error:
-        raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
-    return to_identity(key)
+    shown = read_fingerprint(path)
+    held = paramiko.Agent().get_keys() if shown else ()
+    return next((to_identity(key) for key in held if key.fingerprint == shown), None)
 
 
 def load_identity(path: Path, may_ask: bool = True) -> Identity:
@@ -1208,8 +1137,10 @@ def load_identity(path: Path, may_ask: bool = True) -> Identity:
     import paramiko
 
     text = path.read_text("latin-1") if path.exists() else ""
-    if match := re.search(r"^(ssh-\w+|ecdsa-\S+) ([A-Za-z0-9+/=]+)", text):
-        return agent_identity(path, match[0])
+    if re.search(r"^(ssh-\w+|ecdsa-\S+) [A-Za-z0-9+/=]+", text):
+        if identity := from_agent(path):
+            return identity
+        raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
     if "PRIVATE KEY" not in text:
         if not path.exists():
             raise ClusterError(
@@ -1220,12 +1151,20 @@ def load_identity(path: Path, may_ask: bool = True) -> Identity:
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
     try:
-        key = paramiko.PKey.from_path(path)
+        return to_identity(paramiko.PKey.from_path(path))
     except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
-        return unlock_identity(path, may_ask)
+        if identity := from_agent(path):
+            return identity
     except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
-    return to_identity(key)
+    if not (may_ask and sys.stdin.isatty()):
+        raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
+    passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
+    try:
+        # Bytes, whatever the annotation says: cryptography, which paramiko hands it to, takes nothing else.
+        return to_identity(paramiko.PKey.from_path(path, passphrase.encode()))  # type: ignore[arg-type]
+    except (paramiko.SSHException, ValueError) as error:
+        raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
 
 
 def signed_text(group: str, host_key: str) -> bytes:
@@ -1324,18 +1263,18 @@ from typing import Any, NamedTuple
 '''
 
 
-def node_program(main: Callable[[list[str]], object]) -> str:
-    """Return a Python program for a node: MAIN, and the functions, classes and CONSTANTS that it needs, to the letter.
+def node_program(entry: Callable[[list[str]], object]) -> str:
+    """Return a Python program for a node: ENTRY, and the functions, classes and CONSTANTS that it needs, to the letter.
 
     inspect.getsource finds a class only by parsing the whole file: 0.3 s each, before Python 3.13.
     """
     import symtable
 
-    text = inspect.getsource(sys.modules[__name__])
+    text = Path(__file__).read_text("utf-8")
     blocks = {name: f"{name} = {value!r}" for name, value in globals().items() if name.isupper()}
     blocks |= {found[1]: found[0] for found in re.finditer(r"^(?:def|class) (\w+)\b.*\n(?:(?:[ )].*)?\n)*", text, re.M)}
-    needed = {main.__name__}
-    tables = [symtable.symtable(blocks[main.__name__], "", "exec")]
+    needed = {entry.__name__}
+    tables = [symtable.symtable(blocks[entry.__name__], "", "exec")]
     for table in tables:
         tables += table.get_children()
         used = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_global()}
@@ -1343,26 +1282,11 @@ def node_program(main: Callable[[list[str]], object]) -> str:
         needed |= new
         tables += [symtable.symtable(blocks[name], "", "exec") for name in new]
     sources = [block for name, block in blocks.items() if name in needed]
-    return "\n".join([NODE_HEADER, *sources, f"{main.__name__}(sys.argv[1:])\n"])
+    return "\n".join([NODE_HEADER, *sources, f"{entry.__name__}(sys.argv[1:])\n"])
 
 
-class WrongHostKey(Exception):
-    """The node showed another host key than its tag has."""
-
-
-def dial(address: str, port: int) -> socket.socket:
-    """Open a TCP connection to a node."""
-    plain = socket.create_connection((address, port), TCP_LIMIT)
-    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # 0.05 of 0.66 s with 8 nodes
-    return plain
-
-
-def prefer_gcm(transport: paramiko.Transport) -> None:
-    """Put AES-GCM first: its check is native, the other ciphers' is in Python."""
-    options = transport.get_security_options()
-    ciphers: tuple[str, ...] = tuple(options.ciphers)
-    first = tuple(cipher for cipher in ciphers if "gcm" in cipher)
-    options.ciphers = first + tuple(cipher for cipher in ciphers if cipher not in first)
+class Unusable(NodeError):
+    """A node answers, and can't be used."""
 
 
 @dataclass(frozen=True)
@@ -1370,7 +1294,7 @@ class Outcome(Generic[T]):
     """What one step did on one node: a value, or an error in words."""
 
     node: Node
-    found: T | None = None
+    value: T = None  # type: ignore[assignment]  # the step's own result, where it succeeded
     error: str = ""
     silent: bool = False  # it failed since the node does not answer
 
@@ -1378,11 +1302,6 @@ class Outcome(Generic[T]):
     def ok(self) -> bool:
         """Tell whether the step succeeded."""
         return not self.error
-
-    @property
-    def value(self) -> T:
-        """The step's own result; only where it succeeded."""
-        return cast(T, self.found)
 
 
 class Facts(NamedTuple):
@@ -1452,21 +1371,20 @@ esac
 class Remote:
     """A connected node: runs commands on it."""
 
-    def __init__(self, node: Node, transport: paramiko.Transport, user: str) -> None:
+    def __init__(self, node: Node, transport: paramiko.Transport) -> None:
         self.node = node
-        self.user = user
         self.transport = transport
-        self.consent: float | None = None  # until when the node must have begun a command
+        self.reply_by: float | None = None  # when the node must have begun a command
 
     def run(
         self,
-        command: str,
+        line: str,
         limit: float | None = None,
         stdin: Iterable[bytes] = (),
         sink: Callable[[bytes], object] | None = None,
         keep: int = OUTPUT_TAIL,
     ) -> tuple[int, str]:
-        """Run COMMAND; return (exit code, or -1: killed; the last KEEP bytes of its output, stderr merged in).
+        """Run a command LINE; return (exit code, or -1: killed; the last KEEP bytes of its output, stderr merged in).
 
         SINK gets all of the output as it comes. NodeError after LIMIT seconds (None: STEP_LIMIT), when the node does
         not answer any more, or when the connection breaks.
@@ -1475,7 +1393,7 @@ class Remote:
         with self.session() as channel:
             channel.set_combine_stderr(True)
             channel.settimeout(SILENCE_LIMIT)
-            self.execute(channel, command)
+            self.execute(channel, line)
             self.feed(channel, stdin)
             tail = b""
             while block := self.receive(channel, deadline):
@@ -1505,11 +1423,11 @@ class Remote:
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
-    def execute(self, channel: paramiko.Channel, command: str) -> None:
-        """Start COMMAND; paramiko itself would wait for the node's consent for ever."""
-        self.consent = time.monotonic() + LIVENESS_LIMIT
-        channel.exec_command(command)
-        self.consent = None
+    def execute(self, channel: paramiko.Channel, line: str) -> None:
+        """Start a command LINE; paramiko itself would wait for ever for the node's reply."""
+        self.reply_by = time.monotonic() + LIVENESS_LIMIT
+        channel.exec_command(line)
+        self.reply_by = None
 
     @staticmethod
     def feed(channel: paramiko.Channel, stdin: Iterable[bytes]) -> None:
@@ -1524,8 +1442,8 @@ class Remote:
             pass
 
     def close_if_overdue(self) -> None:
-        """Give up a node that does not consent in time; the pool's main thread looks now and then."""
-        if self.consent and time.monotonic() > self.consent:
+        """Give up a node that does not reply in time; the pool's main thread asks now and then."""
+        if self.reply_by and time.monotonic() > self.reply_by:
             self.transport.close()
 
     def receive(self, channel: paramiko.Channel, deadline: float) -> bytes:
@@ -1543,9 +1461,9 @@ class Remote:
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
 
-    def check(self, command: str, **options: Any) -> str:
-        """Run COMMAND and return its output's end; NodeError with the last lines where it fails."""
-        code, output = self.run(command, **options)
+    def check(self, line: str, **options: Any) -> str:
+        """Run a command LINE and return its output's end; NodeError with the last lines where it fails."""
+        code, output = self.run(line, **options)
         if code:
             raise NodeError(f"{format_exit(code)}{format_tail(output)}")
         return output
@@ -1556,18 +1474,21 @@ def to_seconds(value: Any) -> float:
     return min(1e9, max(0.0, float(value)))
 
 
-# What a node may say of itself: units and tables are made of it, and renderers can write to some of its sources.
-FACT_PATTERNS = {
-    "cores": r"[1-9][0-9]{0,4}",
-    "build": r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?",
-    "role": r"(head|worker)?",
-    "linked": r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*",
-    "boot": r"[0-9A-Za-z-]{0,64}",
-    "started": r"[0-9A-Za-z-]{0,64}",
-    "clock": r"([0-9]{1,12}(\.[0-9]{1,9})?)?",
-    "replaced": r"(yes)?",
-    "load": r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}",
-    "memory_mb": r"[0-9]{1,9} [0-9]{1,9}",
+# Fact -> what a node may say (units and tables are made of it, and renderers can write to some of its sources), and
+# what it is read as.
+FACT_FORMS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "cores": (r"[1-9][0-9]{0,4}", int),
+    "build": (r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?", str),
+    "role": (r"(head|worker)?", str),
+    "linked": (r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*", lambda text: tuple(text.split())),
+    "boot": (r"[0-9A-Za-z-]{0,64}", str),
+    "started": (r"[0-9A-Za-z-]{0,64}", str),
+    "clock": (r"([0-9]{1,12}(\.[0-9]{1,9})?)?", str),
+    "replaced": (r"(yes)?", str),
+    "load": (r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}", lambda text: tuple(map(float, text.split()))),
+    "memory_mb": (r"[0-9]{1,9} [0-9]{1,9}", lambda text: tuple(map(int, text.split()))),
+    "restarts": (r"[0-9]{0,9}", lambda text: int(text or 0)),
+    "problem": (r".*", printable),
 }
 
 
@@ -1575,72 +1496,54 @@ def fetch_facts(remote: Remote) -> Facts:
     """Ask a node about itself."""
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
-    for name, pattern in FACT_PATTERNS.items():
-        if not re.fullmatch(pattern, pairs.get(name, "")):
-            raise NodeError(f"reports {name!r} as {pairs.get(name, '')[:60]!r}, which can't be")
+    said: dict[str, Any] = {}
+    for name, (pattern, read) in FACT_FORMS.items():
+        text = pairs.get(name, "")
+        if not re.fullmatch(pattern, text):
+            raise NodeError(f"reports {name!r} as {text[:60]!r}, which can't be")
+        said[name] = read(text)
     try:
         guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
-            cores=int(pairs["cores"]),
-            build=pairs.get("build", ""),
-            role=pairs.get("role", ""),
-            linked=tuple(pairs.get("linked", "").split()),
+            **said,
             idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
             idle_limit=to_seconds(guard["limit"]),
             clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
-            boot=pairs.get("boot", ""),
-            started=pairs.get("started", ""),
-            clock=pairs.get("clock", ""),
-            load=tuple(map(float, pairs.get("load", "").split())),
-            memory_mb=tuple(map(int, pairs.get("memory_mb", "").split())),
-            restarts=int(pairs.get("restarts") or 0),
-            problem=printable(pairs.get("problem", "")),
-            replaced=pairs.get("replaced", ""),
         )
     except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
 def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
-    """Connect once: dial, exchange keys, check the host key, log in."""
+    """Connect once: exchange keys, check the host key, log in."""
     import paramiko
 
     transport = None
-    plain = dial(node.address, settings.SSH_PORT)
+    plain = socket.create_connection((node.address, settings.SSH_PORT), TCP_LIMIT)
     try:
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # 0.05 of 0.66 s with 8 nodes
         transport = paramiko.Transport(plain)
-        transport.banner_timeout = EXCHANGE_LIMIT
-        transport.auth_timeout = EXCHANGE_LIMIT
-        prefer_gcm(transport)
+        transport.banner_timeout = transport.auth_timeout = EXCHANGE_LIMIT
+        options = transport.get_security_options()
+        # AES-GCM first: its check is native, the other ciphers' is in Python.
+        options.ciphers = tuple(sorted(options.ciphers, key=lambda cipher: "gcm" not in cipher))
         transport.start_client(timeout=EXCHANGE_LIMIT)
         shown = transport.get_remote_server_key()
         if f"{shown.get_name()} {shown.get_base64()}" != node.host_key:
-            raise WrongHostKey(shown.get_name())
-        transport.auth_publickey(settings.SSH_USER, identity.key)
+            raise Unusable(
+                "shows another host key than the one it was launched with: something else answers at this address, "
+                "or somebody is in between; nothing was sent to it"
+            )
+        try:
+            transport.auth_publickey(settings.SSH_USER, identity.key)
+        except paramiko.AuthenticationException as error:
+            raise Unusable(f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}") from error
         transport.set_keepalive(15)
         plain.settimeout(IDLE_POLL)
-        return Remote(node, transport, settings.SSH_USER)
+        return Remote(node, transport)
     except BaseException:
         (transport or plain).close()
         raise
-
-
-def refusal(error: Exception, settings: Settings) -> str:
-    """Say why a node that answers can't be used."""
-    if isinstance(error, WrongHostKey):
-        return (
-            "shows another host key than the one it was launched with: something else answers at this address, "
-            "or somebody is in between; nothing was sent to it"
-        )
-    return f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}"
-
-
-def unreachable(node: Node, settings: Settings, error: Exception) -> str:
-    """Say why a node was given up."""
-    return (
-        f"port {settings.SSH_PORT} of {node.address} does not answer from here ({error or type(error).__name__}); "
-        f"does the security group allow this machine's address, and does the subnet route to the internet?"
-    )
 
 
 @contextlib.contextmanager
@@ -1680,14 +1583,18 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
     while True:
         try:
             return connect(node, settings, identity)
-        except (WrongHostKey, paramiko.AuthenticationException) as error:
+        except Unusable:
             answered = answered or time.monotonic()
             pause = min(2 * pause, REFUSED_PAUSE)
             if not first_boot or time.monotonic() - answered > FIRST_KEY_LIMIT:
-                raise NodeError(refusal(error, settings)) from error
+                raise
         except (paramiko.SSHException, OSError, EOFError) as error:
             if time.monotonic() > deadline:
-                raise SilentNode(unreachable(node, settings, error)) from error
+                raise SilentNode(
+                    f"port {settings.SSH_PORT} of {node.address} does not answer from here "
+                    f"({error or type(error).__name__}); does the security group allow this machine's address, and "
+                    "does the subnet route to the internet?"
+                ) from error
         time.sleep(pause)
 
 
@@ -1811,7 +1718,7 @@ class NodePool:
             return Outcome(node, error=error.message)
 
     def wait(self, futures: Iterable[Future[Outcome[T]]], seconds: float) -> None:
-        """Wait for FUTURES, for at most SECONDS; give up the nodes that do not consent to a command in time."""
+        """Wait for FUTURES, for at most SECONDS; give up the nodes that do not reply in time."""
         if waiting := list(futures):
             concurrent.futures.wait(waiting, seconds)
         else:
@@ -2443,22 +2350,17 @@ class Spread:
 CONFIG_VARIABLE = "MITSUBA_CLUSTER_CONFIG"
 
 
-def warn_of_git(path: Path) -> None:
-    """Keep git's hands off a file with secrets, or say that this failed."""
-    if why := hide_from_git(path):
-        warn(f"git may pick up the secrets in {path} ({why})")
-
-
 def warn_of_secrets(path: Path, settings: Settings) -> None:
     """Keep git's hands off files with secrets, and say who else could read them."""
     if settings.AWS_SECRET_ACCESS_KEY:
         warn(f"{path.name} has a secret key in it; better: aws configure, or aws sso login")
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             warn(f"other users of this machine can read it: chmod 600 {path}")
-        warn_of_git(path)
     s3cfg = settings.folder / ".s3cfg"
-    if s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M):
-        warn_of_git(s3cfg)
+    with_key = s3cfg.exists() and re.search(r"^\s*secret_key\s*=\s*\S", s3cfg.read_text("utf-8", "replace"), re.M)
+    for secret in [path] * bool(settings.AWS_SECRET_ACCESS_KEY) + [s3cfg] * bool(with_key):
+        if why := hide_from_git(secret):
+            warn(f"git may pick up the secrets in {secret} ({why})")
 
 
 class App:
@@ -2491,7 +2393,7 @@ class App:
 
     @functools.cached_property
     def known_identity(self) -> Identity | None:
-        """The user's SSH key, or None where it can't be had without asking for a passphrase: enough for a look."""
+        """The user's SSH key, or None where it can't be had without asking for a passphrase."""
         try:
             return load_identity(self.settings.key_file, may_ask=False)
         except ClusterError:
@@ -2502,6 +2404,14 @@ class App:
         """The fingerprint of the user's SSH key, of a locked one too; "" where there is none."""
         known = self.known_identity
         return known.fingerprint if known else read_fingerprint(self.settings.key_file)
+
+    @functools.cached_property
+    def rule_owner(self) -> str:
+        """What marks a rule as this machine's; EC2 allows a few characters only."""
+        import getpass
+
+        who = re.sub(r"[^A-Za-z0-9._-]", "_", f"{getpass.getuser()}@{socket.gethostname()}")
+        return f"mitsuba-cluster {self.fingerprint} {who}"[:255]
 
     @functools.cached_property
     def pool(self) -> NodePool:
@@ -2523,9 +2433,6 @@ class App:
 
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
-        path = self.settings.key_file
-        if nodes and self.known_identity is None and path.exists() and b"placeholder" not in path.read_bytes():
-            _ = self.identity  # asks for its passphrase, or says what is wrong with it, before others are suspected
         self.check_owner(group, nodes)
         running = [node for node in nodes if node.state == "running"]
         ready = self.ours([node for node in running if not self.awaits_address(node)])
@@ -2544,7 +2451,7 @@ class App:
     def allow_access(self, groups: Sequence[SecurityGroup], cidr: str) -> None:
         """Make sure that this machine, at CIDR, may connect to the nodes in these security GROUPS."""
         for security_group in groups:
-            if repair_rules(self.ec2, security_group, self.settings, cidr, rule_owner(self.identity)):
+            if repair_rules(self.ec2, security_group, self.settings, cidr, self.rule_owner):
                 note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
 
     def open_group(self, group: str) -> list[Node]:
@@ -2565,7 +2472,7 @@ class App:
         ready = self.choose_running(group, nodes)
         if cidr:
             self.allow_access(groups, cidr)
-        warn_of_rules(ec2, groups, self.settings, cidr, self.identity)
+        warn_of_rules(ec2, groups, self.settings, cidr, self.rule_owner)
         return ready
 
     def has_key_pair(self, ec2: Client) -> bool:
@@ -2610,17 +2517,17 @@ class App:
             "do it all the same with --others"
         )
 
-    def in_all_regions(self, look: Callable[[Client], T], problems: list[str]) -> dict[str, T]:
-        """LOOK at every region, side by side, config.py's first; add to PROBLEMS those that refuse, in words."""
+    def in_all_regions(self, call: Callable[[Client], T], problems: list[str]) -> dict[str, T]:
+        """CALL for every region, side by side, config.py's first; add to PROBLEMS those that refuse, in words."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         home, found = self.settings.AWS_REGION, {}
 
         def ask(region: str) -> None:
             try:
-                found[region] = look(self.ec2 if region == home else open_client(self.settings, "ec2", region))
+                found[region] = call(self.ec2 if region == home else open_client(self.settings, "ec2", region))
             except (ClusterError, BotoCoreError, ClientError) as error:
-                problems.append(f"{region}: {error.message if isinstance(error, ClusterError) else explain(error)}")
+                problems.append(f"{region}: {explain(error)}")
 
         side_by_side(*(functools.partial(ask, region) for region in fetch_regions(self.settings)))
         return {region: found[region] for region in sorted(found, key=lambda name: (name != home, name))}
@@ -2794,14 +2701,9 @@ class GroupName(click.ParamType):  # type: ignore[type-arg]  # generic only sinc
         return complete(ctx, incomplete, lambda ec2: [one.group for one in fetch_security_groups(ec2)])
 
 
-class NodeName(click.ParamType):  # type: ignore[type-arg]
-    """A node, as find_node understands it."""
-
-    name = "node"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
-        """Complete short names, and "head"."""
-        return complete(ctx, incomplete, lambda ec2: ["head", *(n.short for n in fetch_nodes(ec2) if n.state in ALIVE)])
+def complete_nodes(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[Any]:
+    """Complete short names, and "head"."""
+    return complete(ctx, incomplete, lambda ec2: ["head", *(n.short for n in fetch_nodes(ec2) if n.state in ALIVE)])
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]
@@ -2821,7 +2723,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]
         title = "it" if not param else param.opts[0] if isinstance(param, click.Option) else (param.name or "").upper()
         kind = "a whole number" if self.whole else "a number"
         span = f"above {self.low:g}, at most" if self.above else f"from {self.low:g} to"
-        first = (ctx.params.get("machine") if ctx else None) or ""
+        first = (ctx.params.get("instance_type") if ctx else None) or ""
         swapped = ctx and first.isdigit() and re.fullmatch(r"[a-z][\w-]*\.[\w-]+", str(value))
         advice = f"; did you mean {command(ctx.info_name or '', value, first)}?" if ctx and swapped else ""
         raise click.UsageError(f"{title} must be {kind} {span} {self.high:g}, not {value!r}{advice}", ctx)
@@ -2886,7 +2788,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 
 others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
-type_argument = click.argument("machine", metavar="TYPE")
+type_argument = click.argument("instance_type", metavar="TYPE")
 
 
 def in_order(nodes: Iterable[Node]) -> list[Node]:
@@ -3458,7 +3360,6 @@ QUOTAS = {
     "x": ("L-7295265B", "L-E3A00192"),
     "": ("L-1216C47A", "L-34B43A08"),
 }
-POLL_TROUBLE_LIMIT = 60  # of failing looks at EC2 in a row
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
@@ -3592,12 +3493,12 @@ nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
 """
 
 
-def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]:
+def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[Subnet]:
     """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
-    kind = [{"Name": "instance-type", "Values": [machine]}]
+    kind = [{"Name": "instance-type", "Values": [instance_type]}]
     found, offerings = side_by_side(
         lambda: ec2.describe_subnets(**wanted)["Subnets"],
         lambda: ec2.describe_instance_type_offerings(LocationType="availability-zone", Filters=kind),
@@ -3615,7 +3516,7 @@ def fetch_subnets(ec2: Client, settings: Settings, machine: str) -> list[Subnet]
     if not fit:
         here = f"in {subnets[0].zone}, where SUBNET_ID is" if settings.SUBNET_ID else f"in {ec2.meta.region_name}"
         there = f"; this region has it in {', '.join(sorted(zones))}" if zones else ""
-        raise ClusterError(f"{machine} is not offered {here}{there}")
+        raise ClusterError(f"{instance_type} is not offered {here}{there}")
     return fit
 
 
@@ -3623,7 +3524,7 @@ def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
     """Return the id of the newest image of Ubuntu's RELEASE: by Canonical's SSM parameter, else from EC2's list."""
     code_name, disk = UBUNTU[release]
     parameter = f"/aws/service/canonical/ubuntu/server/{release}/stable/current/amd64/hvm/ebs-{disk}/ami-id"
-    with excused("Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
+    with tolerate(loss="Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
         return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
     folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
     named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
@@ -3656,21 +3557,21 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
     )
 
 
-def check_image(machine: InstanceType, image: Image) -> None:
-    """Refuse an image that can't boot on the machine."""
-    if image.architecture not in machine.architectures:
+def check_image(wanted: InstanceType, image: Image) -> None:
+    """Refuse an image that can't boot on the instance type."""
+    if image.architecture not in wanted.architectures:
         raise ClusterError(
-            f"{machine.type} is an {machine.architectures[0]} machine, and image {image.id} (as Mitsuba 0.6) is for "
-            f"{image.architecture}: choose another type, or an image of your own in AMI_IDS"
+            f"image {image.id} is for {image.architecture}, which {wanted.type} is not: choose another type (Mitsuba "
+            "0.6 is an x86-64 program), or an image of your own in AMI_IDS"
         )
-    if image.virtualization not in machine.virtualization:
-        raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {machine.type}; see AMI_IDS")
+    if image.virtualization not in wanted.virtualization:
+        raise ClusterError(f"image {image.id} ({image.virtualization}) can't boot on {wanted.type}; see AMI_IDS")
     modes = {"uefi-preferred": ("uefi", "legacy-bios")}.get(image.boot_mode, (image.boot_mode,))
-    if not set(modes) & set(machine.boot_modes):
-        raise ClusterError(f"image {image.id} boots by {image.boot_mode} only, which {machine.type} can't; see AMI_IDS")
+    if not set(modes) & set(wanted.boot_modes):
+        raise ClusterError(f"image {image.id} boots by {image.boot_mode} only, which {wanted.type} can't; see AMI_IDS")
 
 
-def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
+def fetch_on_demand_price(settings: Settings, instance_type: str) -> float | None:
     """Return the $ an hour of a Linux instance; None where it can't be had.
 
     The Pricing API answers in us-east-1 for all regions but those of other partitions: accounts of GovCloud have none,
@@ -3679,7 +3580,7 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     if find_partition(settings.AWS_REGION)[0] != "aws":
         return None
     wanted = {
-        "instanceType": machine,
+        "instanceType": instance_type,
         "regionCode": settings.AWS_REGION,
         "operatingSystem": "Linux",
         "preInstalledSw": "NA",
@@ -3688,7 +3589,7 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     }
     filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
     quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
-    with excused("the price is unknown"), contextlib.suppress(KeyError, ValueError):
+    with tolerate(loss="the price is unknown"), contextlib.suppress(KeyError, ValueError):
         pricing = open_client(settings, "pricing", "us-east-1", **quick)
         products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
         terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
@@ -3697,38 +3598,38 @@ def fetch_on_demand_price(settings: Settings, machine: str) -> float | None:
     return None
 
 
-def fetch_spot_prices(ec2: Client, machine: str) -> dict[str, float]:
+def fetch_spot_prices(ec2: Client, instance_type: str) -> dict[str, float]:
     """Return zone -> present $ an hour of a spot node, cheapest first; {} where that can't be had."""
-    with excused("spot prices are unknown"):
-        now = {zone: prices[-1][1] for zone, prices in fetch_spot_history(ec2, machine, 1).items()}
+    with tolerate(loss="spot prices are unknown"):
+        now = {zone: prices[-1][1] for zone, prices in fetch_spot_history(ec2, instance_type, 1).items()}
         return dict(sorted(now.items(), key=lambda item: item[1]))
     return {}
 
 
-def quota_code(machine: str, spot: bool) -> str:
+def quota_code(instance_type: str, spot: bool) -> str:
     """Return Service Quotas' code for the vCPUs of an instance type; "" where there is none."""
-    letters = re.sub("[^a-z].*", "", machine)
+    letters = re.sub("[^a-z].*", "", instance_type)
     return next(codes for prefix, codes in QUOTAS.items() if letters.startswith(prefix))[spot]
 
 
-def fetch_quota(settings: Settings, machine: str, spot: bool) -> str:
+def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
     """Return the account's quota of vCPUs in words; "" where it can't be had in a moment."""
     quick: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 3, "retries": {"total_max_attempts": 1}}
     with tolerate():
         quotas = open_client(settings, "service-quotas", **quick)
-        quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(machine, spot))["Quota"]
+        quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(instance_type, spot))["Quota"]
         return f"{quota['Value']:g} ({printable(quota['QuotaName'])})"
     return ""
 
 
-def format_price(machine: str, count: int, price: float | None, public: bool = True) -> str:
+def format_price(instance_type: str, count: int, price: float | None, public: bool = True) -> str:
     """Return what COUNT nodes cost, as createNodes says it before the launch."""
     if price is None:
-        return f"{count} × {machine}: the price could not be looked up"
+        return f"{count} × {instance_type}: the price could not be looked up"
     addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
-    return f"{count} × {machine}: {format_money(count * price)} an hour{more}; {day} a day"
+    return f"{count} × {instance_type}: {format_money(count * price)} an hour{more}; {day} a day"
 
 
 def check_key_pair(app: App) -> None:
@@ -3744,8 +3645,10 @@ def check_key_pair(app: App) -> None:
 
 def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
     """Return what GROUP lets in for other machines with the user's key; refuse what others have added."""
-    rules, foreign = other_rules(group, app.settings, cidr, app.identity)
-    if foreign:
+    _, _, rules = sort_rules(group, app.settings, cidr, app.rule_owner)
+    key = app.rule_owner.rpartition(" ")[0]
+    one_port = [r for r in rules if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    if len([rule for rule in one_port if rule.owner.startswith(f"{key} ")]) < len(rules):
         raise ClusterError(f"nothing is launched: {describe_rules(app.ec2, group, rules)}")
     return rules
 
@@ -3754,7 +3657,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
     ssm = open_client(settings, "ssm")
-    machine, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
+    instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
         lambda: fetch_instance_type(ec2, request.type),
         lambda: fetch_image(ec2, ssm, settings),
         lambda: fetch_subnets(ec2, settings, request.type),
@@ -3766,7 +3669,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
     )
     app.check_owner(request.group, before, request.others)
-    check_image(machine, image)
+    check_image(instance_type, image)
     subnets = [one._replace(price=spot.get(one.zone) if request.spot else on_demand) for one in subnets]
     subnets.sort(key=lambda one: (one.price is None, one.price or 0.0, one.zone))
     lowest = subnets[0].price
@@ -3784,7 +3687,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     present = sum(node.state in ("pending", "running") for node in before)
     hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
     idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
-    return Plan(request, machine, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
+    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3947,7 +3850,7 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
             with tolerate("InvalidPermission.NotFound"):
                 ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
             note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
-    repair_rules(ec2, group, settings, plan.cidr, rule_owner(app.identity))
+    repair_rules(ec2, group, settings, plan.cidr, app.rule_owner)
     private, public = make_ed25519()
     tags = {TAG_GROUP: request.group, TAG_HOST_KEY: public} | sign_launch(app.identity, request.group, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
@@ -4076,7 +3979,7 @@ def decide(app: App, node: Node, future: Future[Outcome[T]] | None, elapsed: flo
         return None
     outcome = replace(future.result(), node=node)
     if outcome.silent:
-        with excused(f"the console of {node.id} can't be read"):
+        with tolerate(loss=f"the console of {node.id} can't be read"):
             console = str(app.ec2.get_console_output(InstanceId=node.id).get("Output") or "")
             return replace(outcome, error=outcome.error + format_tail(console))
     return outcome
@@ -4101,7 +4004,7 @@ def await_nodes(
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
             seen = {}
-            if time.monotonic() - good > POLL_TROUBLE_LIMIT:
+            if time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
         waiting |= seen
         for node in seen.values():
@@ -4198,17 +4101,17 @@ spot_option = click.option("--spot", is_flag=True, help="Spot nodes: cheaper, an
 @cli.command("createNodes")
 @launch_options(spot_option)
 @click.pass_obj
-def create_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def create_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
-    create(app, LaunchRequest(machine, count, group, **options), dry_run)
+    create(app, LaunchRequest(instance_type, count, group, **options), dry_run)
 
 
 @cli.command("addSpotNodes")
 @launch_options(click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True)))
 @click.pass_obj
-def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def add_spot_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(machine, count, group, spot=True, **options), dry_run)
+    create(app, LaunchRequest(instance_type, count, group, spot=True, **options), dry_run)
 
 
 # --- install -----------------------------------------------------------------
@@ -4216,7 +4119,7 @@ def add_spot_nodes(app: App, /, machine: str, count: int, group: str, dry_run: b
 # nodes, and the logs that are kept here. createNodes asks here what would be installed.
 
 INSTALL_LIMIT = 1800
-BUILD_LIMIT = 20
+BUILD_LIMIT = 10  # seconds for mtssrv to greet; it takes milliseconds
 GONE = (404, 410)  # HTTP's codes for what does not exist
 PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
@@ -4443,7 +4346,7 @@ if [ -z "$version" ]; then
   exit 1
 fi
 cd "$work"  # for its log
-build=$(python3 -I -c "$learn_build")
+build=$(python3 -I -c "$learn_build" "$version")
 echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
@@ -4453,11 +4356,13 @@ echo "version $version"
 def learn_build(arguments: list[str]) -> None:
     """Run on a node: print the build by which mtssrv greets other servers; a build answers its own greeting only.
 
-    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision.
+    The greeting: 2 bytes, the version and a NUL byte, SPECTRUM_SAMPLES, and 1 if it is of double precision. A server
+    that greets nobody is taken for the usual build of the version in ARGUMENTS: start's handshake shows whether it is.
     """
     import subprocess
 
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    build = [arguments[0], 3, 0]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(BUILD_LIMIT)
         worker = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -4465,16 +4370,16 @@ def learn_build(arguments: list[str]) -> None:
             try:
                 stream, _ = listener.accept()
                 stream.settimeout(BUILD_LIMIT)
-                greeting = b""
-                while not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
-                    if not (more := stream.recv(64)):
-                        sys.exit(f"mtssrv greets other servers in an unknown way: {greeting.hex()}")
-                    greeting += more
-            except TimeoutError:
-                sys.exit(f"mtssrv does not greet other servers within {BUILD_LIMIT} seconds")
+                greeting, more = b"", b"-"
+                while more and not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                    greeting += (more := stream.recv(64))
+                if found:
+                    build = [found[1].decode(), *found[2], *found[3]]
+            except OSError:
+                pass
             finally:
                 server.kill()
-    print(found[1].decode(), *found[2], *found[3])
+    print(*build)
 
 
 def digest_file(path: Path, kind: str, count: Callable[[int], None] = lambda size: None) -> str:
@@ -5097,7 +5002,7 @@ def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
 
 def fetch_types(ec2: Client, nodes: Sequence[Node]) -> dict[str, InstanceType]:
     """Return the NODES' instance types by name, as far as EC2 tells."""
-    with excused("the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
+    with tolerate(loss="the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
         types = sorted({node.type for node in nodes})
         return dict(zip(types, side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))))
     return {}
@@ -5510,7 +5415,7 @@ def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Se
     workers = [outcome for outcome in outcomes if outcome is not head]
     good = [outcome.node for outcome in workers if outcome.ok]
     if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
-        looked = Outcome(head.node, head.found.facts if head.found else None, head.error)
+        looked = Outcome(head.node, head.value.facts) if head.ok else Outcome[Facts](head.node, error=head.error)
         return link_group(app, group, plan, looked, workers)
     start_group(app, group, good, force=False, tree=plan.tree)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
@@ -5546,7 +5451,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
     except (ClusterError, BotoCoreError, ClientError) as error:
         if not nodes:
             raise
-        return nodes, error.message if isinstance(error, ClusterError) else explain(error), ""
+        return nodes, explain(error), ""
     return [*nodes, *launched], why, token
 
 
@@ -5554,14 +5459,16 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 @launch_options(spot_option)
 @tree_option
 @click.pass_obj
-def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: bool | None, **options: Any) -> None:
+def up(
+    app: App, /, instance_type: str, count: int, group: str, dry_run: bool, tree: bool | None, **options: Any
+) -> None:
     """Create, install and start what GROUP lacks of COUNT nodes.
 
     Run it again to complete or mend the group, whatever became of the first run.
     """
     again = f"{Call.program} {shlex.join(sys.argv[1:])}"  # with its options, which a second run needs, too
     package = plan_package(app.settings)
-    nodes, why, token = find_or_launch(app, LaunchRequest(machine, count, group, **options), again, dry_run)
+    nodes, why, token = find_or_launch(app, LaunchRequest(instance_type, count, group, **options), again, dry_run)
     if dry_run:
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
@@ -5569,7 +5476,7 @@ def up(app: App, /, machine: str, count: int, group: str, dry_run: bool, tree: b
         groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
         if cidr:
             app.allow_access(groups, cidr)
-        warn_of_rules(app.ec2, groups, app.settings, cidr, app.identity)
+        warn_of_rules(app.ec2, groups, app.settings, cidr, app.rule_owner)
     ended: set[str] = set()
     keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
@@ -5751,9 +5658,9 @@ class RenderCluster:
 
 
 @contextlib.contextmanager
-def mitsuba_address(app: App, head: Node, tunnel: bool) -> Iterator[str]:
+def mitsuba_address(app: App, head: Node, through_ssh: bool) -> Iterator[str]:
     """Yield what Mitsuba is to connect to: the head, or this end of a tunnel to it."""
-    if not tunnel and app.settings.PUBLIC_SERVER_PORT:
+    if not through_ssh and app.settings.PUBLIC_SERVER_PORT:
         yield head.address
         return
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -6098,7 +6005,7 @@ def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str
     }
 
 
-def renew(show: Callable[[], str]) -> NoReturn:
+def keep_showing(show: Callable[[], str]) -> NoReturn:
     """SHOW a text alone on the terminal, as far as it has room, every few seconds until Ctrl-C."""
     while True:
         text = f"{show()}\n\n{format_time(datetime.now(timezone.utc))}; every {WATCH_SECONDS} s until Ctrl-C"
@@ -6150,7 +6057,7 @@ def show_status(
     if everywhere and (servers or watch):
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
-        renew(lambda: show_watched(app, group, wide))
+        keep_showing(lambda: show_watched(app, group, wide))
     address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
     fetch = functools.partial(fetch_groups, group)
     regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
@@ -6166,9 +6073,9 @@ def show_status(
         result(json.dumps(found | {"totals": totals([node for one in groups for node in one.present])}, indent=2))
     elif groups:
         show_groups(app, groups, wide, servers)
-        if key := app.known_identity:
+        if app.known_identity:
             guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
-            warn_of_rules(app.ec2, guarded, app.settings, address.result(), key)
+            warn_of_rules(app.ec2, guarded, app.settings, address.result(), app.rule_owner)
     else:
         place = "any region that answers" if everywhere else home
         note(f"Nothing is running in {place}" + (f" in group {group!r}" if group else ""))
@@ -6197,7 +6104,7 @@ def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
     if watch:
-        renew(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
+        keep_showing(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
     outcomes = ask_briefly(app, nodes, fetch_facts)
     if as_json:
         fields = ("load", "cores", "memory_mb")
@@ -6684,7 +6591,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
             listed = fetch_nodes(ec2, group)
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
-            if before is None or time.monotonic() - good > POLL_TROUBLE_LIMIT:
+            if before is None or time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
             time.sleep(POLL)
             continue
@@ -6696,7 +6603,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
         living = [node for node in targets if node.id not in protected]
         seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
         if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
-            with excused("their spot requests are not cancelled"):
+            with tolerate(loss="their spot requests are not cancelled"):
                 cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
         present = (len(seen), {node.id for node in living})
         since, before = (since if present == before else time.monotonic()), present
@@ -6815,7 +6722,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
             if client:
                 note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
-            problem = error.message if isinstance(error, ClusterError) else app.explain(error)
+            problem = app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
     regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
@@ -6838,7 +6745,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
 
 
 @cli.command("terminate")
-@click.argument("name", type=NodeName(), metavar="NODE")
+@click.argument("name", shell_complete=complete_nodes, metavar="NODE")
 @others_option
 @click.option("--force", is_flag=True, help="Even if a client's render is lost by it.")
 @click.pass_obj
@@ -6878,20 +6785,20 @@ def format_plot(values: Sequence[float], width: int) -> str:
 @type_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
-def spot_prices(app: App, machine: str, as_json: bool) -> None:
+def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
     """Show the last day's spot prices of TYPE, per zone."""
-    history = fetch_spot_history(app.ec2, fetch_instance_type(app.ec2, machine).type)
+    history = fetch_spot_history(app.ec2, fetch_instance_type(app.ec2, instance_type).type)
     if as_json:
         return result(json.dumps({zone: [[t.isoformat(), p] for t, p in prices] for zone, prices in history.items()}))
     if not history:
-        raise ClusterError(f"{app.settings.AWS_REGION} has no spot prices for {machine}")
-    sign = "¥" if find_partition(app.settings.AWS_REGION)[0] == "aws-cn" else "$"
+        raise ClusterError(f"{app.settings.AWS_REGION} has no spot prices for {instance_type}")
+    currency = "¥" if find_partition(app.settings.AWS_REGION)[0] == "aws-cn" else "$"
     rows = [["ZONE", "LOWEST", "MEAN", "NOW", "LAST DAY" if sys.stdout.isatty() else ""]]
     for zone, prices in history.items():
         values = [price for _, price in prices]
         figures = [min(values), sum(values) / len(values), values[-1]]
         plot = format_plot(values, 24) if sys.stdout.isatty() else ""
-        rows.append([zone, *(f"{sign}{figure:.4f}" for figure in figures), plot])
+        rows.append([zone, *(f"{currency}{figure:.4f}" for figure in figures), plot])
     return result(format_table(rows, terminal_width()))
 
 
@@ -6959,7 +6866,7 @@ class Lines:
             self(b"\n")
 
 
-optional_node = click.argument("name", type=NodeName(), metavar="[NODE]", default="head")
+optional_node = click.argument("name", shell_complete=complete_nodes, metavar="[NODE]", default="head")
 
 
 @cli.command("login")
@@ -7015,13 +6922,18 @@ def run_command(
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     if as_json:
-        ran = {one.node.name: (one.error or None, *(one.found or (None, ""))) for one in outcomes}
+        ran = {one.node.name: (one.error or None, *(one.value or (None, ""))) for one in outcomes}
         result(
             json.dumps({name: dict(zip(("error", "code", "output"), values)) for name, values in ran.items()}, indent=2)
         )
     failed = [one.node.name for one in outcomes if not one.ok or one.value[0]]
     if failed:
         raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
+
+
+def to_moment(seconds: str) -> datetime:
+    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
+    return datetime.fromtimestamp(int(seconds), timezone.utc)
 
 
 # $1 how many lines are read, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
@@ -7054,7 +6966,7 @@ def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
         path = log_folder(node.group) / f"{node.id}.install.log"
         if not path.exists():
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
-        return Lines()(path.read_bytes() + b"\n")
+        return put(printable_lines(path.read_text("utf-8", "replace").removesuffix("\n")))
     app.open_group(node.group)
     cursor = ""
     while True:

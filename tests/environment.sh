@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 packages="python3 python3-venv git openssh-client ${more_packages:-}"
 node_packages="dnsmasq-base dpkg-dev gcc libc6-dev iproute2 mmdebstrap nftables sudo systemd-container s3cmd tmux"
 needed="git ssh ${more_packages:-}"
-node_needed="dnsmasq dpkg-scanpackages ip mmdebstrap nft systemd-nspawn s3cmd tmux"
+node_needed="dnsmasq dpkg-scanpackages gcc ip mmdebstrap nft systemd-nspawn s3cmd tmux"
 
 missing() {
   local program

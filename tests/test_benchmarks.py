@@ -35,6 +35,14 @@ def test_every_peer_has_its_no_op(tmp_path: Path) -> None:
     assert all("127.0.0.2" in " ".join(words) for words in lines.values())
 
 
+def test_figures_of_passing_on_are_held_against_their_targets() -> None:
+    uplink = {"1": {"seconds": 20, "packages": 1.01}, "8": {"seconds": 25, "packages": 1.04}}
+    rounds = {"1": {"cpu": 1.0, "rounds": 1}, "8": {"cpu": 1.7, "rounds": 4}, "64": {"cpu": 7.0, "rounds": 9}}
+    lines = list(report.spread_section({"megabytes": 32, "uplink": uplink, "rounds": rounds}))
+    assert [": met" in line for line in lines] == [False, True, True, False, True]
+    assert "9.00 (target ≤ 7: not met)" in lines[3]
+
+
 def test_a_scene_in_a_tree_takes_as_many_steps_as_the_two_levels_have() -> None:
     """20 MB at 80 Mbit/s take two seconds a copy: from the client, and then from a head to each of its own workers."""
     assert [tree.compute(17, 80, way) for way in (False, True)] == [34, 2 * (1 + 4 + 3)]

@@ -463,3 +463,11 @@ def test_a_command_counts_as_long_as_its_connection_stands(tmp_path: Path) -> No
     mark.touch()
     with mark.open():
         assert not cluster.is_held(str(mark))  # no sshd is above this process
+
+
+def test_a_slow_transfer_over_ssh_is_use_all_the_same() -> None:
+    """Too little from look to look, enough in a minute."""
+    clock = Clock().after(3000)
+    for step in range(1, 13):
+        clock.after(10, logins={"a": 20_000 * step})
+    assert clock.memory.how == "an SSH connection moved data"

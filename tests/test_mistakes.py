@@ -49,7 +49,7 @@ MISTAKES = [
     Mistake("bad group", (*CREATE, "a/b"), "'a/b' is no group name", 2),
     Mistake("group like an option", ("status", "--", "-x"), "'-x' is no group name", 2),
     Mistake("not offered here", CREATE, "c1.xlarge is not offered in eu-central-1", 1, {"AWS_REGION": "eu-central-1"}),
-    Mistake("arm64 type", ("createNodes", "c7g.large", "1"), "c7g.large is an arm64 machine, and Mitsuba 0.6"),
+    Mistake("arm64 type", ("createNodes", "c7g.large", "1"), "is for x86_64, which c7g.large is not"),
     Mistake(
         "uefi-only image",
         CREATE,

@@ -352,7 +352,9 @@ def test_a_planted_security_group(cloud: LocalCloud, group: str) -> None:
 def test_a_rule_with_a_forged_mark_does_not_outlive_the_launch(cloud: LocalCloud, group: str) -> None:
     """The mark is no secret; where no node runs, no other machine of the user's needs its rule."""
     planted = make_group(cloud, group, f"mitsuba-{group}")
-    mark = f"mitsuba-cluster {cluster.load_identity(cloud.where.root / 'key.pem').fingerprint} me@elsewhere"
+    key = cloud.where.root / "key.pem"
+    cluster.ensure_key_file(key)
+    mark = f"mitsuba-cluster {cluster.load_identity(key).fingerprint} me@elsewhere"
     rule = permission("tcp", "0.0.0.0/0", mark, FromPort=22, ToPort=22)
     ec2 = cloud.client("ec2")
     cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=[rule]))
@@ -668,7 +670,7 @@ class Saying(cluster.Remote):
     def __init__(self, **facts: str | None) -> None:
         self.output = "".join(f"{name}={value}\n" for name, value in (GOOD | facts).items() if value is not None)
 
-    def check(self, command: str, **options: Any) -> str:
+    def check(self, line: str, **options: Any) -> str:
         """Say it."""
         return self.output
 

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cluster
 
 
+@settings(deadline=None)  # each example starts a shell
 @given(st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8")), max_size=4))
 def test_quoting_survives_the_shell(arguments: list[str]) -> None:
     line = cluster.user_command("name", "printf '%s\\0' \"$@\"", *arguments)
@@ -50,7 +51,7 @@ def test_a_step_over_its_limit_has_failed(monkeypatch: pytest.MonkeyPatch) -> No
         def recv(self, _: int) -> bytes:
             return b"still at it\n"
 
-    remote = cluster.Remote(None, None, "ubuntu")  # type: ignore[arg-type]
+    remote = cluster.Remote(None, None)  # type: ignore[arg-type]
     assert remote.receive(Channel(), time.monotonic() + 60) == b"still at it\n"  # type: ignore[arg-type]
     with pytest.raises(cluster.NodeError, match="did not end within its time limit"):
         remote.receive(Channel(), time.monotonic() - 1)  # type: ignore[arg-type]
