@@ -53,13 +53,12 @@ def in_own_words(cloud: LocalCloud, lines: list[str]) -> str:
 
 
 def in_own_addresses(text: str) -> str:
-    """Return TEXT with addresses that begin at 1, in the order of the real ones: a cloud counts all that it had."""
-    found = {tuple(map(int, one)) for one in re.findall(r"\b127\.\d+\.(\d+)\.(\d+)", text)}
-    numbers = {one: str(number) for number, one in enumerate(sorted(found), 1)}
-    for (third, last), number in numbers.items():
-        text = re.sub(rf"\b127\.\d+\.{third}\.{last}\b(:\d+)?", f"ADDRESS-{number}", text)
-        text = re.sub(rf"\b{third + 128}-{last}\b", f"SHORT-{number}", text)
-    return text.replace("ADDRESS-", "127.10.0.").replace("SHORT-", "128-")
+    """Return TEXT with addresses and short names that begin at 1, in the order of the real ones: a cloud counts all."""
+    for pattern, form in ((r"\b127\.\d+\.(\d+)\.(\d+)\b", "127.10.0.{}"), (r"^(\d+)-(\d+)\b", "128-{}")):
+        order = sorted({tuple(map(int, one)) for one in re.findall(pattern, text, re.M)})
+        numbers = {one: form.format(number) for number, one in enumerate(order, 1)}
+        text = re.sub(pattern, lambda found, at=numbers: at[int(found[1]), int(found[2])], text, flags=re.M)  # type: ignore[misc]
+    return text
 
 
 def test_screens(cloud: LocalCloud) -> None:
