@@ -1374,7 +1374,7 @@ class Remote:
     def __init__(self, node: Node, transport: paramiko.Transport) -> None:
         self.node = node
         self.transport = transport
-        self.reply_by: float | None = None  # when the node must have begun a command
+        self.reply_by: float | None = None  # when the node must have replied
 
     def run(
         self,
@@ -1424,10 +1424,18 @@ class Remote:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
     def execute(self, channel: paramiko.Channel, line: str) -> None:
-        """Start a command LINE; paramiko itself would wait for ever for the node's reply."""
+        """Start a command LINE."""
+        with self.awaiting_reply():
+            channel.exec_command(line)
+
+    @contextlib.contextmanager
+    def awaiting_reply(self) -> Iterator[None]:
+        """Bound the body, in which paramiko itself would wait for ever for the node's reply."""
         self.reply_by = time.monotonic() + LIVENESS_LIMIT
-        channel.exec_command(line)
-        self.reply_by = None
+        try:
+            yield
+        finally:
+            self.reply_by = None
 
     @staticmethod
     def feed(channel: paramiko.Channel, stdin: Iterable[bytes]) -> None:
@@ -2145,7 +2153,8 @@ def end_predecessor(address: str, port: str) -> None:
         number = int(path.split("/")[2])
         with contextlib.suppress(OSError), open(path, "rb") as file:
             words = file.read().split(b"\0")
-            if number != os.getpid() and [address.encode(), port.encode(), b""] == words[-3:]:
+            ours = any(b"\nserve_files(" in word for word in words) and number != os.getpid()
+            if ours and [address.encode(), port.encode(), b""] == words[-3:]:
                 os.kill(number, signal.SIGKILL)
 
 
@@ -2293,13 +2302,14 @@ class Spread:
             threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
 
         try:
-            port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
+            with remote.awaiting_reply():
+                port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+            with contextlib.suppress(paramiko.SSHException, OSError, EOFError), remote.awaiting_reply():
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
     def begin(self, source: Source, remote: Remote) -> None:
