@@ -5194,6 +5194,7 @@ def link_group(
 ) -> None:
     """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
     head, waiting = looked.node, ""
+    branches: dict[str, list[str]] = {}
     ready: Outcome[Any] = looked
     if looked.ok:
         branches, workers, waiting = link_branches(app, plan, looked, workers)
@@ -5210,22 +5211,21 @@ def link_group(
         raise ClusterError(explain_failed_head(group, ready, failed))
     suggest_tree(group, plan, len(workers))
     say_how_to_connect(app, group, head, ready.value)
+    problems, what = [], waiting or ready.value.waiting
+    linked = {*ready.value.facts.linked, *(one for branch in branches.values() for one in branch)}
+    alone = sum(one.ok and one.node.private_ip not in linked for one in workers) if what else 0
     if failed:
         count = len(workers) + 1
-        raise ClusterError(
-            f"{count - len(failed)} of {format_count(count, 'node')} serving; failed: {', '.join(failed)}"
-        )
-    if waiting:
-        again = [group, "--tree" if plan.tree else "--flat"]
-        raise ClusterError(
-            f"{waiting}; {command('start', *again, '--force')} does that now and ends that client, else "
-            f"{command('start', *again)} once it has left"
-        )
-    if ready.value.waiting:
-        raise ClusterError(
-            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
-            "else they join when it leaves"
-        )
+        serving = f"{count - len(failed) - alone} of {format_count(count, 'node')} serving"
+        problems.append(f"{serving}; failed: {', '.join(failed)}")
+    if what:
+        again = [group, "--tree" if plan.tree else "--flat"] if waiting else [group]
+        does, later = "does that", f"{command('start', *again)} once it has left"
+        if alone and not waiting:  # the guard links nodes by itself, and does nothing else
+            does, later = "links them", "they join when it leaves"
+        problems.append(f"{what}; {command('start', *again, '--force')} {does} now and ends that client, else {later}")
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
 def start_group(app: App, group: str, nodes: Sequence[Node], force: bool, tree: bool | None = None) -> None:
