@@ -1074,7 +1074,7 @@ REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who 
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
 CLOUD_INIT_LIMIT = 600
-MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
+MARK_PATH = "/run/mitsuba-cluster/in-use"  # commands at work hold it open; touched, a node's idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
@@ -1376,7 +1376,7 @@ class Remote:
     def __init__(self, node: Node, transport: paramiko.Transport) -> None:
         self.node = node
         self.transport = transport
-        self.reply_by: float | None = None  # when the node must have begun a command
+        self.reply_by: float | None = None  # when the node must have replied
 
     def run(
         self,
@@ -1426,10 +1426,18 @@ class Remote:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
     def execute(self, channel: paramiko.Channel, line: str) -> None:
-        """Start a command LINE; paramiko itself would wait for ever for the node's reply."""
+        """Start a command LINE."""
+        with self.awaiting_reply():
+            channel.exec_command(line)
+
+    @contextlib.contextmanager
+    def awaiting_reply(self) -> Iterator[None]:
+        """Bound the body, in which paramiko itself would wait for ever for the node's reply."""
         self.reply_by = time.monotonic() + LIVENESS_LIMIT
-        channel.exec_command(line)
-        self.reply_by = None
+        try:
+            yield
+        finally:
+            self.reply_by = None
 
     @staticmethod
     def feed(channel: paramiko.Channel, stdin: Iterable[bytes]) -> None:
@@ -1811,6 +1819,8 @@ class Fetcher:
     """Runs on a node: fetches files into one folder, and records what is complete there."""
 
     def __init__(self, folder: str, tries: int = RANGE_TRIES, timeout: int = RANGE_TIMEOUT) -> None:
+        import subprocess
+
         self.tries, self.timeout = tries, timeout
         self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.state = open_below(self.folder, FETCH_FOLDER)
@@ -1819,6 +1829,7 @@ class Fetcher:
         self.moved = 0  # bytes
         with contextlib.suppress(OSError):
             os.open(MARK_PATH, os.O_RDONLY)  # stays open: so the node's guard sees that a command is at work
+            subprocess.run(["sudo", "-n", "touch", MARK_PATH], capture_output=True, check=False)  # or was, for a moment
 
     def open_state(self, name: str, flags: int) -> int:
         """Open one of our own files."""
@@ -2145,7 +2156,8 @@ def end_predecessor(address: str, port: str) -> None:
         number = int(path.split("/")[2])
         with contextlib.suppress(OSError), open(path, "rb") as file:
             words = file.read().split(b"\0")
-            if number != os.getpid() and [address.encode(), port.encode(), b""] == words[-3:]:
+            ours = any(b"\nserve_files(" in word for word in words) and number != os.getpid()
+            if ours and [address.encode(), port.encode(), b""] == words[-3:]:
                 os.kill(number, signal.SIGKILL)
 
 
@@ -2293,13 +2305,14 @@ class Spread:
             threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
 
         try:
-            port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
+            with remote.awaiting_reply():
+                port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+            with contextlib.suppress(paramiko.SSHException, OSError, EOFError), remote.awaiting_reply():
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
     def begin(self, source: Source, remote: Remote) -> None:
@@ -3174,10 +3187,8 @@ def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int
     """Say by what a node was used between two looks; "" if by nothing that counts."""
     if look.computed - base.computed > BUSY_CORES * (look.at - base.at):
         return "mtssrv computed"
-    if look.working:
-        return "a command of cluster.py is at work"
     if any(base.touched.get(path) != when for path, when in look.touched.items()):
-        return "a terminal had input, or start or extend asked for it"
+        return "a terminal had input, or a command of cluster.py was at work"
     if any(one.moved > base.at for one in clients):
         return "a client moved bytes"
     most = LOGIN_BYTES + LINK_BYTES * workers
@@ -3196,8 +3207,9 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
         if not old or count < old.total:
             old = Connection(look.at, look.at, count)
         seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
-    how = "a client left" if look.left or find_clients(memory).keys() - seen.keys() else ""
-    quiet = look.at if seen or how else memory.quiet
+    left = look.left or find_clients(memory).keys() - seen.keys()
+    quiet = look.at if seen or left else memory.quiet
+    how = "a command of cluster.py is at work" if look.working else "a client left" if left else ""
     memory = memory._replace(at=look.at, quiet=quiet, connections=seen)
     if look.at - memory.base.at >= USE_LOOK:
         how = find_use(memory.base, look, find_clients(memory).values(), workers) or how
@@ -3207,8 +3219,10 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
 
 def is_idle(memory: Memory, limit: float) -> bool:
     """Tell whether a node has been unused for LIMIT seconds (0: there is no limit), or far longer under a client."""
-    patience = max(limit, CLIENT_SILENCE) if find_clients(memory) else limit
-    return limit > 0 and memory.at - memory.used >= patience
+    clients = find_clients(memory)
+    patience = max(limit, CLIENT_SILENCE) if clients else limit
+    arrived = clients != memory.connections  # somebody has, who may become a client
+    return limit > 0 and memory.at - memory.used >= patience and not arrived
 
 
 def restore_memory(text: str) -> Memory | None:
@@ -4160,7 +4174,7 @@ INSTALL = r"""
 set -euo pipefail
 umask 022
 user=$1 data=$2 sha256=$3 recipe=$4 type=$5 learn_build=$6
-if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; fi
+if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; touch /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
 state=/var/lib/mitsuba-cluster
@@ -6900,12 +6914,13 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple
 
     For JSON return (exit code, the output's first megabyte) instead; else another code than 0 is an error.
     """
-    marked = f"[ ! -e {MARK_PATH} ] || exec 9< {MARK_PATH}; {line}"  # so the node's guard sees that it is at work
+    # So the node's guard sees that a command is at work, or was for a moment.
+    mark = f"if [ -e {MARK_PATH} ]; then exec 9< {MARK_PATH}; sudo -n touch {MARK_PATH}; fi"
     kept = bytearray()
     lines = Lines(f"{remote.node.short}: " if named else "")
     sink = (lambda block: kept.extend(block[: MIB - len(kept)])) if as_json else lines
     try:
-        code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=sink)
+        code, _ = remote.run(user_command("run-command", f"{mark}; {line}"), limit=SYNC_LIMIT, sink=sink)
     finally:
         lines.end()
     if code and not as_json:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import paramiko
 import pytest
 
 import cluster
@@ -240,6 +241,54 @@ def test_a_receivers_own_fault_is_not_its_sources(error: cluster.NodeError, monk
     assert (peer.failures, peer in spread.idle) == (0, True)
 
 
+class Frozen:
+    """The connection of a node that replies to no request that begins with WHICH, until it is closed."""
+
+    def __init__(self, which: str) -> None:
+        self.which, self.closed = which, threading.Event()
+
+    def is_active(self) -> bool:
+        """Tell whether it is open."""
+        return not self.closed.is_set()
+
+    def close(self) -> None:
+        """Let paramiko's calls return."""
+        self.closed.set()
+
+    def request_port_forward(self, *_: Any) -> int:
+        """Return a port, or wait as paramiko does."""
+        if self.which == "request":
+            self.closed.wait(60)
+            raise paramiko.SSHException("TCP forwarding request denied")
+        return 1
+
+    def cancel_port_forward(self, *_: Any) -> None:
+        """Wait as paramiko does."""
+        self.closed.wait(60)
+
+
+@pytest.mark.parametrize("which", ["request", "cancel"])
+def test_a_node_that_freezes_while_it_is_fed_from_here_is_given_up(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next node must get its turn, however long the connection of this one stays open."""
+    monkeypatch.setattr(cluster, "LIVENESS_LIMIT", 0.1)
+    reports = iter([cluster.Fetched(0, 0, 1, 0, 5)])
+
+    def fetch(*_: Any) -> cluster.Fetched:
+        for report in reports:
+            return report
+        raise cluster.SilentNode("is silent")
+
+    monkeypatch.setattr(cluster, "fetch_step", fetch)
+    node, transport = cluster.to_node({"InstanceId": "i-1", "State": {"Name": "running"}}), Frozen(which)
+    spread = cluster.Spread(".", [], [], 1)
+    pool = cluster.NodePool(cluster.Settings(), None)  # type: ignore[arg-type]
+    pool.remotes[node.id] = cluster.Remote(node, transport)  # type: ignore[arg-type]
+    (outcome,) = pool.each([node], lambda remote: spread.bring(lambda *_: None, remote))
+    assert not outcome.ok
+    assert transport.closed.is_set(), "paramiko was asked with a time limit"
+    assert (spread.fetching, spread.idle) == (0, [spread.here])
+
+
 def serve(folder: Path, address: str, port: int, token: str) -> subprocess.Popen[str]:
     """Start a node's program that serves one file."""
     (folder / "data").write_bytes(bytes(range(256)) * 8000)
@@ -277,6 +326,17 @@ def test_a_source_takes_the_place_of_one_whose_client_is_cut_off(
         assert elsewhere.poll() is None, "another address is another node"
         for one in (elsewhere, child):
             one.kill()
+
+
+def test_a_source_ends_no_program_of_another_kind(tmp_path: Path) -> None:
+    port = free_port()
+    words = [sys.executable, "-c", "input()", "127.0.0.1", str(port)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as other:
+        with serve(tmp_path, "127.0.0.1", port, "token") as child:
+            child.kill()
+        assert other.poll() is None
+        other.communicate(b"\n")
+        assert other.returncode == 0
 
 
 def ask(port: int, path: str, token: str, span: str = "bytes=0-9", peer: str = "127.0.0.1") -> tuple[int, bytes]:
