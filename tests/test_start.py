@@ -109,7 +109,7 @@ def test_a_head_is_asked_again_just_before_its_restart(
     workers = [cluster.Outcome(node(2), served), cut_off, cluster.Outcome(node(4), served)]
     start = cluster.StartPlan(node(1), "/mnt", {}, "", force=force)
     remote: Any = SimpleNamespace(node=node(1))
-    done = cluster.head_step(start, looked, workers, {}, remote)
+    done = cluster.head_step(start, workers, {}, remote)
     if restarted:
         assert given == [({"10.0.0.2", "10.0.0.4"}, True)]
         assert done.waiting == ""
