@@ -3640,10 +3640,8 @@ def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
     return ""
 
 
-def format_price(instance_type: str, count: int, price: float | None, public: bool = True) -> str:
+def format_price(instance_type: str, count: int, price: float, public: bool = True) -> str:
     """Return what COUNT nodes cost, as createNodes says it before the launch."""
-    if price is None:
-        return f"{count} × {instance_type}: the price could not be looked up"
     addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
@@ -3674,6 +3672,7 @@ def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
+    app.left = "Nothing was launched."
     ssm = open_client(settings, "ssm")
     instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
         lambda: fetch_instance_type(ec2, request.type),
@@ -3702,10 +3701,14 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         for group in fetch_security_groups(ec2, request.group):
             if rules := check_rules(app, group, cidr):
                 warn(describe_rules(ec2, group, rules))
-    present = sum(node.state in ("pending", "running") for node in before)
-    hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
-    idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
-    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
+    present = [node for node in before if node.is_inside and node.state in ("pending", "running")]
+    hours, idle = request.max_hours, request.idle_minutes
+    if hours is None:  # a group's limit is meant for what is added to it, too
+        hours = max((node.max_hours for node in present if node.max_hours), default=settings.MAX_HOURS)
+    if idle is None:
+        idle = max((node.idle_minutes for node in present if node.idle_minutes), default=settings.IDLE_MINUTES)
+    count = len(present)
+    return Plan(request, instance_type, image, subnets, cidr, count, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3714,7 +3717,10 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     if plan.present:
         group = app.where(request.group)
         yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
-    yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
+    if plan.subnets[0].price is None:
+        warn(f"the price of {request.type} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
+    else:
+        yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
     if plan.spot:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
@@ -4062,7 +4068,10 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
-    note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
+    launched = f"{len(nodes)} of {format_count(request.number, 'node')} launched"
+    late = "they cost money, and status may show them some seconds late"
+    app.left = f"{launched} in {app.where(request.group)}; {late}: {ways}."
+    note(f"{launched}; waiting until each answers")
     return nodes, why, token
 
 
@@ -4101,7 +4110,7 @@ def launch_options(*own: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
             "--max-hours",
             type=Number(0, 8760),
             metavar="HOURS",
-            help="Terminate the nodes automatically after so long.",
+            help="Terminate the nodes automatically after so long; else as the group's others.",
         ),
         click.option(
             "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
