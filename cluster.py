@@ -1821,7 +1821,7 @@ class Fetcher:
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
         self.counting = threading.Lock()
-        self.moved = 0  # bytes
+        self.bytes = {"moved": 0}  # and, once that is known, those that were "lacking"
         with contextlib.suppress(OSError):
             os.open(MARK_PATH, os.O_RDONLY)  # stays open: so the node's guard sees that a command is at work
 
@@ -1897,7 +1897,7 @@ class Fetcher:
                             written = os.pwrite(part, block, begin)
                             begin, block = begin + written, block[written:]
                             with self.counting:
-                                self.moved += written
+                                self.bytes["moved"] += written
                 return
             except urllib.error.HTTPError as error:
                 if error.code in (400, 401, 403, 404, 412) or attempt == self.tries - 1:
@@ -1964,7 +1964,7 @@ class Fetcher:
             record = self.load("record.json")
             record = record if isinstance(record, dict) else {}
             missing = [one for one in wanted if not self.is_here(one, record)]
-            lacking = self.make_room(missing)
+            self.bytes["lacking"] = self.make_room(missing)
             files, saved = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS), time.monotonic()
             jobs = {files.submit(self.fetch, one): one.path for one in missing if one.url}
             try:
@@ -1983,13 +1983,14 @@ class Fetcher:
                 self.ranges.shutdown(wait=False, cancel_futures=True)
                 self.save("record.json", record)
             done = {"fetched": len(jobs), "present": len(wanted) - len(missing), "missing": len(missing) - len(jobs)}
-            return done | {"moved": self.moved, "lacking": 0 if jobs else lacking}
+            return done | self.bytes
 
 
 def fetch_files(arguments: list[str]) -> None:
     """Run on a node: fetch the files that stdin lists, as JSON, into a folder.
 
-    Writes a JSON line twice a second: {"moved": bytes}, and at the end what fetch_all returns, or an "error".
+    Writes a JSON line twice a second: {"moved": bytes, "lacking": bytes}, and at the end what fetch_all returns, or an
+    "error".
     """
     printing = threading.Lock()
 
@@ -2000,9 +2001,11 @@ def fetch_files(arguments: list[str]) -> None:
     def report() -> None:
         while True:
             time.sleep(0.5)
-            say(moved=fetcher.moved)
+            say(**fetcher.bytes)
 
     os.umask(0o022)
+    for name in [name for name in os.environ if name.lower() == "http_proxy"]:
+        del os.environ[name]  # peers and this machine are asked by http, and directly; S3 by https
     wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
         fetcher = Fetcher(arguments[0], *map(int, arguments[1:]))
@@ -2013,7 +2016,7 @@ def fetch_files(arguments: list[str]) -> None:
     try:
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
-        say(error=str(error), status=error.status, moved=fetcher.moved)
+        say(error=str(error), status=error.status, **fetcher.bytes)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
         say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
@@ -2033,7 +2036,7 @@ class Fetched(NamedTuple):
     present: int  # were there already
     missing: int  # have no source yet
     moved: int  # bytes
-    lacking: int  # bytes of what is missing, without what an earlier try has brought
+    lacking: int  # bytes that were not here before, not even from an earlier try
 
 
 class FetchError(NodeError):
@@ -2072,16 +2075,30 @@ def by_line(take: Callable[[bytes], object]) -> Callable[[bytes], None]:
     return cut
 
 
-def fetch_step(
-    folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote, *patience: int
-) -> Fetched:
-    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come. PATIENCE: other tries, and timeout."""
+@dataclass
+class Tally:
+    """Adds up what several tries bring to a node; SHOW hears the bytes that have come, and of how many."""
+
+    show: Callable[[int, int], object]
+    before: int = 0  # bytes of earlier tries
+    moved: int = 0
+
+    def count(self, moved: int, lacking: int) -> None:
+        """Take a report of the present try."""
+        self.moved = self.before + moved
+        self.show(self.moved, self.before + lacking)
+
+
+def fetch_step(folder: str, wanted: Sequence[Wanted], tally: Tally, remote: Remote, *patience: int) -> Fetched:
+    """Let a node fetch files into FOLDER, once more. PATIENCE: other tries of a range, and timeout."""
     last: dict[str, Any] = {}
 
     def hear(line: bytes) -> None:
         last.update(read_report(line))
-        show(last.get("moved", 0))
+        if last.keys() >= {"moved", "lacking"}:
+            tally.count(last["moved"], last["lacking"])
 
+    tally.before = tally.moved
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=by_line(hear))
@@ -2089,7 +2106,7 @@ def fetch_step(
         raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
-    return Fetched(**{name: last[name] for name in Fetched._fields})
+    return Fetched(**{name: last[name] for name in Fetched._fields} | {"moved": tally.moved})
 
 
 class FileServer:
@@ -2323,10 +2340,11 @@ class Spread:
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             source.channel, source.session = channel, stack.pop_all()
 
-    def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
-        """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
+    def bring(self, show: Callable[[int, int], object], remote: Remote) -> Fetched:
+        """Bring the files to a node, as far as it lacks them; SHOW hears what a Tally says."""
+        tally = Tally(show)
         try:
-            done = fetch_step(self.folder, self.wanted, show, remote)
+            done = fetch_step(self.folder, self.wanted, tally, remote)
         finally:
             self.hear()
         tried: list[Source] = []
@@ -2339,7 +2357,7 @@ class Spread:
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
-                    done = fetch_step(self.folder, wanted, show, remote, *patience)
+                    done = fetch_step(self.folder, wanted, tally, remote, *patience)
             except NodeError as error:
                 full = isinstance(error, FetchError) and error.status == OWN_FAULT
                 if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
@@ -4699,9 +4717,11 @@ def install_step(
             check_metadata_rules(remote)
             if spread:
                 tell("waiting")
-                tenth = max(1, spread.wanted[0].size // 10)
                 try:
-                    spread.bring(lambda moved: tell(f"sending {moved // tenth * 10} %") if moved else None, remote)
+                    spread.bring(
+                        lambda moved, whole: tell(f"sending {10 * moved // (whole or 1) * 10} %") if moved else None,
+                        remote,
+                    )
                 except NodeError as error:
                     raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
@@ -6398,37 +6418,44 @@ def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
 
 
 def bring_from_s3(
-    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], show: Callable[[int], None], remote: Remote
+    data: str,
+    wanted: list[Wanted],
+    sign_again: Callable[[], list[Wanted]],
+    show: Callable[[int, int], object],
+    remote: Remote,
 ) -> Fetched:
     """Let a node fetch WANTED by signed addresses; they die with the session's credentials: boto3 may have new ones."""
-    before, moved = 0, 0  # bytes, of earlier addresses and in all
-
-    def count(more: int) -> None:
-        nonlocal moved
-        moved = before + more
-        show(moved)
-
+    tally = Tally(show)
     while True:
         try:
-            return fetch_step(data, wanted, count, remote)._replace(moved=moved)
+            return fetch_step(data, wanted, tally, remote)
         except FetchError as error:
             if error.status not in (401, 403):
                 raise
-            if moved == before:
+            if tally.moved == tally.before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
-            wanted, before = sign_again(), moved
+            wanted = sign_again()
 
 
 def sync_nodes(
-    app: App, nodes: Sequence[Node], wanted: Sequence[Wanted], bring: Callable[[Callable[[int], None], Remote], Fetched]
+    app: App,
+    nodes: Sequence[Node],
+    wanted: Sequence[Wanted],
+    bring: Callable[[Callable[[int, int], object], Remote], Fetched],
 ) -> None:
     """Let BRING bring the files to all NODES, with a bar, and report."""
     size = sum(one.size for one in wanted)
     note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
 
+    whole = {node.id: size for node in nodes}  # bytes that each lacks, as far as known
+
     def step(remote: Remote) -> str:
-        done = bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
+        def show(moved: int, of: int) -> None:
+            progress.moved[remote.node.id], whole[remote.node.id] = moved, of
+            progress.size = sum(whole.values())
+
+        done = bring(show, remote)
         there = f"; {done.present} there already" if done.present else ""
         fetched = f"fetched {format_count(done.fetched, 'file')}, {format_size(done.moved)}{there}"
         return fetched if done.fetched else "has everything already"
