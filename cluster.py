@@ -6514,23 +6514,34 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], lis
     """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
     For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: such a
-    request is sent again in halves. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    request is sent again without those that the refusal names, in halves where it names none. One that AWS is too busy
+    for is sent again as it is. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
     """
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.parsers import ResponseParserError
 
     requests = [nodes[at : at + TERMINATE_BATCH] for at in range(0, len(nodes), TERMINATE_BATCH)]
     refused: dict[str, list[Node]] = {"OperationNotPermitted": [], "InvalidInstanceID.NotFound": []}
+    deadline = time.monotonic() + POLL_ERROR_LIMIT
     while requests:
         request = requests.pop()
         try:
             ec2.terminate_instances(InstanceIds=[node.id for node in request])
-        except ClientError as error:
-            if error_code(error) not in refused:
-                raise
-            if half := len(request) // 2:
-                requests += [request[:half], request[half:]]
+        except (HTTPClientError, ResponseParserError, ClientError) as error:
+            code = error_code(error)
+            if code in refused:
+                named = re.findall(r"i-\w+", str(error))
+                out = [node for node in request if node.id in named or len(request) == 1]
+                rest = [node for node in request if node not in out]
+                half = 0 if out else len(rest) // 2
+                refused[code] += out
+                requests += [part for part in (rest[:half], rest[half:]) if part]
+            elif time.monotonic() < deadline and (code in RETRY_CODES or not isinstance(error, ClientError)):
+                note(f"TerminateInstances: {code or type(error).__name__}; trying again")
+                requests.append(request)
+                time.sleep(POLL)
             else:
-                refused[error_code(error)].append(request[0])
+                raise
     return refused["OperationNotPermitted"], refused["InvalidInstanceID.NotFound"]
 
 
@@ -6580,6 +6591,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
@@ -6589,27 +6601,28 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     while True:
         try:
             listed = fetch_nodes(ec2, group)
+            nodes = [node for node in listed if node.state in ALIVE]
+            inside = [node for node in nodes if node.is_inside]
+            targets = inside if others else app.launched(inside, ec2)
+            running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
+            protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
+            living = [node for node in targets if node.id not in protected]
+            seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+            if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
+                with tolerate(loss="their spot requests are not cancelled"):
+                    cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
+            present = (len(seen), {node.id for node in living})
+            since, before = (since if present == before else time.monotonic()), present
+            held = len(protected) + len(inside) > len(targets)
+            groups = [] if living or held else fetch_security_groups(ec2, group)
+            waiting = [one for one in groups if not remove_security_group(ec2, one)]
             good = time.monotonic()
-        except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
-            if before is None or time.monotonic() - good > POLL_ERROR_LIMIT:
+        except (BotoCoreError, ResponseParserError, ClientError) as error:  # a poll that fails breaks nothing off
+            late = before is None or time.monotonic() - good > POLL_ERROR_LIMIT
+            if late or error_code(error) in DENIED_CODES:
                 raise
             time.sleep(POLL)
             continue
-        nodes = [node for node in listed if node.state in ALIVE]
-        inside = [node for node in nodes if node.is_inside]
-        targets = inside if others else app.launched(inside, ec2)
-        running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
-        protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
-        living = [node for node in targets if node.id not in protected]
-        seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
-        if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
-            with tolerate(loss="their spot requests are not cancelled"):
-                cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
-        present = (len(seen), {node.id for node in living})
-        since, before = (since if present == before else time.monotonic()), present
-        held = len(protected) + len(inside) > len(targets)
-        groups = [] if living or held else fetch_security_groups(ec2, group)
-        waiting = [one for one in groups if not remove_security_group(ec2, one)]
         waited = time.monotonic() - since
         something = bool(seen or groups or len(listed) > len(nodes))
         if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
