@@ -1076,7 +1076,7 @@ REFUSED_PAUSE = 2  # between logins that are refused: OpenSSH 9.8 shuts out who 
 FIRST_KEY_LIMIT = 30  # for an image's own host key to give way to ours
 STEP_LIMIT = 60  # a short remote command
 CLOUD_INIT_LIMIT = 600
-MARK_PATH = "/run/mitsuba-cluster/in-use"  # held open by commands at work; touched where the idle time begins anew
+MARK_PATH = "/run/mitsuba-cluster/in-use"  # commands at work hold it open; touched, a node's idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
@@ -1323,6 +1323,7 @@ class Facts(NamedTuple):
     memory_mb: tuple[int, ...] = ()  # used, total
     restarts: int = 0  # of its server by systemd, since it was started
     problem: str = ""  # what the server's log said last of an error, if it was restarted
+    relays: str = ""  # "yes": it is a sub-head, maybe of no workers any more
     replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
 
     @property
@@ -1338,6 +1339,7 @@ echo "cores=$(nproc)"
 echo "build=$(cat /var/lib/mitsuba-cluster/build 2> /dev/null)"
 echo "role=$(cat /etc/mitsuba-cluster/role 2> /dev/null)"
 echo "linked=$(tr '\n' ' ' 2> /dev/null < /run/mitsuba-cluster/linked)"
+echo "relays=$(test ! -e /run/systemd/system/mtssrv.service.d/relay.conf || echo yes)"
 echo "guard=$(cat /run/mitsuba-cluster/state.json 2> /dev/null)"
 echo "boot=$(cat /proc/sys/kernel/random/boot_id)"
 echo "started=$(systemctl show --property InvocationID --value mtssrv.service 2> /dev/null)"
@@ -1376,7 +1378,7 @@ class Remote:
     def __init__(self, node: Node, transport: paramiko.Transport) -> None:
         self.node = node
         self.transport = transport
-        self.reply_by: float | None = None  # when the node must have begun a command
+        self.reply_by: float | None = None  # when the node must have replied
 
     def run(
         self,
@@ -1426,10 +1428,18 @@ class Remote:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
     def execute(self, channel: paramiko.Channel, line: str) -> None:
-        """Start a command LINE; paramiko itself would wait for ever for the node's reply."""
+        """Start a command LINE."""
+        with self.awaiting_reply():
+            channel.exec_command(line)
+
+    @contextlib.contextmanager
+    def awaiting_reply(self) -> Iterator[None]:
+        """Bound the body, in which paramiko itself would wait for ever for the node's reply."""
         self.reply_by = time.monotonic() + LIVENESS_LIMIT
-        channel.exec_command(line)
-        self.reply_by = None
+        try:
+            yield
+        finally:
+            self.reply_by = None
 
     @staticmethod
     def feed(channel: paramiko.Channel, stdin: Iterable[bytes]) -> None:
@@ -1483,6 +1493,7 @@ FACT_FORMS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "build": (r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?", str),
     "role": (r"(head|worker)?", str),
     "linked": (r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*", lambda text: tuple(text.split())),
+    "relays": (r"(yes)?", str),
     "boot": (r"[0-9A-Za-z-]{0,64}", str),
     "started": (r"[0-9A-Za-z-]{0,64}", str),
     "clock": (r"([0-9]{1,12}(\.[0-9]{1,9})?)?", str),
@@ -1810,14 +1821,17 @@ class Fetcher:
     """Runs on a node: fetches files into one folder, and records what is complete there."""
 
     def __init__(self, folder: str, tries: int = RANGE_TRIES, timeout: int = RANGE_TIMEOUT) -> None:
+        import subprocess
+
         self.tries, self.timeout = tries, timeout
         self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
         self.counting = threading.Lock()
-        self.moved = 0  # bytes
+        self.bytes = {"moved": 0}  # and, once that is known, those that were "lacking"
         with contextlib.suppress(OSError):
             os.open(MARK_PATH, os.O_RDONLY)  # stays open: so the node's guard sees that a command is at work
+            subprocess.run(["sudo", "-n", "touch", MARK_PATH], capture_output=True, check=False)  # or was, for a moment
 
     def open_state(self, name: str, flags: int) -> int:
         """Open one of our own files."""
@@ -1891,7 +1905,7 @@ class Fetcher:
                             written = os.pwrite(part, block, begin)
                             begin, block = begin + written, block[written:]
                             with self.counting:
-                                self.moved += written
+                                self.bytes["moved"] += written
                 return
             except urllib.error.HTTPError as error:
                 if error.code in (400, 401, 403, 404, 412) or attempt == self.tries - 1:
@@ -1958,7 +1972,7 @@ class Fetcher:
             record = self.load("record.json")
             record = record if isinstance(record, dict) else {}
             missing = [one for one in wanted if not self.is_here(one, record)]
-            lacking = self.make_room(missing)
+            self.bytes["lacking"] = self.make_room(missing)
             files, saved = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS), time.monotonic()
             jobs = {files.submit(self.fetch, one): one.path for one in missing if one.url}
             try:
@@ -1977,13 +1991,14 @@ class Fetcher:
                 self.ranges.shutdown(wait=False, cancel_futures=True)
                 self.save("record.json", record)
             done = {"fetched": len(jobs), "present": len(wanted) - len(missing), "missing": len(missing) - len(jobs)}
-            return done | {"moved": self.moved, "lacking": 0 if jobs else lacking}
+            return done | self.bytes
 
 
 def fetch_files(arguments: list[str]) -> None:
     """Run on a node: fetch the files that stdin lists, as JSON, into a folder.
 
-    Writes a JSON line twice a second: {"moved": bytes}, and at the end what fetch_all returns, or an "error".
+    Writes a JSON line twice a second: {"moved": bytes, "lacking": bytes}, and at the end what fetch_all returns, or an
+    "error".
     """
     printing = threading.Lock()
 
@@ -1994,9 +2009,11 @@ def fetch_files(arguments: list[str]) -> None:
     def report() -> None:
         while True:
             time.sleep(0.5)
-            say(moved=fetcher.moved)
+            say(**fetcher.bytes)
 
     os.umask(0o022)
+    for name in [name for name in os.environ if name.lower() == "http_proxy"]:
+        del os.environ[name]  # peers and this machine are asked by http, and directly; S3 by https
     wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
         fetcher = Fetcher(arguments[0], *map(int, arguments[1:]))
@@ -2007,7 +2024,7 @@ def fetch_files(arguments: list[str]) -> None:
     try:
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
-        say(error=str(error), status=error.status, moved=fetcher.moved)
+        say(error=str(error), status=error.status, **fetcher.bytes)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
         say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
@@ -2027,7 +2044,7 @@ class Fetched(NamedTuple):
     present: int  # were there already
     missing: int  # have no source yet
     moved: int  # bytes
-    lacking: int  # bytes of what is missing, without what an earlier try has brought
+    lacking: int  # bytes that were not here before, not even from an earlier try
 
 
 class FetchError(NodeError):
@@ -2066,16 +2083,30 @@ def by_line(take: Callable[[bytes], object]) -> Callable[[bytes], None]:
     return cut
 
 
-def fetch_step(
-    folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote, *patience: int
-) -> Fetched:
-    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come. PATIENCE: other tries, and timeout."""
+@dataclass
+class Tally:
+    """Adds up what several tries bring to a node; SHOW hears the bytes that have come, and of how many."""
+
+    show: Callable[[int, int], object]
+    before: int = 0  # bytes of earlier tries
+    moved: int = 0
+
+    def count(self, moved: int, lacking: int) -> None:
+        """Take a report of the present try."""
+        self.moved = self.before + moved
+        self.show(self.moved, self.before + lacking)
+
+
+def fetch_step(folder: str, wanted: Sequence[Wanted], tally: Tally, remote: Remote, *patience: int) -> Fetched:
+    """Let a node fetch files into FOLDER, once more. PATIENCE: other tries of a range, and timeout."""
     last: dict[str, Any] = {}
 
     def hear(line: bytes) -> None:
         last.update(read_report(line))
-        show(last.get("moved", 0))
+        if last.keys() >= {"moved", "lacking"}:
+            tally.count(last["moved"], last["lacking"])
 
+    tally.before = tally.moved
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=by_line(hear))
@@ -2083,7 +2114,7 @@ def fetch_step(
         raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
-    return Fetched(**{name: last[name] for name in Fetched._fields})
+    return Fetched(**{name: last[name] for name in Fetched._fields} | {"moved": tally.moved})
 
 
 class FileServer:
@@ -2144,7 +2175,8 @@ def end_predecessor(address: str, port: str) -> None:
         number = int(path.split("/")[2])
         with contextlib.suppress(OSError), open(path, "rb") as file:
             words = file.read().split(b"\0")
-            if number != os.getpid() and [address.encode(), port.encode(), b""] == words[-3:]:
+            ours = any(b"\nserve_files(" in word for word in words) and number != os.getpid()
+            if ours and [address.encode(), port.encode(), b""] == words[-3:]:
                 os.kill(number, signal.SIGKILL)
 
 
@@ -2292,13 +2324,14 @@ class Spread:
             threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
 
         try:
-            port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
+            with remote.awaiting_reply():
+                port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
         except (paramiko.SSHException, OSError, EOFError) as error:
             raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            with contextlib.suppress(paramiko.SSHException, OSError, EOFError):
+            with contextlib.suppress(paramiko.SSHException, OSError, EOFError), remote.awaiting_reply():
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
     def begin(self, source: Source, remote: Remote) -> None:
@@ -2315,10 +2348,11 @@ class Spread:
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             source.channel, source.session = channel, stack.pop_all()
 
-    def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
-        """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
+    def bring(self, show: Callable[[int, int], object], remote: Remote) -> Fetched:
+        """Bring the files to a node, as far as it lacks them; SHOW hears what a Tally says."""
+        tally = Tally(show)
         try:
-            done = fetch_step(self.folder, self.wanted, show, remote)
+            done = fetch_step(self.folder, self.wanted, tally, remote)
         finally:
             self.hear()
         tried: list[Source] = []
@@ -2331,7 +2365,7 @@ class Spread:
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
-                    done = fetch_step(self.folder, wanted, show, remote, *patience)
+                    done = fetch_step(self.folder, wanted, tally, remote, *patience)
             except NodeError as error:
                 full = isinstance(error, FetchError) and error.status == OWN_FAULT
                 if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
@@ -3010,6 +3044,7 @@ def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
 
 def filter_workers(plan: dict[str, Any]) -> None:
     """Before each start of a head or sub-head: note those of its workers that answer, and name the others."""
+    plan = {"workers": {}} | plan  # a sub-head may have lost them all
     heads = {one: plan["workers"][one] for one in plan.get("branches", ())}
     deadline = time.monotonic() + RELAY_LIMIT
     while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
@@ -3176,10 +3211,8 @@ def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int
     """Say by what a node was used between two looks; "" if by nothing that counts."""
     if look.computed - base.computed > BUSY_CORES * (look.at - base.at):
         return "mtssrv computed"
-    if look.working:
-        return "a command of cluster.py is at work"
     if any(base.touched.get(path) != when for path, when in look.touched.items()):
-        return "a terminal had input, or start or extend asked for it"
+        return "a terminal had input, or a command of cluster.py was at work"
     if any(one.moved > base.at for one in clients):
         return "a client moved bytes"
     most = LOGIN_BYTES + LINK_BYTES * workers
@@ -3198,8 +3231,9 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
         if not old or count < old.total:
             old = Connection(look.at, look.at, count)
         seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
-    how = "a client left" if look.left or find_clients(memory).keys() - seen.keys() else ""
-    quiet = look.at if seen or how else memory.quiet
+    left = look.left or find_clients(memory).keys() - seen.keys()
+    quiet = look.at if seen or left else memory.quiet
+    how = "a command of cluster.py is at work" if look.working else "a client left" if left else ""
     memory = memory._replace(at=look.at, quiet=quiet, connections=seen)
     if look.at - memory.base.at >= USE_LOOK:
         how = find_use(memory.base, look, find_clients(memory).values(), workers) or how
@@ -3209,8 +3243,10 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
 
 def is_idle(memory: Memory, limit: float) -> bool:
     """Tell whether a node has been unused for LIMIT seconds (0: there is no limit), or far longer under a client."""
-    patience = max(limit, CLIENT_SILENCE) if find_clients(memory) else limit
-    return limit > 0 and memory.at - memory.used >= patience
+    clients = find_clients(memory)
+    patience = max(limit, CLIENT_SILENCE) if clients else limit
+    arrived = clients != memory.connections  # somebody has, who may become a client
+    return limit > 0 and memory.at - memory.used >= patience and not arrived
 
 
 def restore_memory(text: str) -> Memory | None:
@@ -4164,7 +4200,7 @@ INSTALL = r"""
 set -euo pipefail
 umask 022
 user=$1 data=$2 sha256=$3 recipe=$4 type=$5 learn_build=$6
-if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; fi
+if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; touch /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
 state=/var/lib/mitsuba-cluster
@@ -4697,9 +4733,11 @@ def install_step(
             check_metadata_rules(remote)
             if spread:
                 tell("waiting")
-                tenth = max(1, spread.wanted[0].size // 10)
                 try:
-                    spread.bring(lambda moved: tell(f"sending {moved // tenth * 10} %") if moved else None, remote)
+                    spread.bring(
+                        lambda moved, whole: tell(f"sending {10 * moved // (whole or 1) * 10} %") if moved else None,
+                        remote,
+                    )
                 except NodeError as error:
                     raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
@@ -4769,11 +4807,13 @@ def plan_head_cores(own: int) -> int:
     return max(1, own - 2)
 
 
-# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 its plan,
-# $6 what makes a worker a sub-head. That does not outlast a boot: by then the head has linked its workers itself.
+# $1 role, $2 the server's unit (empty: the server stays as it is), $3 the guard's unit, $4 the guard, $5 what makes a
+# worker a sub-head. That does not outlast a boot: by then the head has linked its workers itself. A line of input: the
+# guard's plan, since a big tree's is longer than the 128 KiB that an argument may have.
 START_SERVER = r"""
 set -euo pipefail
-role=$1 server=$2 guard=$3 program=$4 plan=$5 relay=$6
+role=$1 server=$2 guard=$3 program=$4 relay=$5
+IFS= read -r plan
 command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
 units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster relays=/run/systemd/system/mtssrv.service.d
 mkdir -p /etc/mitsuba-cluster $library /run/mitsuba-cluster
@@ -5018,8 +5058,8 @@ def fetch_types(ec2: Client, nodes: Sequence[Node]) -> dict[str, InstanceType]:
 
 def configure_node(remote: Remote, program: str, guard_plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
     """Give a node's guard its PLAN, with which its idle time begins anew; with a UNIT (re)start its server, too."""
-    arguments = [guard_plan["role"], unit, GUARD_UNIT, program, json.dumps(guard_plan), relay]
-    remote.check(root_command("start-server", START_SERVER, *arguments))
+    line = root_command("start-server", START_SERVER, guard_plan["role"], unit, GUARD_UNIT, program, relay)
+    remote.check(line, stdin=[json.dumps(guard_plan).encode() + b"\n"])
 
 
 def look_step(remote: Remote) -> Facts:
@@ -5042,8 +5082,8 @@ def worker_step(plan: StartPlan, remote: Remote) -> Served:
         if node.private_ip in plan.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
         configure_node(remote, plan.guard, guard_plan, server_unit("worker", node.private_ip, facts.cores, plan.data))
-        cores, facts = await_server(remote, facts.build), facts._replace(linked=())
-    elif facts.linked:
+        cores, facts = await_server(remote, facts.build), facts._replace(linked=(), relays="")
+    elif facts.relays:
         return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
         configure_node(remote, plan.guard, guard_plan)
@@ -5060,14 +5100,15 @@ def branch_step(
     """Make a worker that serves link the workers of its branch and no others, unless it does."""
     node, address = remote.node, remote.node.private_ip
     (facts, offered, *_), cores, relay = good[address].value, None, ""
-    workers = [good[one] for one in branches.get(address, ())]
+    # Under a client a branch keeps those of its workers that SSH can't reach.
+    workers = [one for one in branches.get(address, ()) if plan.client or good[one].ok]
     guard_plan = plan.node_plan("worker", node, facts.build)
-    action = f"with {format_count(len(workers), 'worker')} of its own, "
+    action = f"with {format_count(len(workers), 'worker')} of its own, " if workers else ""
     if workers:
-        guard_plan["workers"] = {one.node.private_ip: plan.most_cores(one.node) for one in workers}
-        cores = plan_head_cores(facts.cores) + sum(one.value.cores for one in workers)
+        guard_plan["workers"] = {one: plan.most_cores(good[one].node) if one in good else MOST_CORES for one in workers}
+        cores = plan_head_cores(facts.cores) + sum(good[one].value.cores for one in workers if one in good)
         relay = links_unit(f"{RELAY}{address}", address, facts.cores)
-    if offered == cores and set(facts.linked) == set(branches.get(address, ())):
+    if plan.client or (offered == cores and set(facts.linked) == set(workers)):
         configure_node(remote, plan.guard, guard_plan)
         return Served(facts, offered, f"{action}serves already")
     configure_node(remote, plan.guard, guard_plan, server_unit("worker", address, facts.cores, plan.data), relay)
@@ -5075,9 +5116,10 @@ def branch_step(
 
 
 def head_step(
-    plan: StartPlan, facts: Facts, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+    plan: StartPlan, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
 ) -> Served:
     """Make the head serve with those WORKERS that do, but for branches, unless it does, or a client would lose it."""
+    facts = fetch_facts(remote)  # since the first look minutes of installing and another link may have passed
     good = [one for one in workers if one.ok]
     mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
     if mismatches:
@@ -5098,8 +5140,7 @@ def head_step(
     if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
         configure_node(remote, plan.guard, guard_plan)
         return Served(facts, cores, "serves already")
-    # Asked again: installing may have taken minutes since the first look.
-    if offered is not None and not plan.force and (client := describe_client(fetch_facts(remote))):
+    if offered is not None and not plan.force and (client := describe_client(facts)):
         # A linked worker that SSH can't reach is still the guard's to watch.
         kept = [one.node for one in workers if one.ok or one.node.private_ip in facts.linked]
         configure_node(remote, plan.guard, plan.head_plan(facts.build, kept, branches))
@@ -5151,24 +5192,27 @@ def link_branches(
     """
     build = looked.value.build
     good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.build == build}
-    now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.linked}
-    branches = plan_branches([one.node for one in good.values()]) if plan.tree else {}
+    now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.relays}
+    branches, waiting = plan_branches([one.node for one in good.values()]) if plan.tree else {}, ""
     if not now and not branches:
         return {}, workers, ""
     (asked,) = app.pool.each([looked.node], fetch_facts)
-    if asked.ok and not plan.force and (client := head_client(asked.value)):
-        same = {own: set(branch) for own, branch in now.items()} == {own: set(one) for own, one in branches.items()}
-        return now, workers, "" if same else f"the nodes wait to be linked in another way: {client}"
-    if asked.ok and asked.value.role == "head":
+    plan = plan._replace(client=head_client(asked.value) if asked.ok and not plan.force else "")
+    if plan.client:
+        if {own: set(branch) for own, branch in now.items()} != {own: set(one) for own, one in branches.items()}:
+            waiting = f"the nodes wait to be linked in another way: {plan.client}"
+        branches = now
+    elif asked.ok and asked.value.role == "head":
         # First, since it loses its links to them, and its guard is to link nobody twice then.
         guard_plan = plan.head_plan(build, [one.node for one in good.values()], branches)
         app.pool.each([looked.node], lambda remote: configure_node(remote, plan.guard, guard_plan))
-    heads = [good[own].node for own in now.keys() | branches.keys()]
-    step = functools.partial(branch_step, plan, good, branches)
-    progress = Progress("Linking branches", len(heads), describe_server)
-    done = {one.node.id: one for one in app.pool.each(heads, step, progress)}
-    branches = {own: branch for own, branch in branches.items() if done[good[own].node.id].ok}
-    return branches, [done.get(one.node.id, one) for one in workers], ""
+    for some in (now.keys() - branches.keys(), branches.keys()):  # a former sub-head may be another's worker
+        heads = [good[own].node for own in some]
+        step = functools.partial(branch_step, plan, good, branches)
+        progress = Progress("Linking branches", len(heads), describe_server)
+        good |= {one.node.private_ip: one for one in app.pool.each(heads, step, progress)}
+    branches = {own: branch for own, branch in branches.items() if good[own].ok}
+    return branches, [good.get(one.node.private_ip, one) for one in workers], waiting
 
 
 def suggest_tree(group: str, plan: StartPlan, workers: int) -> None:
@@ -5188,10 +5232,11 @@ def link_group(
 ) -> None:
     """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
     head, waiting = looked.node, ""
+    branches: dict[str, list[str]] = {}
     ready: Outcome[Any] = looked
     if looked.ok:
         branches, workers, waiting = link_branches(app, plan, looked, workers)
-        step = functools.partial(head_step, plan, looked.value, workers, branches)
+        step = functools.partial(head_step, plan, workers, branches)
         (ready,) = app.pool.each([head], step, Progress("Linking", 1))
     else:
         note(f"{head.name}: {looked.error}")
@@ -5204,22 +5249,21 @@ def link_group(
         raise ClusterError(explain_failed_head(group, ready, failed))
     suggest_tree(group, plan, len(workers))
     say_how_to_connect(app, group, head, ready.value)
+    problems, what = [], waiting or ready.value.waiting
+    linked = {*ready.value.facts.linked, *(one for branch in branches.values() for one in branch)}
+    alone = sum(one.ok and one.node.private_ip not in linked for one in workers) if what else 0
     if failed:
         count = len(workers) + 1
-        raise ClusterError(
-            f"{count - len(failed)} of {format_count(count, 'node')} serving; failed: {', '.join(failed)}"
-        )
-    if waiting:
-        again = [group, "--tree" if plan.tree else "--flat"]
-        raise ClusterError(
-            f"{waiting}; {command('start', *again, '--force')} does that now and ends that client, else "
-            f"{command('start', *again)} once it has left"
-        )
-    if ready.value.waiting:
-        raise ClusterError(
-            f"{ready.value.waiting}; {command('start', group, '--force')} links them now and ends that client, "
-            "else they join when it leaves"
-        )
+        serving = f"{count - len(failed) - alone} of {format_count(count, 'node')} serving"
+        problems.append(f"{serving}; failed: {', '.join(failed)}")
+    if what:
+        again = [group, "--tree" if plan.tree else "--flat"] if waiting else [group]
+        does, later = "does that", f"{command('start', *again)} once it has left"
+        if alone and not waiting:  # the guard links nodes by itself, and does nothing else
+            does, later = "links them", "they join when it leaves"
+        problems.append(f"{what}; {command('start', *again, '--force')} {does} now and ends that client, else {later}")
+    if problems:
+        raise ClusterError("; ".join(problems))
 
 
 def start_group(app: App, group: str, nodes: Sequence[Node], force: bool, tree: bool | None = None) -> None:
@@ -6395,37 +6439,44 @@ def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
 
 
 def bring_from_s3(
-    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], show: Callable[[int], None], remote: Remote
+    data: str,
+    wanted: list[Wanted],
+    sign_again: Callable[[], list[Wanted]],
+    show: Callable[[int, int], object],
+    remote: Remote,
 ) -> Fetched:
     """Let a node fetch WANTED by signed addresses; they die with the session's credentials: boto3 may have new ones."""
-    before, moved = 0, 0  # bytes, of earlier addresses and in all
-
-    def count(more: int) -> None:
-        nonlocal moved
-        moved = before + more
-        show(moved)
-
+    tally = Tally(show)
     while True:
         try:
-            return fetch_step(data, wanted, count, remote)._replace(moved=moved)
+            return fetch_step(data, wanted, tally, remote)
         except FetchError as error:
             if error.status not in (401, 403):
                 raise
-            if moved == before:
+            if tally.moved == tally.before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
-            wanted, before = sign_again(), moved
+            wanted = sign_again()
 
 
 def sync_nodes(
-    app: App, nodes: Sequence[Node], wanted: Sequence[Wanted], bring: Callable[[Callable[[int], None], Remote], Fetched]
+    app: App,
+    nodes: Sequence[Node],
+    wanted: Sequence[Wanted],
+    bring: Callable[[Callable[[int, int], object], Remote], Fetched],
 ) -> None:
     """Let BRING bring the files to all NODES, with a bar, and report."""
     size = sum(one.size for one in wanted)
     note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
 
+    whole = {node.id: size for node in nodes}  # bytes that each lacks, as far as known
+
     def step(remote: Remote) -> str:
-        done = bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
+        def show(moved: int, of: int) -> None:
+            progress.moved[remote.node.id], whole[remote.node.id] = moved, of
+            progress.size = sum(whole.values())
+
+        done = bring(show, remote)
         there = f"; {done.present} there already" if done.present else ""
         fetched = f"fetched {format_count(done.fetched, 'file')}, {format_size(done.moved)}{there}"
         return fetched if done.fetched else "has everything already"
@@ -6917,12 +6968,13 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple
 
     For JSON return (exit code, the output's first megabyte) instead; else another code than 0 is an error.
     """
-    marked = f"[ ! -e {MARK_PATH} ] || exec 9< {MARK_PATH}; {line}"  # so the node's guard sees that it is at work
+    # So the node's guard sees that a command is at work, or was for a moment.
+    mark = f"if [ -e {MARK_PATH} ]; then exec 9< {MARK_PATH}; sudo -n touch {MARK_PATH}; fi"
     kept = bytearray()
     lines = Lines(f"{remote.node.short}: " if named else "")
     sink = (lambda block: kept.extend(block[: MIB - len(kept)])) if as_json else lines
     try:
-        code, _ = remote.run(user_command("run-command", marked), limit=SYNC_LIMIT, sink=sink)
+        code, _ = remote.run(user_command("run-command", f"{mark}; {line}"), limit=SYNC_LIMIT, sink=sink)
     finally:
         lines.end()
     if code and not as_json:

@@ -375,6 +375,22 @@ def test_a_client_is_what_two_looks_see() -> None:
     assert clock.after(10, servers={}).silences == {}
 
 
+def test_no_head_ends_under_somebody_who_has_just_connected() -> None:
+    clock = Clock().after(3590)
+    assert not clock.after(10, servers={CLIENT: 200}).idle
+    assert Clock().after(3600, servers={}).idle
+
+
+def test_a_command_between_two_judgements_is_use_of_a_head_but_nobody_who_connects() -> None:
+    clock = Clock().after(3550)
+    quiet = clock.memory.quiet
+    clock.after(10, working=True).after(40, working=False)
+    assert clock.memory.how == "a command of cluster.py is at work"
+    assert clock.memory.quiet == quiet
+    assert not clock.after(3500).idle
+    assert clock.after(120).idle
+
+
 def test_a_head_keeps_a_silent_client_for_four_hours() -> None:
     clock = Clock().after(20, servers={CLIENT: 200})
     assert not clock.after(4 * 3600 - 120).idle
@@ -471,3 +487,27 @@ def test_a_slow_transfer_over_ssh_is_use_all_the_same() -> None:
     for step in range(1, 13):
         clock.after(10, logins={"a": 20_000 * step})
     assert clock.memory.how == "an SSH connection moved data"
+
+
+def test_every_short_command_touches_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a node that is looked at once a minute, nothing else may tell of it."""
+    mark, sudo = tmp_path / "mark", tmp_path / "sudo"
+    sudo.write_text('#!/bin/sh\nshift; exec "$@"\n')
+    sudo.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(cluster, "MARK_PATH", str(mark))
+    remote: Any = SimpleNamespace(
+        node=SimpleNamespace(short="1"),
+        run=lambda line, **_: (subprocess.run(line, shell=True, check=False).returncode, ""),
+    )
+    install = cluster.INSTALL.replace("/run/mitsuba-cluster/in-use", str(mark))
+    first_lines = install[: install.index("state=")]
+    for use in (
+        lambda: cluster.command_step("exit 0", False, False, remote),
+        lambda: cluster.Fetcher(str(tmp_path)),
+        lambda: subprocess.run(["bash", "-c", first_lines, "install", *"123456"], input=b"a\nb\n", check=True),
+    ):
+        mark.touch()
+        os.utime(mark, (1, 1))
+        use()
+        assert mark.stat().st_atime > 1

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import paramiko
 import pytest
 
 import cluster
@@ -214,7 +215,7 @@ def test_a_source_whose_time_is_up_has_not_failed(code: int, from_here: bool, mo
 
     monkeypatch.setattr(spread, "address", address)
     monkeypatch.setattr(cluster, "fetch_step", fetch)
-    assert spread.bring(lambda _: None, Idle()).fetched == 1  # type: ignore[arg-type]
+    assert spread.bring(lambda *_: None, Idle()).fetched == 1  # type: ignore[arg-type]
     assert asked == (["", "peer/0", "here/0"] if from_here else ["", *4 * ["peer/0"]])
     assert peer.failures == from_here
 
@@ -236,8 +237,114 @@ def test_a_receivers_own_fault_is_not_its_sources(error: cluster.NodeError, monk
     monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
     monkeypatch.setattr(cluster, "fetch_step", fetch)
     with pytest.raises(cluster.NodeError, match=str(error)):
-        spread.bring(lambda _: None, Idle())  # type: ignore[arg-type]
+        spread.bring(lambda *_: None, Idle())  # type: ignore[arg-type]
     assert (peer.failures, peer in spread.idle) == (0, True)
+
+
+class Frozen:
+    """The connection of a node that replies to no request that begins with WHICH, until it is closed."""
+
+    def __init__(self, which: str) -> None:
+        self.which, self.closed = which, threading.Event()
+
+    def is_active(self) -> bool:
+        """Tell whether it is open."""
+        return not self.closed.is_set()
+
+    def close(self) -> None:
+        """Let paramiko's calls return."""
+        self.closed.set()
+
+    def request_port_forward(self, *_: Any) -> int:
+        """Return a port, or wait as paramiko does."""
+        if self.which == "request":
+            self.closed.wait(60)
+            raise paramiko.SSHException("TCP forwarding request denied")
+        return 1
+
+    def cancel_port_forward(self, *_: Any) -> None:
+        """Wait as paramiko does."""
+        self.closed.wait(60)
+
+
+@pytest.mark.parametrize("which", ["request", "cancel"])
+def test_a_node_that_freezes_while_it_is_fed_from_here_is_given_up(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next node must get its turn, however long the connection of this one stays open."""
+    monkeypatch.setattr(cluster, "LIVENESS_LIMIT", 0.1)
+    reports = iter([cluster.Fetched(0, 0, 1, 0, 5)])
+
+    def fetch(*_: Any) -> cluster.Fetched:
+        for report in reports:
+            return report
+        raise cluster.SilentNode("is silent")
+
+    monkeypatch.setattr(cluster, "fetch_step", fetch)
+    node, transport = cluster.to_node({"InstanceId": "i-1", "State": {"Name": "running"}}), Frozen(which)
+    spread = cluster.Spread(".", [], [], 1)
+    pool = cluster.NodePool(cluster.Settings(), None)  # type: ignore[arg-type]
+    pool.remotes[node.id] = cluster.Remote(node, transport)  # type: ignore[arg-type]
+    (outcome,) = pool.each([node], lambda remote: spread.bring(lambda *_: None, remote))
+    assert not outcome.ok
+    assert transport.closed.is_set(), "paramiko was asked with a time limit"
+    assert (spread.fetching, spread.idle) == (0, [spread.here])
+
+
+class Reporting(Idle):
+    """A node whose fetching programs report this, one after the other."""
+
+    def __init__(self, *reports: list[dict[str, Any]]) -> None:
+        self.reports = list(reports)
+        self.node, self.id = self, "i-1"
+
+    def run(self, program: str, **options: Any) -> tuple[int, str]:
+        """Report."""
+        for report in self.reports.pop(0):
+            options["sink"](json.dumps(report).encode() + b"\n")
+        return 0, ""
+
+
+def test_the_bytes_of_several_sources_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of 20 bytes is there; one peer dies after 90 of 100."""
+    end = {"present": 0, "fetched": 0, "missing": 0}
+    node = Reporting(
+        [{"moved": 0}, {"moved": 0, "lacking": 100} | end | {"missing": 1}],
+        [{"moved": 0}, {"moved": 90, "lacking": 100}, {"moved": 90, "lacking": 100, "error": "it can't be fetched"}],
+        [{"moved": 0}, {"moved": 10, "lacking": 10} | end | {"fetched": 1}],
+    )
+    spread, heard = cluster.Spread(".", [cluster.Wanted("big", 120, "", "", "", {})], [], 1), list[tuple[int, int]]()
+    spread.idle.append(cluster.Source(Idle()))  # type: ignore[arg-type]
+    monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
+    done = spread.bring(lambda *numbers: heard.append(numbers), node)  # type: ignore[arg-type]
+    assert (done.fetched, done.moved) == (1, 100)
+    assert heard == [(0, 100), (90, 100), (90, 100), (100, 100)]
+
+
+def test_the_bar_is_of_what_the_nodes_lack() -> None:
+    class Bar:
+        """An app whose nodes have finished at once."""
+
+        @property
+        def pool(self) -> Bar:
+            """Its nodes' connections."""
+            return self
+
+        def each(self, nodes: list[Reporting], step: Any, progress: cluster.Progress) -> None:
+            """Work, and keep what the bar says."""
+            for node in nodes:
+                step(node)
+            self.size, self.moved = progress.size, sum(progress.moved.values())
+
+        def report(self, *_: Any) -> None:
+            """Do nothing."""
+
+    app, bring = Bar(), iter([(0, 0), (60, 60)])
+    nodes = [Reporting(), Reporting()]
+    for number, one in enumerate(nodes):
+        one.id = str(number)
+    done = cluster.Fetched(1, 0, 0, 60, 60)
+    wanted = [cluster.Wanted("big", 100, "", "", "", {})]
+    cluster.sync_nodes(app, nodes, wanted, lambda show, _: (show(*next(bring)), done)[1])  # type: ignore[arg-type]
+    assert (app.size, app.moved) == (60, 60)
 
 
 def serve(folder: Path, address: str, port: int, token: str) -> subprocess.Popen[str]:
@@ -277,6 +384,17 @@ def test_a_source_takes_the_place_of_one_whose_client_is_cut_off(
         assert elsewhere.poll() is None, "another address is another node"
         for one in (elsewhere, child):
             one.kill()
+
+
+def test_a_source_ends_no_program_of_another_kind(tmp_path: Path) -> None:
+    port = free_port()
+    words = [sys.executable, "-c", "input()", "127.0.0.1", str(port)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as other:
+        with serve(tmp_path, "127.0.0.1", port, "token") as child:
+            child.kill()
+        assert other.poll() is None
+        other.communicate(b"\n")
+        assert other.returncode == 0
 
 
 def ask(port: int, path: str, token: str, span: str = "bytes=0-9", peer: str = "127.0.0.1") -> tuple[int, bytes]:

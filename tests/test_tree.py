@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tests.localcloud.places import HERE
 from tests.support import LocalCloud, Result, ssh, wait_until
 
 SIZE = 7
+BUILD = "0.6.0 3 0"
 LIMIT = 120  # seconds within which a head serves again by itself, on a slow machine
 GOOD, RELAY, GONE = cluster.Answer(True), cluster.Answer(True, relays=True), cluster.Answer(False, "does not answer")
 
@@ -87,6 +90,9 @@ def test_a_head_waits_for_a_sub_head_that_restarts(monkeypatch: pytest.MonkeyPat
     rounds = [{"a": refuses}, {"a": refuses, "b": GOOD}]
     cluster.filter_workers(plan)
     assert (written, rounds) == (["a\n", "b\n", "b\n"], [])
+    rounds = [{}, {}]
+    cluster.filter_workers({"role": "worker", "build": "0.6.0 3 0"})  # a sub-head that lost all its workers
+    assert (written[3:], rounds) == ([""], [])
 
 
 @pytest.mark.parametrize(
@@ -110,6 +116,79 @@ def test_only_a_head_links_anew(
     monkeypatch.setattr(cluster, "read_file", lambda _: "")
     links = cluster.keep_serving(plan, cluster.Links())
     assert links.answering.keys() == joining
+
+
+class Linking:
+    """Links branches of nodes that only pretend to be there, one after the other, and keeps what each is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, client: bool, linked: dict[str, list[str]]) -> None:
+        head, *workers = make_nodes(SIZE)
+        self.rounds: list[list[str]] = []
+        self.given: dict[str, tuple[list[str], bool]] = {}  # address -> (its plan's workers, whether it is restarted)
+        clients = {"203.0.113.9:1": (60.0, 5.0)} if client else {}
+        self.head = cluster.Facts(4, BUILD, "head", clients=clients)
+        served = {one.private_ip: cluster.Facts(4, BUILD, "worker") for one in workers}
+        served |= {own: served[own]._replace(relays="yes", linked=tuple(branch)) for own, branch in linked.items()}
+        outcomes = [
+            cluster.Outcome(one, cluster.Served(served[one.private_ip], self.cores(linked, one.private_ip), "serves"))
+            for one in workers
+        ]
+        monkeypatch.setattr(cluster, "fetch_facts", lambda _: self.head)
+        monkeypatch.setattr(cluster, "configure_node", self.configure)
+        monkeypatch.setattr(cluster, "await_server", lambda remote, build, cores, workers: cores or 4)
+        app: Any = SimpleNamespace(pool=SimpleNamespace(each=self.each))
+        plan = cluster.StartPlan(head, "/mnt", {}, "", tree=True)
+        self.branches, self.outcomes, self.waiting = cluster.link_branches(
+            app, plan, cluster.Outcome(head, self.head), outcomes
+        )
+
+    @staticmethod
+    def cores(linked: dict[str, list[str]], own: str) -> int:
+        """Return what a node announces."""
+        return 2 + 4 * len(linked[own]) if own in linked else 4
+
+    def each(self, nodes: list[cluster.Node], step: Any, progress: object = None) -> list[cluster.Outcome[Any]]:
+        """Stand in for the pool."""
+        self.rounds.append(sorted(node.private_ip for node in nodes))
+        return [cluster.Outcome(node, step(SimpleNamespace(node=node))) for node in nodes]
+
+    def configure(self, remote: Any, guard: str, plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
+        """Note what a node is given."""
+        self.given[remote.node.private_ip] = (sorted(plan.get("workers", ())), bool(unit))
+
+
+def test_a_former_sub_head_ends_its_links_before_others_link_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cores are its own again by then."""
+    two, three, four, five, six, seven = (f"10.0.0.{number}" for number in range(2, 8))
+    done = Linking(monkeypatch, client=False, linked={two: [five], four: [seven], six: [three]})
+    assert done.branches == {two: [five, three], four: [seven, six]}
+    assert done.rounds == [["10.0.0.1"], ["10.0.0.1"], [six], [two, four]]
+    assert done.given[six] == ([], True)
+    assert done.given[four] == ([six, seven], True)
+    actions = {one.node.private_ip: (one.value.cores, one.value.action) for one in done.outcomes}
+    assert (actions[six], actions[four]) == ((4, "started"), (10, "with 2 workers of its own, started"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_client_keeps_all_links_and_every_guard_its_news(monkeypatch: pytest.MonkeyPatch, same: bool) -> None:
+    """A sub-head's idle time begins anew, too; 10.0.0.9 is one of its workers that SSH can't reach."""
+    linked = {"10.0.0.2": ["10.0.0.5", "10.0.0.3"], "10.0.0.4": ["10.0.0.7", "10.0.0.6" if same else "10.0.0.9"]}
+    done = Linking(monkeypatch, client=True, linked=linked)
+    assert done.given == {own: (sorted(branch), False) for own, branch in linked.items()}
+    assert done.branches == linked
+    assert bool(done.waiting) != same
+
+
+def test_a_plan_of_any_size_reaches_its_node() -> None:
+    """One of 4,095 nodes is longer than a command's argument may be."""
+    given: list[tuple[str, list[bytes]]] = []
+    remote: Any = SimpleNamespace(check=lambda line, stdin: given.append((line, stdin)))
+    plan = {"role": "head", "workers": {f"172.31.{one // 256}.{one % 256}": 8 for one in range(4094)}}
+    cluster.configure_node(remote, "program", plan, "unit")
+    ((line, (sent,)),) = given
+    assert len(line) < 10_000
+    assert sent.count(b"\n") == 1
+    assert json.loads(sent) == plan
 
 
 def test_start_names_a_tree_where_it_is_worth_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +272,18 @@ def test_links_are_changed_under_no_client(cloud: LocalCloud, tree: str) -> None
     grown = cloud.cluster("up", "c1.xlarge", str(SIZE), tree, "--tree")
     assert "head, 22 cores in all, restarted" in grown.out, grown.out + grown.err
     assert all(node["tree"] for node in cloud.nodes(tree))
+
+
+def test_a_sub_head_without_workers_becomes_a_worker(cloud: LocalCloud, group: str) -> None:
+    assert cloud.cluster("up", "c1.xlarge", "5", group, "--tree").code == 0
+    shown = cloud.cluster("status", group, "--servers")
+    leaf = re.search(r"^([^:\s]+): .*, linked to ", shown.out, re.M)
+    assert leaf
+    gone = next(node for node in cloud.nodes(group) if node["name"] == leaf[1])
+    assert cloud.cluster("terminate", gone["id"]).code == 0
+    mended = cloud.cluster("start", group)
+    assert "head, 14 cores in all, " in mended.out, mended.out + mended.err
+    assert mended.out.count(": worker, 4 cores, started\n") == 2
 
 
 def own_cores(heads: int, workers: int) -> int:

@@ -233,7 +233,8 @@ class ProcessNode:
                 process.stdout.write(b"the last words of a step that goes wrong\n")
                 code = await self.go_wrong(self.trouble[step])
             elif act:
-                code, output = await act(self, words[4:])
+                given = [(await process.stdin.readline()).decode()] if act is start_server else []
+                code, output = await act(self, words[4:] + given)
                 process.stdout.write(output.encode())
             elif root:
                 code = 1
@@ -290,15 +291,22 @@ class ProcessNode:
         """Start (or restart) a server of this node's role; a head's links those workers that answer."""
         self.end_server()
         nodes = {node.instance.private_ip: node for node in self.known(self.network) if node.server}
-        workers = self.plan.get("workers", {}) if self.links else {}
-        found = {one: Answer(one in nodes, "" if one in nodes else "is gone") for one in workers}
-        found |= {one: found[one]._replace(relays=bool(nodes[one].linked)) for one in found if one in nodes}
-        self.linked = pick_workers(self.plan, found) if workers else []
+        plan = {"workers": {}} | self.plan
+        found = dict.fromkeys(plan["workers"], Answer(False, "is gone"))
+        for one in found.keys() & nodes.keys():
+            wrong = "announces too many cores" if nodes[one].offered() > plan["workers"][one] else ""
+            found[one] = Answer(True, wrong, relays=nodes[one].relays and not wrong)
+        self.linked = pick_workers(plan, found) if self.links else []
         self.started = secrets.token_hex(16)
         if self.trouble.get("server") == "exits":
             return
         addresses = sorted({self.instance.private_ip, self.address})
         self.server = await asyncio.start_server(self.greet, addresses, SERVER_PORT)
+
+    @property
+    def relays(self) -> bool:
+        """Tell whether its server is a sub-head's."""
+        return self.links and self.role == "worker"
 
     def end_server(self) -> None:
         """End the server, and with it what its clients render."""
@@ -449,6 +457,7 @@ async def facts(node: ProcessNode, arguments: list[str]) -> tuple[int, str]:
     linked = " ".join(node.linked)
     return 0, (
         f"cores={node.cores}\nbuild={build}\nrole={node.role}\nlinked={linked}\n"
+        f"relays={'yes' if node.relays else ''}\n"
         f"replaced={node.replaced}\nboot={node.boot}\nstarted={node.started}\nclock={time.time()}\n"
         f"load=0.42 0.31 0.12\nmemory_mb=612 7168\nrestarts={node.restarts}\nproblem={node.problem}\n"
         f"guard={json.dumps(node.guard) if node.guard else ''}\n"
@@ -466,10 +475,10 @@ async def start_server(node: ProcessNode, arguments: list[str]) -> tuple[int, st
     """Start the handshake server in the given role."""
     if not node.installed:
         return 1, "Mitsuba is not installed here; run install first\n"
-    role, unit, plan = arguments[0], arguments[1], json.loads(arguments[4])
+    role, unit, plan = arguments[0], arguments[1], json.loads(arguments[5])
     node.role, node.plan = role, plan
     if unit:
-        node.replaced, node.links = "", role == "head" or bool(arguments[5])
+        node.replaced, node.links = "", role == "head" or bool(arguments[4])
         if node not in NODES:
             NODES.append(node)
         await node.serve()
