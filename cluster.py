@@ -430,11 +430,11 @@ def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
     if path.is_dir():
         raise ClusterError(f"{path} is a folder, no settings file; did you mean {path / 'config.py'}?")
+    if not path.exists():
+        raise ClusterError(f"there is no settings file {path}")
     try:
         return runpy.run_path(str(path))
-    except FileNotFoundError:
-        raise ClusterError(f"there is no settings file {path}") from None
-    except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
+    except (Exception, SystemExit) as error:  # the file is the user's own code: whatever it raises is a mistake in it
         import traceback
 
         frames = traceback.extract_tb(error.__traceback__)
@@ -443,6 +443,8 @@ def run_config(path: Path) -> dict[str, Any]:
         where = f"{path.name}, line {lines[-1]}" if lines else path.name
         # Not the error's text: a secret without quotes would be in it.
         hint = '(is there a value without quotes? name = "value")'
+        if isinstance(error, (OSError, SystemExit)):
+            hint = f"({error.strerror})" if isinstance(error, OSError) else "(a settings file only sets names)"
         raise ClusterError(f"{where}: {type(error).__name__} {hint}") from None
 
 
@@ -2643,14 +2645,15 @@ class Tool(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take --config from anywhere before a "--"."""
         end = args.index("--") if "--" in args else len(args)
-        words = args[:end]
-        for i, word in enumerate(words):
-            if word == "--config" and i + 1 < len(words):
-                words = [f"--config={words[i + 1]}", *words[:i], *words[i + 2 :]]
-            elif word.startswith("--config="):
-                words = [word, *words[:i], *words[i + 1 :]]
+        given, others = list[str](), list[str]()
+        words = iter(args[:end])
+        for word in words:
+            (given if word.startswith("--config=") or word == "--config" else others).append(word)
+            if word == "--config" and (value := next(words, None)) is not None:
+                given.append(value)
+        bare = given[-1:] == ["--config"]  # nothing after it: click says so, unless another word follows
         with plain_usage():
-            return super().parse_args(ctx, [*words, *args[end:]])
+            return super().parse_args(ctx, given if bare else [*given, *others, *args[end:]])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Know createNodes by its old name, too; give each command's help an example."""
@@ -2696,9 +2699,12 @@ def log_folder(group: str) -> Path:
 
 def complete(ctx: click.Context, incomplete: str, ask: Callable[[Client], Iterable[str]]) -> list[Any]:
     """Return EC2's answer to a Tab, or nothing where it does not come within a second or two."""
+    import io
+
     from click.shell_completion import CompletionItem
 
-    with contextlib.suppress(Exception):  # whatever goes wrong: a Tab shows no errors
+    # Whatever goes wrong: a Tab shows no errors and no warnings.
+    with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
         settings = load_settings(ctx.find_root().params.get("config") or default_config())
         ec2 = open_client(settings, "ec2", connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
         return [CompletionItem(name) for name in sorted(set(ask(ec2))) if name.startswith(incomplete)]
@@ -3530,7 +3536,7 @@ nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
 
 
 def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[Subnet]:
-    """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
+    """Return the subnets of SUBNET_ID, else the default ones, wherever INSTANCE_TYPE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
@@ -3762,7 +3768,9 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
         quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
-        yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
+        price = plan.subnets[0].price
+        each = f", {format_money(price / plan.type.cores)} an hour each" if price is not None and cores else ""
+        yield f"vCPUs: {cores} asked{each}; your quota, for all your instances together: {quota}"
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -6102,7 +6110,6 @@ def show_status(
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
         keep_showing(lambda: show_watched(app, group, wide))
-    address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
     fetch = functools.partial(fetch_groups, group)
     regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
     groups = [one for found in regions.values() for one in found]
@@ -6117,9 +6124,9 @@ def show_status(
         result(json.dumps(found | {"totals": totals([node for one in groups for node in one.present])}, indent=2))
     elif groups:
         show_groups(app, groups, wide, servers)
-        if app.known_identity:
-            guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
-            warn_of_rules(app.ec2, guarded, app.settings, address.result(), app.rule_owner)
+        guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
+        if guarded and app.known_identity:
+            warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
     else:
         place = "any region that answers" if everywhere else home
         note(f"Nothing is running in {place}" + (f" in group {group!r}" if group else ""))
@@ -6356,11 +6363,11 @@ def counted(label: str, size: int) -> Iterator[Callable[..., None]]:
             progress.moved["all"] += more
             seen += read
 
-    def draw() -> None:
+    def repaint() -> None:
         while not done.wait(0.2):
             progress.show(f"{format_size(seen)} checked" if 0 < seen < size else "")
 
-    painter = threading.Thread(target=draw, daemon=True)
+    painter = threading.Thread(target=repaint, daemon=True)
     painter.start()
     try:
         yield count
@@ -6565,23 +6572,34 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], lis
     """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
     For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: such a
-    request is sent again in halves. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    request is sent again without those that the refusal names, in halves where it names none. One that AWS is too busy
+    for is sent again as it is. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
     """
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.parsers import ResponseParserError
 
     requests = [nodes[at : at + TERMINATE_BATCH] for at in range(0, len(nodes), TERMINATE_BATCH)]
     refused: dict[str, list[Node]] = {"OperationNotPermitted": [], "InvalidInstanceID.NotFound": []}
+    deadline = time.monotonic() + POLL_ERROR_LIMIT
     while requests:
         request = requests.pop()
         try:
             ec2.terminate_instances(InstanceIds=[node.id for node in request])
-        except ClientError as error:
-            if error_code(error) not in refused:
-                raise
-            if half := len(request) // 2:
-                requests += [request[:half], request[half:]]
+        except (HTTPClientError, ResponseParserError, ClientError) as error:
+            code = error_code(error)
+            if code in refused:
+                named = re.findall(r"i-\w+", str(error))
+                out = [node for node in request if node.id in named or len(request) == 1]
+                rest = [node for node in request if node not in out]
+                half = 0 if out else len(rest) // 2
+                refused[code] += out
+                requests += [part for part in (rest[:half], rest[half:]) if part]
+            elif time.monotonic() < deadline and (code in RETRY_CODES or not isinstance(error, ClientError)):
+                note(f"TerminateInstances: {code or type(error).__name__}; trying again")
+                requests.append(request)
+                time.sleep(POLL)
             else:
-                refused[error_code(error)].append(request[0])
+                raise
     return refused["OperationNotPermitted"], refused["InvalidInstanceID.NotFound"]
 
 
@@ -6631,6 +6649,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
@@ -6640,27 +6659,28 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     while True:
         try:
             listed = fetch_nodes(ec2, group)
+            nodes = [node for node in listed if node.state in ALIVE]
+            inside = [node for node in nodes if node.is_inside]
+            targets = inside if others else app.launched(inside, ec2)
+            running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
+            protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
+            living = [node for node in targets if node.id not in protected]
+            seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+            if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
+                with tolerate(loss="their spot requests are not cancelled"):
+                    cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
+            present = (len(seen), {node.id for node in living})
+            since, before = (since if present == before else time.monotonic()), present
+            held = len(protected) + len(inside) > len(targets)
+            groups = [] if living or held else fetch_security_groups(ec2, group)
+            waiting = [one for one in groups if not remove_security_group(ec2, one)]
             good = time.monotonic()
-        except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
-            if before is None or time.monotonic() - good > POLL_ERROR_LIMIT:
+        except (BotoCoreError, ResponseParserError, ClientError) as error:  # a poll that fails breaks nothing off
+            late = before is None or time.monotonic() - good > POLL_ERROR_LIMIT
+            if late or error_code(error) in DENIED_CODES:
                 raise
             time.sleep(POLL)
             continue
-        nodes = [node for node in listed if node.state in ALIVE]
-        inside = [node for node in nodes if node.is_inside]
-        targets = inside if others else app.launched(inside, ec2)
-        running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
-        protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
-        living = [node for node in targets if node.id not in protected]
-        seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
-        if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
-            with tolerate(loss="their spot requests are not cancelled"):
-                cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
-        present = (len(seen), {node.id for node in living})
-        since, before = (since if present == before else time.monotonic()), present
-        held = len(protected) + len(inside) > len(targets)
-        groups = [] if living or held else fetch_security_groups(ec2, group)
-        waiting = [one for one in groups if not remove_security_group(ec2, one)]
         waited = time.monotonic() - since
         something = bool(seen or groups or len(listed) > len(nodes))
         if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
@@ -6896,7 +6916,7 @@ def cancel_all_spot(app: App) -> None:
 
 
 class Lines:
-    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
+    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe their bytes as they are."""
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix, self.rest = prefix.encode(), b""
@@ -6920,6 +6940,17 @@ class Lines:
 optional_node = click.argument("name", shell_complete=complete_nodes, metavar="[NODE]", default="head")
 
 
+def open_node(app: App, name: str) -> Node:
+    """Return the node that NAME means, to which this machine may connect from now on."""
+    node = find_node(app, name)
+    if not is_ours(node, app.identity):
+        raise ClusterError(f"{node.name}: {not_ours(node)}")
+    ready = {one.id: one for one in app.open_group(node.group)}
+    if node.id not in ready:
+        raise ClusterError(f"{node.id} can't be reached (it is {node.state}); see {command('status', node.group)}")
+    return ready[node.id]
+
+
 @cli.command("login")
 @optional_node
 @click.pass_obj
@@ -6927,11 +6958,7 @@ def login(app: App, name: str) -> None:
     """Open a shell on a node (the head, if none is named)."""
     import subprocess
 
-    node = find_node(app, name)
-    if not is_ours(node, app.identity):
-        raise ClusterError(f"{node.name}: {not_ours(node)}")
-    app.open_group(node.group)
-    with ssh_command(node, app.settings) as words:
+    with ssh_command(open_node(app, name), app.settings) as words:
         code = subprocess.call(words, env=clean_environment())
     sys.exit(min(code, 255))
 
@@ -7013,14 +7040,13 @@ def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
 @click.pass_obj
 def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
     """Show what a node's server wrote (default: the head's)."""
-    node = find_node(app, name)
     if installation:
+        node = find_node(app, name)
         path = log_folder(node.group) / f"{node.id}.install.log"
         if not path.exists():
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
         return put(printable_lines(path.read_text("utf-8", "replace").removesuffix("\n")))
-    app.open_group(node.group)
-    cursor = ""
+    node, cursor = open_node(app, name), ""
     while True:
         outcome = app.pool.each([node], functools.partial(journal_step, cursor))[0]
         if not outcome.ok:
