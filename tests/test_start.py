@@ -118,6 +118,66 @@ def test_a_head_is_asked_again_just_before_its_restart(
         assert done.waiting == "1 node waits to be linked: client 203.0.113.9, silent for 5s"
 
 
+CLIENT = "client 203.0.113.9, silent for 5s"
+WAITS, RESTART = f"1 node waits to be linked: {CLIENT}", f"the head waits to be restarted: {CLIENT}"
+OTHERWISE = f"the nodes wait to be linked in another way: {CLIENT}"
+
+
+@pytest.mark.parametrize(
+    ("bad", "linked", "tree", "waits", "error"),
+    [
+        (
+            True,
+            ["10.0.0.2"],
+            "",
+            WAITS,
+            f"2 of 4 nodes serving; failed: g-4; {WAITS}; ./cluster.py start g --force links them now and ends that "
+            "client, else they join when it leaves",
+        ),
+        (
+            True,
+            ["10.0.0.2"],
+            OTHERWISE,
+            WAITS,
+            f"2 of 4 nodes serving; failed: g-4; {OTHERWISE}; ./cluster.py start g --flat --force does that now and "
+            "ends that client, else ./cluster.py start g --flat once it has left",
+        ),
+        (
+            False,
+            ["10.0.0.2", "10.0.0.3", "10.0.0.4"],
+            "",
+            RESTART,
+            f"{RESTART}; ./cluster.py start g --force does that now and ends that client, else ./cluster.py start g "
+            "once it has left",
+        ),
+        (True, ["10.0.0.2", "10.0.0.3"], "", "", "3 of 4 nodes serving; failed: g-4"),
+    ],
+    ids=["one bad", "one bad, other levels", "head", "no client"],
+)
+def test_what_waits_is_told_beside_what_failed(
+    monkeypatch: pytest.MonkeyPatch, bad: bool, linked: list[str], tree: str, waits: str, error: str
+) -> None:
+    def node(number: int) -> cluster.Node:
+        when = datetime(2026, 1, 1, tzinfo=timezone.utc)
+        return cluster.Node(
+            f"i-{number}", "g", "c1.xlarge", "running", when, public_name=f"g-{number}", private_ip=f"10.0.0.{number}"
+        )
+
+    served = cluster.Served(cluster.Facts(4, "0.6.0", "worker"), 4, "serves already")
+    workers = [cluster.Outcome(node(2), served), cluster.Outcome(node(3), served)]
+    workers.append(cluster.Outcome[cluster.Served](node(4), error="…") if bad else cluster.Outcome(node(4), served))
+    facts = cluster.Facts(4, "0.6.0", "head", tuple(linked))
+    head = cluster.Outcome(node(1), cluster.Served(facts, 6, "serves already", waits))
+    for name in ("tag_roles", "tag_nodes", "suggest_tree", "say_how_to_connect"):
+        monkeypatch.setattr(cluster, name, lambda *_: None)
+    monkeypatch.setattr(cluster, "link_branches", lambda *_: ({}, workers, tree))
+    app: Any = SimpleNamespace(ec2=None, pool=SimpleNamespace(each=lambda *_: [head]))
+    plan = cluster.StartPlan(node(1), "/mnt", {}, "")
+    with pytest.raises(cluster.ClusterError) as found:
+        cluster.link_group(app, "g", plan, cluster.Outcome(node(1), facts), workers)
+    assert found.value.message == error
+
+
 def test_start_before_install_says_so(cloud: LocalCloud, group: str) -> None:
     assert cloud.cluster("createNodes", "c1.xlarge", "2", group).code == 0
     done = cloud.cluster("start", group)
