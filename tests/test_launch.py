@@ -42,7 +42,7 @@ def test_a_dry_run_says_what_a_launch_says_and_makes_nothing(cloud: LocalCloud, 
     assert "An hour of a spot node, now: $0.0871 in us-east-1a, " in dry.out
     assert "; on demand: $0.52\n" in dry.out
     assert "Zones, in the order in which they are tried: us-east-1a, us-east-1b, " in dry.out
-    assert "vCPUs: 16 asked; your quota, for all your instances together: 1152 (Running On-Demand Standard" in dry.out
+    assert "vCPUs: 16 asked, $0.0650 an hour each; your quota, for all your instances together: 1152 (Run" in dry.out
     assert "\nTo be installed: the package mitsuba of deb [trusted=yes] http://127.0.0.1:" in dry.out
     made = cloud.cluster(*CREATE, group)
     assert made.code == 0, made.err
@@ -63,7 +63,7 @@ def test_a_dry_run_foresees_a_key_of_the_same_name(cloud: LocalCloud, group: str
 def test_a_dry_run_of_spot_nodes_asks_for_their_quota(cloud: LocalCloud) -> None:
     with cloud.options(vcpu_limit=5):
         dry = cloud.cluster(*CREATE, "--spot", "--dry-run")
-    assert "vCPUs: 16 asked; your quota, for all your instances together: 5 (All Standard" in dry.out
+    assert "; your quota, for all your instances together: 5 (All Standard" in dry.out
 
 
 def test_a_quota_that_cannot_be_had_is_no_obstacle(cloud: LocalCloud) -> None:
