@@ -430,11 +430,11 @@ def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
     if path.is_dir():
         raise ClusterError(f"{path} is a folder, no settings file; did you mean {path / 'config.py'}?")
+    if not path.exists():
+        raise ClusterError(f"there is no settings file {path}")
     try:
         return runpy.run_path(str(path))
-    except FileNotFoundError:
-        raise ClusterError(f"there is no settings file {path}") from None
-    except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
+    except (Exception, SystemExit) as error:  # the file is the user's own code: whatever it raises is a mistake in it
         import traceback
 
         frames = traceback.extract_tb(error.__traceback__)
@@ -443,6 +443,8 @@ def run_config(path: Path) -> dict[str, Any]:
         where = f"{path.name}, line {lines[-1]}" if lines else path.name
         # Not the error's text: a secret without quotes would be in it.
         hint = '(is there a value without quotes? name = "value")'
+        if isinstance(error, (OSError, SystemExit)):
+            hint = f"({error.strerror})" if isinstance(error, OSError) else "(a settings file only sets names)"
         raise ClusterError(f"{where}: {type(error).__name__} {hint}") from None
 
 
@@ -1826,7 +1828,7 @@ class Fetcher:
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
         self.counting = threading.Lock()
-        self.moved = 0  # bytes
+        self.bytes = {"moved": 0}  # and, once that is known, those that were "lacking"
         with contextlib.suppress(OSError):
             os.open(MARK_PATH, os.O_RDONLY)  # stays open: so the node's guard sees that a command is at work
             subprocess.run(["sudo", "-n", "touch", MARK_PATH], capture_output=True, check=False)  # or was, for a moment
@@ -1903,7 +1905,7 @@ class Fetcher:
                             written = os.pwrite(part, block, begin)
                             begin, block = begin + written, block[written:]
                             with self.counting:
-                                self.moved += written
+                                self.bytes["moved"] += written
                 return
             except urllib.error.HTTPError as error:
                 if error.code in (400, 401, 403, 404, 412) or attempt == self.tries - 1:
@@ -1970,7 +1972,7 @@ class Fetcher:
             record = self.load("record.json")
             record = record if isinstance(record, dict) else {}
             missing = [one for one in wanted if not self.is_here(one, record)]
-            lacking = self.make_room(missing)
+            self.bytes["lacking"] = self.make_room(missing)
             files, saved = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS), time.monotonic()
             jobs = {files.submit(self.fetch, one): one.path for one in missing if one.url}
             try:
@@ -1989,13 +1991,14 @@ class Fetcher:
                 self.ranges.shutdown(wait=False, cancel_futures=True)
                 self.save("record.json", record)
             done = {"fetched": len(jobs), "present": len(wanted) - len(missing), "missing": len(missing) - len(jobs)}
-            return done | {"moved": self.moved, "lacking": 0 if jobs else lacking}
+            return done | self.bytes
 
 
 def fetch_files(arguments: list[str]) -> None:
     """Run on a node: fetch the files that stdin lists, as JSON, into a folder.
 
-    Writes a JSON line twice a second: {"moved": bytes}, and at the end what fetch_all returns, or an "error".
+    Writes a JSON line twice a second: {"moved": bytes, "lacking": bytes}, and at the end what fetch_all returns, or an
+    "error".
     """
     printing = threading.Lock()
 
@@ -2006,9 +2009,11 @@ def fetch_files(arguments: list[str]) -> None:
     def report() -> None:
         while True:
             time.sleep(0.5)
-            say(moved=fetcher.moved)
+            say(**fetcher.bytes)
 
     os.umask(0o022)
+    for name in [name for name in os.environ if name.lower() == "http_proxy"]:
+        del os.environ[name]  # peers and this machine are asked by http, and directly; S3 by https
     wanted = [Wanted(**one) for one in json.load(sys.stdin)]
     try:
         fetcher = Fetcher(arguments[0], *map(int, arguments[1:]))
@@ -2019,7 +2024,7 @@ def fetch_files(arguments: list[str]) -> None:
     try:
         say(**fetcher.fetch_all(wanted))
     except FetchFailed as error:
-        say(error=str(error), status=error.status, moved=fetcher.moved)
+        say(error=str(error), status=error.status, **fetcher.bytes)
         os._exit(1)  # at once: other threads are in the midst of their ranges
     except OSError as error:
         say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
@@ -2039,7 +2044,7 @@ class Fetched(NamedTuple):
     present: int  # were there already
     missing: int  # have no source yet
     moved: int  # bytes
-    lacking: int  # bytes of what is missing, without what an earlier try has brought
+    lacking: int  # bytes that were not here before, not even from an earlier try
 
 
 class FetchError(NodeError):
@@ -2078,16 +2083,30 @@ def by_line(take: Callable[[bytes], object]) -> Callable[[bytes], None]:
     return cut
 
 
-def fetch_step(
-    folder: str, wanted: Sequence[Wanted], show: Callable[[int], None], remote: Remote, *patience: int
-) -> Fetched:
-    """Let a node fetch files into FOLDER; SHOW hears how many bytes have come. PATIENCE: other tries, and timeout."""
+@dataclass
+class Tally:
+    """Adds up what several tries bring to a node; SHOW hears the bytes that have come, and of how many."""
+
+    show: Callable[[int, int], object]
+    before: int = 0  # bytes of earlier tries
+    moved: int = 0
+
+    def count(self, moved: int, lacking: int) -> None:
+        """Take a report of the present try."""
+        self.moved = self.before + moved
+        self.show(self.moved, self.before + lacking)
+
+
+def fetch_step(folder: str, wanted: Sequence[Wanted], tally: Tally, remote: Remote, *patience: int) -> Fetched:
+    """Let a node fetch files into FOLDER, once more. PATIENCE: other tries of a range, and timeout."""
     last: dict[str, Any] = {}
 
     def hear(line: bytes) -> None:
         last.update(read_report(line))
-        show(last.get("moved", 0))
+        if last.keys() >= {"moved", "lacking"}:
+            tally.count(last["moved"], last["lacking"])
 
+    tally.before = tally.moved
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
     code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=by_line(hear))
@@ -2095,7 +2114,7 @@ def fetch_step(
         raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
         raise NodeError(f"{format_exit(code)}{format_tail(output)}")
-    return Fetched(**{name: last[name] for name in Fetched._fields})
+    return Fetched(**{name: last[name] for name in Fetched._fields} | {"moved": tally.moved})
 
 
 class FileServer:
@@ -2329,10 +2348,11 @@ class Spread:
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             source.channel, source.session = channel, stack.pop_all()
 
-    def bring(self, show: Callable[[int], None], remote: Remote) -> Fetched:
-        """Bring the files to a node, as far as it lacks them; SHOW hears how many bytes have come."""
+    def bring(self, show: Callable[[int, int], object], remote: Remote) -> Fetched:
+        """Bring the files to a node, as far as it lacks them; SHOW hears what a Tally says."""
+        tally = Tally(show)
         try:
-            done = fetch_step(self.folder, self.wanted, show, remote)
+            done = fetch_step(self.folder, self.wanted, tally, remote)
         finally:
             self.hear()
         tried: list[Source] = []
@@ -2345,7 +2365,7 @@ class Spread:
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
-                    done = fetch_step(self.folder, wanted, show, remote, *patience)
+                    done = fetch_step(self.folder, wanted, tally, remote, *patience)
             except NodeError as error:
                 full = isinstance(error, FetchError) and error.status == OWN_FAULT
                 if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
@@ -2625,14 +2645,15 @@ class Tool(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take --config from anywhere before a "--"."""
         end = args.index("--") if "--" in args else len(args)
-        words = args[:end]
-        for i, word in enumerate(words):
-            if word == "--config" and i + 1 < len(words):
-                words = [f"--config={words[i + 1]}", *words[:i], *words[i + 2 :]]
-            elif word.startswith("--config="):
-                words = [word, *words[:i], *words[i + 1 :]]
+        given, others = list[str](), list[str]()
+        words = iter(args[:end])
+        for word in words:
+            (given if word.startswith("--config=") or word == "--config" else others).append(word)
+            if word == "--config" and (value := next(words, None)) is not None:
+                given.append(value)
+        bare = given[-1:] == ["--config"]  # nothing after it: click says so, unless another word follows
         with plain_usage():
-            return super().parse_args(ctx, [*words, *args[end:]])
+            return super().parse_args(ctx, given if bare else [*given, *others, *args[end:]])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Know createNodes by its old name, too; give each command's help an example."""
@@ -2678,9 +2699,12 @@ def log_folder(group: str) -> Path:
 
 def complete(ctx: click.Context, incomplete: str, ask: Callable[[Client], Iterable[str]]) -> list[Any]:
     """Return EC2's answer to a Tab, or nothing where it does not come within a second or two."""
+    import io
+
     from click.shell_completion import CompletionItem
 
-    with contextlib.suppress(Exception):  # whatever goes wrong: a Tab shows no errors
+    # Whatever goes wrong: a Tab shows no errors and no warnings.
+    with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
         settings = load_settings(ctx.find_root().params.get("config") or default_config())
         ec2 = open_client(settings, "ec2", connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
         return [CompletionItem(name) for name in sorted(set(ask(ec2))) if name.startswith(incomplete)]
@@ -3516,7 +3540,7 @@ nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
 
 
 def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[Subnet]:
-    """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
+    """Return the subnets of SUBNET_ID, else the default ones, wherever INSTANCE_TYPE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
@@ -3644,10 +3668,8 @@ def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
     return ""
 
 
-def format_price(instance_type: str, count: int, price: float | None, public: bool = True) -> str:
+def format_price(instance_type: str, count: int, price: float, public: bool = True) -> str:
     """Return what COUNT nodes cost, as createNodes says it before the launch."""
-    if price is None:
-        return f"{count} × {instance_type}: the price could not be looked up"
     addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
@@ -3678,6 +3700,7 @@ def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
+    app.left = "Nothing was launched."
     ssm = open_client(settings, "ssm")
     instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
         lambda: fetch_instance_type(ec2, request.type),
@@ -3706,10 +3729,14 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         for group in fetch_security_groups(ec2, request.group):
             if rules := check_rules(app, group, cidr):
                 warn(describe_rules(ec2, group, rules))
-    present = sum(node.state in ("pending", "running") for node in before)
-    hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
-    idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
-    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
+    present = [node for node in before if node.is_inside and node.state in ("pending", "running")]
+    hours, idle = request.max_hours, request.idle_minutes
+    if hours is None:  # a group's limit is meant for what is added to it, too
+        hours = max((node.max_hours for node in present if node.max_hours), default=settings.MAX_HOURS)
+    if idle is None:
+        idle = max((node.idle_minutes for node in present if node.idle_minutes), default=settings.IDLE_MINUTES)
+    count = len(present)
+    return Plan(request, instance_type, image, subnets, cidr, count, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3718,7 +3745,10 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     if plan.present:
         group = app.where(request.group)
         yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
-    yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
+    if plan.subnets[0].price is None:
+        warn(f"the price of {request.type} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
+    else:
+        yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
     if plan.spot:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
@@ -3748,7 +3778,9 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
         quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
-        yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
+        price = plan.subnets[0].price
+        each = f", {format_money(price / plan.type.cores)} an hour each" if price is not None and cores else ""
+        yield f"vCPUs: {cores} asked{each}; your quota, for all your instances together: {quota}"
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -4066,7 +4098,10 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
-    note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
+    launched = f"{len(nodes)} of {format_count(request.number, 'node')} launched"
+    late = "they cost money, and status may show them some seconds late"
+    app.left = f"{launched} in {app.where(request.group)}; {late}: {ways}."
+    note(f"{launched}; waiting until each answers")
     return nodes, why, token
 
 
@@ -4105,7 +4140,7 @@ def launch_options(*own: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
             "--max-hours",
             type=Number(0, 8760),
             metavar="HOURS",
-            help="Terminate the nodes automatically after so long.",
+            help="Terminate the nodes automatically after so long; else as the group's others.",
         ),
         click.option(
             "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
@@ -4711,9 +4746,11 @@ def install_step(
             check_metadata_rules(remote)
             if spread:
                 tell("waiting")
-                tenth = max(1, spread.wanted[0].size // 10)
                 try:
-                    spread.bring(lambda moved: tell(f"sending {moved // tenth * 10} %") if moved else None, remote)
+                    spread.bring(
+                        lambda moved, whole: tell(f"sending {10 * moved // (whole or 1) * 10} %") if moved else None,
+                        remote,
+                    )
                 except NodeError as error:
                     raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
@@ -6087,7 +6124,6 @@ def show_status(
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
         keep_showing(lambda: show_watched(app, group, wide))
-    address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
     fetch = functools.partial(fetch_groups, group)
     regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
     groups = [one for found in regions.values() for one in found]
@@ -6102,9 +6138,9 @@ def show_status(
         result(json.dumps(found | {"totals": totals([node for one in groups for node in one.present])}, indent=2))
     elif groups:
         show_groups(app, groups, wide, servers)
-        if app.known_identity:
-            guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
-            warn_of_rules(app.ec2, guarded, app.settings, address.result(), app.rule_owner)
+        guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
+        if guarded and app.known_identity:
+            warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
     else:
         place = "any region that answers" if everywhere else home
         note(f"Nothing is running in {place}" + (f" in group {group!r}" if group else ""))
@@ -6341,11 +6377,11 @@ def counted(label: str, size: int) -> Iterator[Callable[..., None]]:
             progress.moved["all"] += more
             seen += read
 
-    def draw() -> None:
+    def repaint() -> None:
         while not done.wait(0.2):
             progress.show(f"{format_size(seen)} checked" if 0 < seen < size else "")
 
-    painter = threading.Thread(target=draw, daemon=True)
+    painter = threading.Thread(target=repaint, daemon=True)
     painter.start()
     try:
         yield count
@@ -6417,37 +6453,44 @@ def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
 
 
 def bring_from_s3(
-    data: str, wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], show: Callable[[int], None], remote: Remote
+    data: str,
+    wanted: list[Wanted],
+    sign_again: Callable[[], list[Wanted]],
+    show: Callable[[int, int], object],
+    remote: Remote,
 ) -> Fetched:
     """Let a node fetch WANTED by signed addresses; they die with the session's credentials: boto3 may have new ones."""
-    before, moved = 0, 0  # bytes, of earlier addresses and in all
-
-    def count(more: int) -> None:
-        nonlocal moved
-        moved = before + more
-        show(moved)
-
+    tally = Tally(show)
     while True:
         try:
-            return fetch_step(data, wanted, count, remote)._replace(moved=moved)
+            return fetch_step(data, wanted, tally, remote)
         except FetchError as error:
             if error.status not in (401, 403):
                 raise
-            if moved == before:
+            if tally.moved == tally.before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
-            wanted, before = sign_again(), moved
+            wanted = sign_again()
 
 
 def sync_nodes(
-    app: App, nodes: Sequence[Node], wanted: Sequence[Wanted], bring: Callable[[Callable[[int], None], Remote], Fetched]
+    app: App,
+    nodes: Sequence[Node],
+    wanted: Sequence[Wanted],
+    bring: Callable[[Callable[[int, int], object], Remote], Fetched],
 ) -> None:
     """Let BRING bring the files to all NODES, with a bar, and report."""
     size = sum(one.size for one in wanted)
     note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
 
+    whole = {node.id: size for node in nodes}  # bytes that each lacks, as far as known
+
     def step(remote: Remote) -> str:
-        done = bring(lambda moved: progress.moved.update({remote.node.id: moved}), remote)
+        def show(moved: int, of: int) -> None:
+            progress.moved[remote.node.id], whole[remote.node.id] = moved, of
+            progress.size = sum(whole.values())
+
+        done = bring(show, remote)
         there = f"; {done.present} there already" if done.present else ""
         fetched = f"fetched {format_count(done.fetched, 'file')}, {format_size(done.moved)}{there}"
         return fetched if done.fetched else "has everything already"
@@ -6543,23 +6586,34 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], lis
     """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
     For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: such a
-    request is sent again in halves. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    request is sent again without those that the refusal names, in halves where it names none. One that AWS is too busy
+    for is sent again as it is. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
     """
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.parsers import ResponseParserError
 
     requests = [nodes[at : at + TERMINATE_BATCH] for at in range(0, len(nodes), TERMINATE_BATCH)]
     refused: dict[str, list[Node]] = {"OperationNotPermitted": [], "InvalidInstanceID.NotFound": []}
+    deadline = time.monotonic() + POLL_ERROR_LIMIT
     while requests:
         request = requests.pop()
         try:
             ec2.terminate_instances(InstanceIds=[node.id for node in request])
-        except ClientError as error:
-            if error_code(error) not in refused:
-                raise
-            if half := len(request) // 2:
-                requests += [request[:half], request[half:]]
+        except (HTTPClientError, ResponseParserError, ClientError) as error:
+            code = error_code(error)
+            if code in refused:
+                named = re.findall(r"i-\w+", str(error))
+                out = [node for node in request if node.id in named or len(request) == 1]
+                rest = [node for node in request if node not in out]
+                half = 0 if out else len(rest) // 2
+                refused[code] += out
+                requests += [part for part in (rest[:half], rest[half:]) if part]
+            elif time.monotonic() < deadline and (code in RETRY_CODES or not isinstance(error, ClientError)):
+                note(f"TerminateInstances: {code or type(error).__name__}; trying again")
+                requests.append(request)
+                time.sleep(POLL)
             else:
-                refused[error_code(error)].append(request[0])
+                raise
     return refused["OperationNotPermitted"], refused["InvalidInstanceID.NotFound"]
 
 
@@ -6609,6 +6663,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
@@ -6618,27 +6673,28 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     while True:
         try:
             listed = fetch_nodes(ec2, group)
+            nodes = [node for node in listed if node.state in ALIVE]
+            inside = [node for node in nodes if node.is_inside]
+            targets = inside if others else app.launched(inside, ec2)
+            running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
+            protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
+            living = [node for node in targets if node.id not in protected]
+            seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+            if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
+                with tolerate(loss="their spot requests are not cancelled"):
+                    cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
+            present = (len(seen), {node.id for node in living})
+            since, before = (since if present == before else time.monotonic()), present
+            held = len(protected) + len(inside) > len(targets)
+            groups = [] if living or held else fetch_security_groups(ec2, group)
+            waiting = [one for one in groups if not remove_security_group(ec2, one)]
             good = time.monotonic()
-        except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
-            if before is None or time.monotonic() - good > POLL_ERROR_LIMIT:
+        except (BotoCoreError, ResponseParserError, ClientError) as error:  # a poll that fails breaks nothing off
+            late = before is None or time.monotonic() - good > POLL_ERROR_LIMIT
+            if late or error_code(error) in DENIED_CODES:
                 raise
             time.sleep(POLL)
             continue
-        nodes = [node for node in listed if node.state in ALIVE]
-        inside = [node for node in nodes if node.is_inside]
-        targets = inside if others else app.launched(inside, ec2)
-        running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
-        protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
-        living = [node for node in targets if node.id not in protected]
-        seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
-        if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
-            with tolerate(loss="their spot requests are not cancelled"):
-                cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
-        present = (len(seen), {node.id for node in living})
-        since, before = (since if present == before else time.monotonic()), present
-        held = len(protected) + len(inside) > len(targets)
-        groups = [] if living or held else fetch_security_groups(ec2, group)
-        waiting = [one for one in groups if not remove_security_group(ec2, one)]
         waited = time.monotonic() - since
         something = bool(seen or groups or len(listed) > len(nodes))
         if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
@@ -6874,7 +6930,7 @@ def cancel_all_spot(app: App) -> None:
 
 
 class Lines:
-    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
+    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe their bytes as they are."""
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix, self.rest = prefix.encode(), b""
@@ -6898,6 +6954,17 @@ class Lines:
 optional_node = click.argument("name", shell_complete=complete_nodes, metavar="[NODE]", default="head")
 
 
+def open_node(app: App, name: str) -> Node:
+    """Return the node that NAME means, to which this machine may connect from now on."""
+    node = find_node(app, name)
+    if not is_ours(node, app.identity):
+        raise ClusterError(f"{node.name}: {not_ours(node)}")
+    ready = {one.id: one for one in app.open_group(node.group)}
+    if node.id not in ready:
+        raise ClusterError(f"{node.id} can't be reached (it is {node.state}); see {command('status', node.group)}")
+    return ready[node.id]
+
+
 @cli.command("login")
 @optional_node
 @click.pass_obj
@@ -6905,11 +6972,7 @@ def login(app: App, name: str) -> None:
     """Open a shell on a node (the head, if none is named)."""
     import subprocess
 
-    node = find_node(app, name)
-    if not is_ours(node, app.identity):
-        raise ClusterError(f"{node.name}: {not_ours(node)}")
-    app.open_group(node.group)
-    with ssh_command(node, app.settings) as words:
+    with ssh_command(open_node(app, name), app.settings) as words:
         code = subprocess.call(words, env=clean_environment())
     sys.exit(min(code, 255))
 
@@ -6991,14 +7054,13 @@ def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
 @click.pass_obj
 def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
     """Show what a node's server wrote (default: the head's)."""
-    node = find_node(app, name)
     if installation:
+        node = find_node(app, name)
         path = log_folder(node.group) / f"{node.id}.install.log"
         if not path.exists():
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
         return put(printable_lines(path.read_text("utf-8", "replace").removesuffix("\n")))
-    app.open_group(node.group)
-    cursor = ""
+    node, cursor = open_node(app, name), ""
     while True:
         outcome = app.pool.each([node], functools.partial(journal_step, cursor))[0]
         if not outcome.ok:

@@ -215,7 +215,7 @@ def test_a_source_whose_time_is_up_has_not_failed(code: int, from_here: bool, mo
 
     monkeypatch.setattr(spread, "address", address)
     monkeypatch.setattr(cluster, "fetch_step", fetch)
-    assert spread.bring(lambda _: None, Idle()).fetched == 1  # type: ignore[arg-type]
+    assert spread.bring(lambda *_: None, Idle()).fetched == 1  # type: ignore[arg-type]
     assert asked == (["", "peer/0", "here/0"] if from_here else ["", *4 * ["peer/0"]])
     assert peer.failures == from_here
 
@@ -237,7 +237,7 @@ def test_a_receivers_own_fault_is_not_its_sources(error: cluster.NodeError, monk
     monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
     monkeypatch.setattr(cluster, "fetch_step", fetch)
     with pytest.raises(cluster.NodeError, match=str(error)):
-        spread.bring(lambda _: None, Idle())  # type: ignore[arg-type]
+        spread.bring(lambda *_: None, Idle())  # type: ignore[arg-type]
     assert (peer.failures, peer in spread.idle) == (0, True)
 
 
@@ -287,6 +287,64 @@ def test_a_node_that_freezes_while_it_is_fed_from_here_is_given_up(which: str, m
     assert not outcome.ok
     assert transport.closed.is_set(), "paramiko was asked with a time limit"
     assert (spread.fetching, spread.idle) == (0, [spread.here])
+
+
+class Reporting(Idle):
+    """A node whose fetching programs report this, one after the other."""
+
+    def __init__(self, *reports: list[dict[str, Any]]) -> None:
+        self.reports = list(reports)
+        self.node, self.id = self, "i-1"
+
+    def run(self, program: str, **options: Any) -> tuple[int, str]:
+        """Report."""
+        for report in self.reports.pop(0):
+            options["sink"](json.dumps(report).encode() + b"\n")
+        return 0, ""
+
+
+def test_the_bytes_of_several_sources_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of 20 bytes is there; one peer dies after 90 of 100."""
+    end = {"present": 0, "fetched": 0, "missing": 0}
+    node = Reporting(
+        [{"moved": 0}, {"moved": 0, "lacking": 100} | end | {"missing": 1}],
+        [{"moved": 0}, {"moved": 90, "lacking": 100}, {"moved": 90, "lacking": 100, "error": "it can't be fetched"}],
+        [{"moved": 0}, {"moved": 10, "lacking": 10} | end | {"fetched": 1}],
+    )
+    spread, heard = cluster.Spread(".", [cluster.Wanted("big", 120, "", "", "", {})], [], 1), list[tuple[int, int]]()
+    spread.idle.append(cluster.Source(Idle()))  # type: ignore[arg-type]
+    monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
+    done = spread.bring(lambda *numbers: heard.append(numbers), node)  # type: ignore[arg-type]
+    assert (done.fetched, done.moved) == (1, 100)
+    assert heard == [(0, 100), (90, 100), (90, 100), (100, 100)]
+
+
+def test_the_bar_is_of_what_the_nodes_lack() -> None:
+    class Bar:
+        """An app whose nodes have finished at once."""
+
+        @property
+        def pool(self) -> Bar:
+            """Its nodes' connections."""
+            return self
+
+        def each(self, nodes: list[Reporting], step: Any, progress: cluster.Progress) -> None:
+            """Work, and keep what the bar says."""
+            for node in nodes:
+                step(node)
+            self.size, self.moved = progress.size, sum(progress.moved.values())
+
+        def report(self, *_: Any) -> None:
+            """Do nothing."""
+
+    app, bring = Bar(), iter([(0, 0), (60, 60)])
+    nodes = [Reporting(), Reporting()]
+    for number, one in enumerate(nodes):
+        one.id = str(number)
+    done = cluster.Fetched(1, 0, 0, 60, 60)
+    wanted = [cluster.Wanted("big", 100, "", "", "", {})]
+    cluster.sync_nodes(app, nodes, wanted, lambda show, _: (show(*next(bring)), done)[1])  # type: ignore[arg-type]
+    assert (app.size, app.moved) == (60, 60)
 
 
 def serve(folder: Path, address: str, port: int, token: str) -> subprocess.Popen[str]:

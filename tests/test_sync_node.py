@@ -37,7 +37,7 @@ def test_a_digest_of_either_kind_is_checked(tmp_path: Path, kind: str) -> None:
     with range_server(b"data") as server:
         good, bad = (hashlib.new(kind, text).hexdigest() for text in (b"data", b"other"))
         done = cluster.Fetcher(str(tmp_path)).fetch_all(wanted(server, "a/good", digest=good))
-        assert done == {"fetched": 1, "present": 0, "missing": 0, "moved": 4, "lacking": 0}
+        assert done == {"fetched": 1, "present": 0, "missing": 0, "moved": 4, "lacking": 4}
         with pytest.raises(cluster.FetchFailed, match=r"^a/bad: its checksum is wrong after the transfer"):
             cluster.Fetcher(str(tmp_path)).fetch_all(wanted(server, "a/bad", digest=bad))
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["good"]
@@ -53,6 +53,18 @@ def test_a_file_that_was_edited_is_fetched_again_though_its_size_is_the_same(tmp
         os.utime(tmp_path / "mesh.vol", ns=(1, 1))
         assert run_sync(tmp_path, job)["fetched"] == 1
     assert (tmp_path / "mesh.vol").read_bytes() == b"data"
+
+
+def test_a_nodes_proxy_is_not_asked_for_peers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could not reach them, and would see the token."""
+    with range_server(b"data") as server, range_server(b"0000") as proxy:
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(
+                name, server.job("x")[0]["url"].replace(f":{server.server_address[1]}", f":{proxy.server_address[1]}")
+            )
+        assert run_sync(tmp_path, server.job("x"))["fetched"] == 1
+        assert not proxy.starts
+    assert (tmp_path / "x").read_bytes() == b"data"
 
 
 def test_another_content_is_fetched_whatever_came_of_the_last(tmp_path: Path) -> None:
@@ -209,19 +221,21 @@ class LocalRemote(cluster.Remote):
 )
 def test_a_report_that_makes_no_sense(line: bytes) -> None:
     with pytest.raises(cluster.NodeError, match="sends a malformed report"):
-        cluster.fetch_step("/nowhere", [], lambda _: None, LocalRemote(b'{"moved": 0}\n' + line + b"\n"))
+        cluster.fetch_step(
+            "/nowhere", [], cluster.Tally(lambda *_: None), LocalRemote(b'{"moved": 0}\n' + line + b"\n")
+        )
 
 
 def test_reports_that_lack_something_are_no_success() -> None:
     last = b'{"moved": 1, "fetched": 1, "present": 0}\n'
     for said in (last, b"", b"[" * 100_000 + b"\n", b'{"moved": 5}\nSegmentation fault\n'):
         with pytest.raises(cluster.NodeError, match="exit code 0"):
-            cluster.fetch_step("/nowhere", [], lambda _: None, LocalRemote(said))
+            cluster.fetch_step("/nowhere", [], cluster.Tally(lambda *_: None), LocalRemote(said))
 
 
 def test_a_node_that_can_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(cluster.NodeError, match=r"nowhere can't be written to \(No such file or directory\); install"):
-        cluster.fetch_step(str(tmp_path / "nowhere"), [], lambda _: None, LocalRemote())
+        cluster.fetch_step(str(tmp_path / "nowhere"), [], cluster.Tally(lambda *_: None), LocalRemote())
 
 
 def sync_by(server: RangeServer, remote: LocalRemote, folder: Path) -> cluster.Fetched:
@@ -231,7 +245,7 @@ def sync_by(server: RangeServer, remote: LocalRemote, folder: Path) -> cluster.F
     def sign_again() -> list[cluster.Wanted]:
         return [one._replace(url=f"{one.url}{next(numbers)}") for one in wanted(server, "big")]
 
-    return cluster.bring_from_s3(str(folder), sign_again(), sign_again, lambda moved: None, remote)
+    return cluster.bring_from_s3(str(folder), sign_again(), sign_again, lambda *_: None, remote)
 
 
 def test_addresses_that_die_are_signed_again(tmp_path: Path) -> None:
