@@ -2919,7 +2919,8 @@ NAME_BYTES = 256  # of a node's name, and of what a server may say after the qui
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
-WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+WATCH_SILENCE = 20.0  # seconds after which a server counts as lost, if it has
+WATCH_MISSED = 3  # times not answered in a row: with thousands of servers a round takes that long
 HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a client sends more
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
@@ -3015,8 +3016,8 @@ def ask_address(address: str, build: str, most_cores: int) -> Answer:
 
 
 def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
-    """Ask many servers at once; ADDRESSES have the most cores of each."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(addresses))) as pool:
+    """Ask many servers, WATCH_RATE at once; ADDRESSES have the most cores of each."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(len(addresses), WATCH_RATE))) as pool:
         answers = pool.map(ask_address, addresses, [build] * len(addresses), addresses.values())
         return dict(zip(addresses, answers))
 
@@ -3064,7 +3065,7 @@ class Links(NamedTuple):
     """What the head's guard knows of the servers."""
 
     linked: frozenset[str] = frozenset()
-    heard: dict[str, float] = {}  # noqa: RUF012 - nobody changes it; when each server that must answer last did
+    missed: dict[str, list[float]] = {}  # noqa: RUF012 - nobody changes it; when each that must answer did not
     answering: dict[str, float] = {}  # noqa: RUF012 - since when each worker that is not linked does
     losses: dict[str, int] = {}  # noqa: RUF012 - how often a worker was linked and fell out
     named: frozenset[str] = frozenset()  # those that answer and can't be linked: named once
@@ -3074,7 +3075,7 @@ def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answ
     """Carry LINKS on with one more round of ANSWERS."""
     return Links(
         linked,
-        {one: now if answers[one].alive else links.heard.get(one, now) for one in (own, *linked)},
+        {one: [*links.missed.get(one, []), now] for one in (own, *linked) if not answers[one].alive},
         {one: links.answering.get(one, now) for one in answers.keys() - linked - {own} if not answers[one].problem},
         links.losses | {one: links.losses.get(one, 0) + 1 for one in links.linked - linked},
         frozenset(one for one, answer in answers.items() if answer.alive and answer.problem),
@@ -3083,7 +3084,8 @@ def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answ
 
 def find_silent(links: Links, now: float) -> list[str]:
     """Return the servers that have been silent for too long: nothing else ends a render that one of them stalls."""
-    return sorted(one for one, heard in links.heard.items() if now - heard > WATCH_SILENCE)
+    missed = {one: times for one, times in links.missed.items() if len(times) >= WATCH_MISSED}
+    return sorted(one for one, times in missed.items() if now - times[0] > WATCH_SILENCE)
 
 
 def find_joining(links: Links, now: float, quiet: float) -> list[str]:
@@ -3288,9 +3290,11 @@ def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     wanted = {own, *linked, *(pick_workers(plan, answers) if plan["role"] == "head" else ())}
     seen = {one: answer for one, answer in answers.items() if one in wanted or answer.problem}
     links = renew_links(links, time.monotonic(), own, linked, seen)
+    if not answers[own].alive and run_quietly("systemctl", "is-active", "mtssrv.service").strip() == "activating":
+        links = links._replace(missed={})  # its filter, which may wait for sub-heads, chooses anew whom to link
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
-        links = links._replace(heard={})
+        links = links._replace(missed={})
     return links
 
 
@@ -3317,7 +3321,7 @@ def guard_node(arguments: list[str]) -> None:
             memory = remember(memory, take_look(ends), len(workers))
             if joining := find_joining(links, memory.at, memory.quiet):
                 restart_head(f"to link {' '.join(joining)}")
-                links = links._replace(answering={})
+                links = links._replace(missed={}, answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
             if memory.at == memory.base.at:  # use is known up to now
@@ -5627,8 +5631,8 @@ def judge(
     """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
 
     Returns what is to blame (the cluster: it is worth another try; a server; or the scene), and the reason.
-    A head restarts without a worker that it has lost and with one that has come back; it does so too after
-    its own death or a worker's, which a scene can cause.
+    A head, or a sub-head, restarts without a worker that it has lost and with one that has come back; it does so too
+    after its own death or a worker's, which a scene can cause.
     """
     lost = [f"{name} {facts}" for name, facts in after.items() if isinstance(facts, str)]
     now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
@@ -5636,9 +5640,10 @@ def judge(
     if lost or attempt.ended:
         return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
-    heads = [name for name in died if now[name].role == "head"]
-    if died == heads and any(now[name].linked != before[name].linked for name in heads):
-        return "cluster", f"{heads[0]} was restarted to link other workers"
+    heads = [name for name in died if now[name].role == "head" or before[name].linked]
+    changed = [name for name in heads if now[name].linked != before[name].linked]
+    if changed and died == heads:
+        return "cluster", f"{changed[0]} was restarted to link other workers"
     if server_error or died:
         return "server", server_error or f"mtssrv died on {', '.join(died)}"
     if said := find_error(attempt.output):
