@@ -1468,8 +1468,9 @@ class Remote:
                 return channel.recv(1 << 17)
             except TimeoutError:
                 try:
-                    self.transport.open_session(timeout=LIVENESS_LIMIT).close()
-                except paramiko.SSHException:
+                    with self.awaiting_reply():  # its own limit does not count while another thread's write is stuck
+                        self.transport.open_session(timeout=LIVENESS_LIMIT).close()
+                except (paramiko.SSHException, EOFError):
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
 
