@@ -5633,7 +5633,7 @@ def judge(
     if lost or attempt.ended:
         return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
-    heads = [name for name in died if now[name].role == "head" or before[name].linked]
+    heads = [name for name in died if now[name].role == "head" or before[name].relays]
     changed = [name for name in heads if now[name].linked != before[name].linked]
     if changed and died == heads:
         return "cluster", f"{changed[0]} was restarted to link other workers"
