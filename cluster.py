@@ -2916,7 +2916,8 @@ NAME_BYTES = 256  # of a node's name, and of what a server may say after the qui
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
-WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+WATCH_SILENCE = 20.0  # seconds after which a server counts as lost, if it has
+WATCH_MISSED = 3  # times not answered in a row: with thousands of servers a round takes that long
 HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a client sends more
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
@@ -3012,8 +3013,8 @@ def ask_address(address: str, build: str, most_cores: int) -> Answer:
 
 
 def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
-    """Ask many servers at once; ADDRESSES have the most cores of each."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(addresses))) as pool:
+    """Ask many servers, WATCH_RATE at once; ADDRESSES have the most cores of each."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(len(addresses), WATCH_RATE))) as pool:
         answers = pool.map(ask_address, addresses, [build] * len(addresses), addresses.values())
         return dict(zip(addresses, answers))
 
@@ -3061,7 +3062,7 @@ class Links(NamedTuple):
     """What the head's guard knows of the servers."""
 
     linked: frozenset[str] = frozenset()
-    heard: dict[str, float] = {}  # noqa: RUF012 - nobody changes it; when each server that must answer last did
+    missed: dict[str, list[float]] = {}  # noqa: RUF012 - nobody changes it; when each that must answer did not
     answering: dict[str, float] = {}  # noqa: RUF012 - since when each worker that is not linked does
     losses: dict[str, int] = {}  # noqa: RUF012 - how often a worker was linked and fell out
     named: frozenset[str] = frozenset()  # those that answer and can't be linked: named once
@@ -3071,7 +3072,7 @@ def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answ
     """Carry LINKS on with one more round of ANSWERS."""
     return Links(
         linked,
-        {one: now if answers[one].alive else links.heard.get(one, now) for one in (own, *linked)},
+        {one: [*links.missed.get(one, []), now] for one in (own, *linked) if not answers[one].alive},
         {one: links.answering.get(one, now) for one in answers.keys() - linked - {own} if not answers[one].problem},
         links.losses | {one: links.losses.get(one, 0) + 1 for one in links.linked - linked},
         frozenset(one for one, answer in answers.items() if answer.alive and answer.problem),
@@ -3080,7 +3081,8 @@ def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answ
 
 def find_silent(links: Links, now: float) -> list[str]:
     """Return the servers that have been silent for too long: nothing else ends a render that one of them stalls."""
-    return sorted(one for one, heard in links.heard.items() if now - heard > WATCH_SILENCE)
+    missed = {one: times for one, times in links.missed.items() if len(times) >= WATCH_MISSED}
+    return sorted(one for one, times in missed.items() if now - times[0] > WATCH_SILENCE)
 
 
 def find_joining(links: Links, now: float, quiet: float) -> list[str]:
@@ -3285,9 +3287,11 @@ def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     wanted = {own, *linked, *(pick_workers(plan, answers) if plan["role"] == "head" else ())}
     seen = {one: answer for one, answer in answers.items() if one in wanted or answer.problem}
     links = renew_links(links, time.monotonic(), own, linked, seen)
+    if not answers[own].alive and run_quietly("systemctl", "is-active", "mtssrv.service").strip() == "activating":
+        links = links._replace(missed={})  # its filter, which may wait for sub-heads, chooses anew whom to link
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
-        links = links._replace(heard={})
+        links = links._replace(missed={})
     return links
 
 
@@ -3314,7 +3318,7 @@ def guard_node(arguments: list[str]) -> None:
             memory = remember(memory, take_look(ends), len(workers))
             if joining := find_joining(links, memory.at, memory.quiet):
                 restart_head(f"to link {' '.join(joining)}")
-                links = links._replace(answering={})
+                links = links._replace(missed={}, answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
             if memory.at == memory.base.at:  # use is known up to now
@@ -3665,10 +3669,8 @@ def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
     return ""
 
 
-def format_price(instance_type: str, count: int, price: float | None, public: bool = True) -> str:
+def format_price(instance_type: str, count: int, price: float, public: bool = True) -> str:
     """Return what COUNT nodes cost, as createNodes says it before the launch."""
-    if price is None:
-        return f"{count} × {instance_type}: the price could not be looked up"
     addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
@@ -3699,6 +3701,7 @@ def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
+    app.left = "Nothing was launched."
     ssm = open_client(settings, "ssm")
     instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
         lambda: fetch_instance_type(ec2, request.type),
@@ -3727,10 +3730,14 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         for group in fetch_security_groups(ec2, request.group):
             if rules := check_rules(app, group, cidr):
                 warn(describe_rules(ec2, group, rules))
-    present = sum(node.state in ("pending", "running") for node in before)
-    hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
-    idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
-    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
+    present = [node for node in before if node.is_inside and node.state in ("pending", "running")]
+    hours, idle = request.max_hours, request.idle_minutes
+    if hours is None:  # a group's limit is meant for what is added to it, too
+        hours = max((node.max_hours for node in present if node.max_hours), default=settings.MAX_HOURS)
+    if idle is None:
+        idle = max((node.idle_minutes for node in present if node.idle_minutes), default=settings.IDLE_MINUTES)
+    count = len(present)
+    return Plan(request, instance_type, image, subnets, cidr, count, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3739,7 +3746,10 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     if plan.present:
         group = app.where(request.group)
         yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
-    yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
+    if plan.subnets[0].price is None:
+        warn(f"the price of {request.type} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
+    else:
+        yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
     if plan.spot:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
@@ -4089,7 +4099,10 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
-    note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
+    launched = f"{len(nodes)} of {format_count(request.number, 'node')} launched"
+    late = "they cost money, and status may show them some seconds late"
+    app.left = f"{launched} in {app.where(request.group)}; {late}: {ways}."
+    note(f"{launched}; waiting until each answers")
     return nodes, why, token
 
 
@@ -4128,7 +4141,7 @@ def launch_options(*own: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
             "--max-hours",
             type=Number(0, 8760),
             metavar="HOURS",
-            help="Terminate the nodes automatically after so long.",
+            help="Terminate the nodes automatically after so long; else as the group's others.",
         ),
         click.option(
             "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
@@ -5612,8 +5625,8 @@ def judge(
     """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
 
     Returns what is to blame (the cluster: it is worth another try; a server; or the scene), and the reason.
-    A head restarts without a worker that it has lost and with one that has come back; it does so too after
-    its own death or a worker's, which a scene can cause.
+    A head, or a sub-head, restarts without a worker that it has lost and with one that has come back; it does so too
+    after its own death or a worker's, which a scene can cause.
     """
     lost = [f"{name} {facts}" for name, facts in after.items() if isinstance(facts, str)]
     now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
@@ -5621,9 +5634,10 @@ def judge(
     if lost or attempt.ended:
         return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
-    heads = [name for name in died if now[name].role == "head"]
-    if died == heads and any(now[name].linked != before[name].linked for name in heads):
-        return "cluster", f"{heads[0]} was restarted to link other workers"
+    heads = [name for name in died if now[name].role == "head" or before[name].relays]
+    changed = [name for name in heads if now[name].linked != before[name].linked]
+    if changed and died == heads:
+        return "cluster", f"{changed[0]} was restarted to link other workers"
     if server_error or died:
         return "server", server_error or f"mtssrv died on {', '.join(died)}"
     if said := find_error(attempt.output):
