@@ -1468,8 +1468,9 @@ class Remote:
                 return channel.recv(1 << 17)
             except TimeoutError:
                 try:
-                    self.transport.open_session(timeout=LIVENESS_LIMIT).close()
-                except paramiko.SSHException:
+                    with self.awaiting_reply():  # its own limit does not count while another thread's write is stuck
+                        self.transport.open_session(timeout=LIVENESS_LIMIT).close()
+                except (paramiko.SSHException, EOFError):
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
 
@@ -5640,7 +5641,7 @@ def judge(
     if lost or attempt.ended:
         return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
-    heads = [name for name in died if now[name].role == "head" or before[name].linked]
+    heads = [name for name in died if now[name].role == "head" or before[name].relays]
     changed = [name for name in heads if now[name].linked != before[name].linked]
     if changed and died == heads:
         return "cluster", f"{changed[0]} was restarted to link other workers"

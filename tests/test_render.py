@@ -30,7 +30,7 @@ FACTS = {
     "head": Facts(4, "0.6.0", "head", ("10.0.0.2", "10.0.0.3"), boot="a", started="1"),
     "one": Facts(4, "0.6.0", "worker", boot="b", started="2"),
     "two": Facts(4, "0.6.0", "worker", boot="c", started="3"),
-    "sub": Facts(4, "0.6.0", "worker", ("10.0.0.4", "10.0.0.5"), boot="d", started="4"),
+    "sub": Facts(4, "0.6.0", "worker", ("10.0.0.4", "10.0.0.5"), boot="d", started="4", relays="yes"),
 }
 BROKEN = 'WARN  net0_r [Thread] Fatal error: uncaught exception: "Connection closed while reading!"\n'
 MISSING = 'WARN  con0 [StreamBackend] Uncaught exception "The file "a.vol" could not be found!" - cleaning up!\n'
