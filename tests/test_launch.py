@@ -328,7 +328,9 @@ def test_costs_that_lack_a_price_say_at_least(cloud: LocalCloud, group: str) -> 
     cloud.client("ec2").delete_tags(Resources=[first], Tags=[{"Key": "mitsuba-price"}])
     assert re.search(r"at least \$0\.5\d/h, at least \$\d", cloud.cluster("status", group).out)
     ended = cloud.cluster("terminateAll", group)
-    assert re.search(r"cost at least \$0\.0", ended.err)
+    assert re.search(r"security group removed: nothing .* They cost at least \$0\.0", ended.err)
+    again = cloud.cluster("terminateAll", group)
+    assert f"No node was running: nothing of group '{group}' is left" in again.err, again.err
 
 
 def test_a_launch_that_leaves_nodes_says_how_to_go_on(cloud: LocalCloud, group: str) -> None:
