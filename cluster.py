@@ -1142,12 +1142,12 @@ def load_identity(path: Path, may_ask: bool = True) -> Identity:
             return identity
         raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
     if "PRIVATE KEY" not in text:
-        if not path.exists():
+        if not text or "placeholder" in text:
             raise ClusterError(
                 f"there is no SSH key {path}: copy it from the machine that launched the nodes; for nodes of this "
                 "machine's own, createNodes makes one (choose another KEYPAIR_NAME)"
             )
-        raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
+        raise ClusterError(f"{path} is no SSH private key: copy it from the machine that launched the nodes")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
     try:
@@ -2439,6 +2439,16 @@ class App:
         known = self.known_identity
         return known.fingerprint if known else read_fingerprint(self.settings.key_file)
 
+    @property
+    def key_problem(self) -> str:
+        """Why the key file does not tell which nodes are the user's; "" where it does."""
+        if not self.fingerprint:
+            try:
+                load_identity(self.settings.key_file, may_ask=False)
+            except ClusterError as error:
+                return error.message
+        return ""
+
     @functools.cached_property
     def rule_owner(self) -> str:
         """What marks a rule as this machine's; EC2 allows a few characters only."""
@@ -2465,6 +2475,26 @@ class App:
         boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
         return boots and not node.public_ip and not self.settings.PRIVATE_NODES
 
+    def running_groups(self, nodes: Sequence[Node], ec2: Client | None = None) -> dict[str, str]:
+        """Return group -> "2 nodes, $1.05/h" of the user's that run, of NODES; everybody's without a key to tell."""
+        mine = nodes if self.key_problem else self.launched(nodes, ec2)
+        running = [node for node in mine if node.state in ("pending", "running") and node.is_inside]
+        same = {name: [node for node in running if node.group == name] for name in sorted({n.group for n in running})}
+        return {
+            name: ", ".join(filter(None, [format_count(len(s), "node"), format_cost(s)])) for name, s in same.items()
+        }
+
+    def elsewhere(self, group: str | None) -> str:
+        """Return what may be meant where nothing runs in GROUP: another group, swapped arguments, another region."""
+        groups = self.running_groups(fetch_nodes(self.ec2))
+        if not groups:
+            return f"; {command('status', '--all-regions')} looks in every region"
+        ctx = click.get_current_context(silent=True)
+        first = next((name for name in groups if ctx and name != group and name in ctx.params.values()), "")
+        swapped = f"; did you mean {command(ctx.info_name or '', group or '', first)}?" if ctx and first else ""
+        advice = swapped or did_you_mean(group or "", groups) or "."
+        return f"{advice} Running here: {', '.join(f'{name} ({about})' for name, about in groups.items())}"
+
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
         self.check_owner(group, nodes)
@@ -2479,6 +2509,7 @@ class App:
         if not ready:
             raise ClusterError(
                 f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE', 'COUNT', group)} makes some"
+                f"{self.elsewhere(group)}"
             )
         return ready
 
@@ -2537,18 +2568,21 @@ class App:
         living = [node for node in nodes if node.is_inside and node.state in ALIVE]
         if others or not living or self.launched(living, ec2):
             return
-        path = self.settings.key_file
-        if not self.known_identity and path.exists() and "placeholder" not in path.read_text("latin-1"):
+        if not (self.known_identity or self.key_problem):
             _ = self.identity  # asks for its passphrase, or says what is wrong with the file
             if self.launched(living, ec2):
                 return
         owner = describe_owner(living, fetch_security_groups(ec2, group))
+        where = f"group {group!r} ({ec2.meta.region_name})"
+        why = (
+            f"{self.key_problem}. So nothing tells whether {where} is yours ({owner})"
+            if self.key_problem
+            else f"{where} is somebody else's: its nodes were launched with another key ({owner}). If it is yours, "
+            f"copy that key's file to {self.settings.key_file}"
+        )
         raise ClusterError(
-            f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
-            f"({owner}). If it is yours, copy that key's file to "
-            f"{self.settings.key_file}. Else name a group of your own, e.g. "
-            f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
-            "do it all the same with --others"
+            f"{why}. Else name a group of your own, e.g. {command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, "
+            "with createNodes, terminate and terminateAll, do it all the same with --others"
         )
 
     def in_all_regions(self, call: Callable[[Client], T], problems: list[str]) -> dict[str, T]:
@@ -3672,10 +3706,12 @@ def check_key_pair(app: App) -> None:
     """Refuse another key than the user's under KEYPAIR_NAME in EC2; InvalidKeyPair.NotFound where there is none."""
     name, path = app.settings.KEYPAIR_NAME, app.settings.key_file
     pair = app.ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"][0]
-    if not has_key(path) or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+    has_file = has_key(path)
+    if not has_file or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+        missing = "" if has_file else f"there is no key in {path}, and "
         raise ClusterError(
-            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy "
-            f"that key's file from the machine that made it to {path}"
+            f"{missing}EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or "
+            f"copy that key's file from the machine that made it to {path}"
         )
 
 
@@ -6060,9 +6096,17 @@ def keep_showing(show: Callable[[], str]) -> NoReturn:
         time.sleep(WATCH_SECONDS)
 
 
+def nothing_runs(app: App, group: str | None) -> str:
+    """Say that nothing is there to show, and what may have been meant."""
+    named = f" in group {group!r}" if group else ""
+    return f"Nothing is running in {app.settings.AWS_REGION}{named}{app.elsewhere(group)}"
+
+
 def show_watched(app: App, group: str | None, wide: bool) -> str:
     """Return status with the servers, load and clients of the nodes as columns."""
     groups = fetch_groups(group, app.ec2)
+    if not groups:
+        return nothing_runs(app, group)
     asked = ask_servers(app, [node for one in groups for node in one.nodes])
     return "\n\n".join(format_group(app, one, wide, asked) for one in groups)
 
@@ -6121,8 +6165,8 @@ def show_status(
             guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
             warn_of_rules(app.ec2, guarded, app.settings, address.result(), app.rule_owner)
     else:
-        place = "any region that answers" if everywhere else home
-        note(f"Nothing is running in {place}" + (f" in group {group!r}" if group else ""))
+        named = f" in group {group!r}" if group else ""
+        note(f"Nothing is running in any region that answers{named}" if everywhere else nothing_runs(app, group))
     if problems:
         raise ClusterError("; ".join(problems))
 
@@ -6737,12 +6781,10 @@ def own_groups(app: App, present: Present) -> list[str]:
 
 def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
     """Name the user's other groups that run on, with their cost."""
-    nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
-    for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
-        same = [node for node in nodes if node.group == group]
-        cost = format_cost(same)
-        region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
-        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost and ', '}{cost}")
+    region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
+    for group, about in app.running_groups(present.nodes, present.ec2).items():
+        if group not in ended:
+            note(f"Group {group} runs on{region}: {about}")
 
 
 @cli.command("terminateAll")
@@ -6773,7 +6815,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
             if client:
                 note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
-            problem = app.explain(error)
+            problem = explain(error) if isinstance(error, ClusterError) else app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
     regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
@@ -6786,10 +6828,14 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
         side_by_side(*ends)  # no group waits for another's end
     for region, present in regions.items():
         name_running(app, present, chosen[region])
+    if all_groups and app.key_problem and any(present.nodes for present in regions.values()):
+        ways = f"end a group of yours with {command('terminateAll', 'GROUP', '--others')}"
+        problems.append(f"{app.key_problem}. So nothing tells which groups are yours; {ways}")
     if not found and not problems:
         where = "any region" if all_regions else home
         if not all_groups:
-            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}")
+            look = "" if all_regions else f"; {command('status', '--all-regions')} looks in every region"
+            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{look}")
         note(f"Nothing to terminate: you have no group in {where}")
     if problems:
         raise ClusterError("; ".join(problems))
