@@ -231,11 +231,11 @@ def visible(cell: str) -> int:
 
 
 def fit_columns(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]) -> Sequence[Sequence[str]]:
-    """Leave out the columns SPARE, one after the other, until ROWS fit into WIDTH; of NAME only the common tail."""
+    """Leave out the columns SPARE, one after the other, until ROWS fit into WIDTH; "…" is the common tail of NAME."""
     for title in spare:
         if sum(max(map(visible, column)) + 2 for column in zip(*rows)) - 2 <= width:
             break
-        if title == "NAME":  # of the form ec2-203-0-113-1.compute-1.amazonaws.com
+        if title == "…":  # of the form ec2-203-0-113-1.compute-1.amazonaws.com
             rows = [[re.sub(r"(ec2-[\d-]+)\.[\w.-]+", r"\1…", cell) for cell in row] for row in rows]
         elif title in rows[0]:
             at = rows[0].index(title)
@@ -658,8 +658,11 @@ def tolerate(*codes: str, loss: str = "") -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError) as error:
-        if codes and error_code(error) not in codes:
-            raise
+        if (codes and error_code(error) not in codes) or type(error).__name__ in (
+            "NoCredentialsError",
+            "ProfileNotFound",
+        ):
+            raise  # without credentials all calls fail: one error says it
         if loss:
             warn(f"{loss}: {explain(error)}")
 
@@ -2929,7 +2932,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
     filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     rows = [[*(row[i] for i in filled), *(column[at] for column in more)] for at, row in enumerate(rows)]
     market = [] if any(node.market == "spot" for node in nodes) else ["MARKET"]
-    spare = ["PRIVATE", "ID", *market, "NAME", "$/H", "TYPE", "MARKET", "ENDS IN"]
+    spare = ["PRIVATE", "ID", *market, "…", "$/H", "TYPE", "MARKET", "NAME", "ENDS IN"]
     return format_table(rows, 10_000 if wide else terminal_width(), spare)
 
 
@@ -6180,7 +6183,7 @@ def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
         load = (f"{value:.2f}" for value in facts.load)
         rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
     silent = [printable_lines(f"{outcome.node.name}: {outcome.error}") for outcome in outcomes if not outcome.ok]
-    return "\n".join([format_table(rows, terminal_width(), ["NAME"]), *silent])
+    return "\n".join([format_table(rows, terminal_width(), ["…"]), *silent])
 
 
 @cli.command("systemLoad")

@@ -32,7 +32,7 @@ def test_a_mistyped_group_swapped_arguments_and_another_region(cloud: LocalCloud
     create(cloud, group, 1)
     shown = cloud.cluster("status", f"{group}-x")
     assert f"Nothing is running in us-east-1 in group '{group}-x'; did you mean {group}? Running here: " in shown.err
-    assert f"{group} (1 node, $0.52/h" in shown.err
+    assert f"{group} (1 node, $0.5" in shown.err
     started = cloud.cluster("start", f"{group}-x")
     assert f"makes some; did you mean {group}? Running here: " in started.last_line
     for words in (("runCommand", group, "uptime"), ("syncData", group, "uptime")):
