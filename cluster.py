@@ -430,11 +430,11 @@ def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
     if path.is_dir():
         raise ClusterError(f"{path} is a folder, no settings file; did you mean {path / 'config.py'}?")
+    if not path.exists():
+        raise ClusterError(f"there is no settings file {path}")
     try:
         return runpy.run_path(str(path))
-    except FileNotFoundError:
-        raise ClusterError(f"there is no settings file {path}") from None
-    except Exception as error:  # the file is the user's own code: whatever it raises is a mistake in it
+    except (Exception, SystemExit) as error:  # the file is the user's own code: whatever it raises is a mistake in it
         import traceback
 
         frames = traceback.extract_tb(error.__traceback__)
@@ -443,6 +443,8 @@ def run_config(path: Path) -> dict[str, Any]:
         where = f"{path.name}, line {lines[-1]}" if lines else path.name
         # Not the error's text: a secret without quotes would be in it.
         hint = '(is there a value without quotes? name = "value")'
+        if isinstance(error, (OSError, SystemExit)):
+            hint = f"({error.strerror})" if isinstance(error, OSError) else "(a settings file only sets names)"
         raise ClusterError(f"{where}: {type(error).__name__} {hint}") from None
 
 
@@ -1469,8 +1471,9 @@ class Remote:
                 return channel.recv(1 << 17)
             except TimeoutError:
                 try:
-                    self.transport.open_session(timeout=LIVENESS_LIMIT).close()
-                except paramiko.SSHException:
+                    with self.awaiting_reply():  # its own limit does not count while another thread's write is stuck
+                        self.transport.open_session(timeout=LIVENESS_LIMIT).close()
+                except (paramiko.SSHException, EOFError):
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
 
@@ -2680,14 +2683,15 @@ class Tool(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take --config from anywhere before a "--"."""
         end = args.index("--") if "--" in args else len(args)
-        words = args[:end]
-        for i, word in enumerate(words):
-            if word == "--config" and i + 1 < len(words):
-                words = [f"--config={words[i + 1]}", *words[:i], *words[i + 2 :]]
-            elif word.startswith("--config="):
-                words = [word, *words[:i], *words[i + 1 :]]
+        given, others = list[str](), list[str]()
+        words = iter(args[:end])
+        for word in words:
+            (given if word.startswith("--config=") or word == "--config" else others).append(word)
+            if word == "--config" and (value := next(words, None)) is not None:
+                given.append(value)
+        bare = given[-1:] == ["--config"]  # nothing after it: click says so, unless another word follows
         with plain_usage():
-            return super().parse_args(ctx, [*words, *args[end:]])
+            return super().parse_args(ctx, given if bare else [*given, *others, *args[end:]])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Know createNodes by its old name, too; give each command's help an example."""
@@ -2733,9 +2737,12 @@ def log_folder(group: str) -> Path:
 
 def complete(ctx: click.Context, incomplete: str, ask: Callable[[Client], Iterable[str]]) -> list[Any]:
     """Return EC2's answer to a Tab, or nothing where it does not come within a second or two."""
+    import io
+
     from click.shell_completion import CompletionItem
 
-    with contextlib.suppress(Exception):  # whatever goes wrong: a Tab shows no errors
+    # Whatever goes wrong: a Tab shows no errors and no warnings.
+    with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
         settings = load_settings(ctx.find_root().params.get("config") or default_config())
         ec2 = open_client(settings, "ec2", connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
         return [CompletionItem(name) for name in sorted(set(ask(ec2))) if name.startswith(incomplete)]
@@ -2946,7 +2953,8 @@ NAME_BYTES = 256  # of a node's name, and of what a server may say after the qui
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
-WATCH_SILENCE = 20.0  # seconds after which a server counts as lost
+WATCH_SILENCE = 20.0  # seconds after which a server counts as lost, if it has
+WATCH_MISSED = 3  # times not answered in a row: with thousands of servers a round takes that long
 HANDSHAKE_BYTES = 32  # that a server gets by a handshake, at most; a client sends more
 CLIENT_LOOK = 10  # seconds between two looks at the head's connections; one that both see is a client
 JOIN_ANSWERS = 30  # seconds for which a node that comes back has answered before it is linked; doubles if it goes again
@@ -3042,8 +3050,8 @@ def ask_address(address: str, build: str, most_cores: int) -> Answer:
 
 
 def ask_all(addresses: dict[str, int], build: str) -> dict[str, Answer]:
-    """Ask many servers at once; ADDRESSES have the most cores of each."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(addresses))) as pool:
+    """Ask many servers, WATCH_RATE at once; ADDRESSES have the most cores of each."""
+    with concurrent.futures.ThreadPoolExecutor(max(1, min(len(addresses), WATCH_RATE))) as pool:
         answers = pool.map(ask_address, addresses, [build] * len(addresses), addresses.values())
         return dict(zip(addresses, answers))
 
@@ -3091,7 +3099,7 @@ class Links(NamedTuple):
     """What the head's guard knows of the servers."""
 
     linked: frozenset[str] = frozenset()
-    heard: dict[str, float] = {}  # noqa: RUF012 - nobody changes it; when each server that must answer last did
+    missed: dict[str, list[float]] = {}  # noqa: RUF012 - nobody changes it; when each that must answer did not
     answering: dict[str, float] = {}  # noqa: RUF012 - since when each worker that is not linked does
     losses: dict[str, int] = {}  # noqa: RUF012 - how often a worker was linked and fell out
     named: frozenset[str] = frozenset()  # those that answer and can't be linked: named once
@@ -3101,7 +3109,7 @@ def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answ
     """Carry LINKS on with one more round of ANSWERS."""
     return Links(
         linked,
-        {one: now if answers[one].alive else links.heard.get(one, now) for one in (own, *linked)},
+        {one: [*links.missed.get(one, []), now] for one in (own, *linked) if not answers[one].alive},
         {one: links.answering.get(one, now) for one in answers.keys() - linked - {own} if not answers[one].problem},
         links.losses | {one: links.losses.get(one, 0) + 1 for one in links.linked - linked},
         frozenset(one for one, answer in answers.items() if answer.alive and answer.problem),
@@ -3110,7 +3118,8 @@ def renew_links(links: Links, now: float, own: str, linked: frozenset[str], answ
 
 def find_silent(links: Links, now: float) -> list[str]:
     """Return the servers that have been silent for too long: nothing else ends a render that one of them stalls."""
-    return sorted(one for one, heard in links.heard.items() if now - heard > WATCH_SILENCE)
+    missed = {one: times for one, times in links.missed.items() if len(times) >= WATCH_MISSED}
+    return sorted(one for one, times in missed.items() if now - times[0] > WATCH_SILENCE)
 
 
 def find_joining(links: Links, now: float, quiet: float) -> list[str]:
@@ -3315,9 +3324,11 @@ def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     wanted = {own, *linked, *(pick_workers(plan, answers) if plan["role"] == "head" else ())}
     seen = {one: answer for one, answer in answers.items() if one in wanted or answer.problem}
     links = renew_links(links, time.monotonic(), own, linked, seen)
+    if not answers[own].alive and run_quietly("systemctl", "is-active", "mtssrv.service").strip() == "activating":
+        links = links._replace(missed={})  # its filter, which may wait for sub-heads, chooses anew whom to link
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
-        links = links._replace(heard={})
+        links = links._replace(missed={})
     return links
 
 
@@ -3344,7 +3355,7 @@ def guard_node(arguments: list[str]) -> None:
             memory = remember(memory, take_look(ends), len(workers))
             if joining := find_joining(links, memory.at, memory.quiet):
                 restart_head(f"to link {' '.join(joining)}")
-                links = links._replace(answering={})
+                links = links._replace(missed={}, answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
             write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
             if memory.at == memory.base.at:  # use is known up to now
@@ -3567,7 +3578,7 @@ nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
 
 
 def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[Subnet]:
-    """Return the subnets of SUBNET_ID, else the default ones, wherever MACHINE can be launched, by zone."""
+    """Return the subnets of SUBNET_ID, else the default ones, wherever INSTANCE_TYPE can be launched, by zone."""
     wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
     if not settings.SUBNET_ID:
         wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
@@ -3695,10 +3706,8 @@ def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
     return ""
 
 
-def format_price(instance_type: str, count: int, price: float | None, public: bool = True) -> str:
+def format_price(instance_type: str, count: int, price: float, public: bool = True) -> str:
     """Return what COUNT nodes cost, as createNodes says it before the launch."""
-    if price is None:
-        return f"{count} × {instance_type}: the price could not be looked up"
     addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
     more = f", and {format_money(addresses)} for public addresses" if public else ""
     day = format_money(24 * (count * price + addresses))
@@ -3731,6 +3740,7 @@ def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
 def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
     settings, ec2 = app.settings, app.ec2
+    app.left = "Nothing was launched."
     ssm = open_client(settings, "ssm")
     instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
         lambda: fetch_instance_type(ec2, request.type),
@@ -3759,10 +3769,14 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         for group in fetch_security_groups(ec2, request.group):
             if rules := check_rules(app, group, cidr):
                 warn(describe_rules(ec2, group, rules))
-    present = sum(node.state in ("pending", "running") for node in before)
-    hours = settings.MAX_HOURS if request.max_hours is None else request.max_hours
-    idle = settings.IDLE_MINUTES if request.idle_minutes is None else request.idle_minutes
-    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
+    present = [node for node in before if node.is_inside and node.state in ("pending", "running")]
+    hours, idle = request.max_hours, request.idle_minutes
+    if hours is None:  # a group's limit is meant for what is added to it, too
+        hours = max((node.max_hours for node in present if node.max_hours), default=settings.MAX_HOURS)
+    if idle is None:
+        idle = max((node.idle_minutes for node in present if node.idle_minutes), default=settings.IDLE_MINUTES)
+    count = len(present)
+    return Plan(request, instance_type, image, subnets, cidr, count, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3771,7 +3785,10 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     if plan.present:
         group = app.where(request.group)
         yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
-    yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
+    if plan.subnets[0].price is None:
+        warn(f"the price of {request.type} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
+    else:
+        yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
     if plan.spot:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
@@ -3801,7 +3818,9 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
         quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
-        yield f"vCPUs: {cores} asked; your quota, for all your instances together: {quota}"
+        price = plan.subnets[0].price
+        each = f", {format_money(price / plan.type.cores)} an hour each" if price is not None and cores else ""
+        yield f"vCPUs: {cores} asked{each}; your quota, for all your instances together: {quota}"
 
 
 def write_secret(path: Path, text: str) -> None:
@@ -4119,7 +4138,10 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
         raise
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.type}: {why}")
-    note(f"{len(nodes)} of {format_count(request.number, 'node')} launched; waiting until each answers")
+    launched = f"{len(nodes)} of {format_count(request.number, 'node')} launched"
+    late = "they cost money, and status may show them some seconds late"
+    app.left = f"{launched} in {app.where(request.group)}; {late}: {ways}."
+    note(f"{launched}; waiting until each answers")
     return nodes, why, token
 
 
@@ -4158,7 +4180,7 @@ def launch_options(*own: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
             "--max-hours",
             type=Number(0, 8760),
             metavar="HOURS",
-            help="Terminate the nodes automatically after so long.",
+            help="Terminate the nodes automatically after so long; else as the group's others.",
         ),
         click.option(
             "--idle-minutes", type=Number(0, 525600), metavar="MINUTES", help="And after so long without use; 0: never."
@@ -5642,8 +5664,8 @@ def judge(
     """Say why an attempt has failed, from what each node said BEFORE it, and what it says or is AFTER it.
 
     Returns what is to blame (the cluster: it is worth another try; a server; or the scene), and the reason.
-    A head restarts without a worker that it has lost and with one that has come back; it does so too after
-    its own death or a worker's, which a scene can cause.
+    A head, or a sub-head, restarts without a worker that it has lost and with one that has come back; it does so too
+    after its own death or a worker's, which a scene can cause.
     """
     lost = [f"{name} {facts}" for name, facts in after.items() if isinstance(facts, str)]
     now = {name: facts for name, facts in after.items() if isinstance(facts, Facts)}
@@ -5651,9 +5673,10 @@ def judge(
     if lost or attempt.ended:
         return "cluster", ", ".join(lost) or attempt.ended
     died = [name for name in now if now[name].started != before[name].started]
-    heads = [name for name in died if now[name].role == "head"]
-    if died == heads and any(now[name].linked != before[name].linked for name in heads):
-        return "cluster", f"{heads[0]} was restarted to link other workers"
+    heads = [name for name in died if now[name].role == "head" or before[name].relays]
+    changed = [name for name in heads if now[name].linked != before[name].linked]
+    if changed and died == heads:
+        return "cluster", f"{changed[0]} was restarted to link other workers"
     if server_error or died:
         return "server", server_error or f"mtssrv died on {', '.join(died)}"
     if said := find_error(attempt.output):
@@ -6149,7 +6172,6 @@ def show_status(
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     if watch:
         keep_showing(lambda: show_watched(app, group, wide))
-    address = concurrent.futures.ThreadPoolExecutor(1).submit(try_client_cidr, app.settings)  # it may take its time
     fetch = functools.partial(fetch_groups, group)
     regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
     groups = [one for found in regions.values() for one in found]
@@ -6164,9 +6186,9 @@ def show_status(
         result(json.dumps(found | {"totals": totals([node for one in groups for node in one.present])}, indent=2))
     elif groups:
         show_groups(app, groups, wide, servers)
-        if app.known_identity:
-            guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
-            warn_of_rules(app.ec2, guarded, app.settings, address.result(), app.rule_owner)
+        guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
+        if guarded and app.known_identity:
+            warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
     else:
         named = f" in group {group!r}" if group else ""
         note(f"Nothing is running in any region that answers{named}" if everywhere else nothing_runs(app, group))
@@ -6403,11 +6425,11 @@ def counted(label: str, size: int) -> Iterator[Callable[..., None]]:
             progress.moved["all"] += more
             seen += read
 
-    def draw() -> None:
+    def repaint() -> None:
         while not done.wait(0.2):
             progress.show(f"{format_size(seen)} checked" if 0 < seen < size else "")
 
-    painter = threading.Thread(target=draw, daemon=True)
+    painter = threading.Thread(target=repaint, daemon=True)
     painter.start()
     try:
         yield count
@@ -6612,23 +6634,34 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], lis
     """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
     For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: such a
-    request is sent again in halves. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    request is sent again without those that the refusal names, in halves where it names none. One that AWS is too busy
+    for is sent again as it is. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
     """
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.parsers import ResponseParserError
 
     requests = [nodes[at : at + TERMINATE_BATCH] for at in range(0, len(nodes), TERMINATE_BATCH)]
     refused: dict[str, list[Node]] = {"OperationNotPermitted": [], "InvalidInstanceID.NotFound": []}
+    deadline = time.monotonic() + POLL_ERROR_LIMIT
     while requests:
         request = requests.pop()
         try:
             ec2.terminate_instances(InstanceIds=[node.id for node in request])
-        except ClientError as error:
-            if error_code(error) not in refused:
-                raise
-            if half := len(request) // 2:
-                requests += [request[:half], request[half:]]
+        except (HTTPClientError, ResponseParserError, ClientError) as error:
+            code = error_code(error)
+            if code in refused:
+                named = re.findall(r"i-\w+", str(error))
+                out = [node for node in request if node.id in named or len(request) == 1]
+                rest = [node for node in request if node not in out]
+                half = 0 if out else len(rest) // 2
+                refused[code] += out
+                requests += [part for part in (rest[:half], rest[half:]) if part]
+            elif time.monotonic() < deadline and (code in RETRY_CODES or not isinstance(error, ClientError)):
+                note(f"TerminateInstances: {code or type(error).__name__}; trying again")
+                requests.append(request)
+                time.sleep(POLL)
             else:
-                refused[error_code(error)].append(request[0])
+                raise
     return refused["OperationNotPermitted"], refused["InvalidInstanceID.NotFound"]
 
 
@@ -6678,6 +6711,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     ends whatever runs by then. ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
@@ -6687,27 +6721,28 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     while True:
         try:
             listed = fetch_nodes(ec2, group)
+            nodes = [node for node in listed if node.state in ALIVE]
+            inside = [node for node in nodes if node.is_inside]
+            targets = inside if others else app.launched(inside, ec2)
+            running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
+            protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
+            living = [node for node in targets if node.id not in protected]
+            seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+            if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
+                with tolerate(loss="their spot requests are not cancelled"):
+                    cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
+            present = (len(seen), {node.id for node in living})
+            since, before = (since if present == before else time.monotonic()), present
+            held = len(protected) + len(inside) > len(targets)
+            groups = [] if living or held else fetch_security_groups(ec2, group)
+            waiting = [one for one in groups if not remove_security_group(ec2, one)]
             good = time.monotonic()
-        except (BotoCoreError, ClientError):  # a poll that fails breaks no verification off
-            if before is None or time.monotonic() - good > POLL_ERROR_LIMIT:
+        except (BotoCoreError, ResponseParserError, ClientError) as error:  # a poll that fails breaks nothing off
+            late = before is None or time.monotonic() - good > POLL_ERROR_LIMIT
+            if late or error_code(error) in DENIED_CODES:
                 raise
             time.sleep(POLL)
             continue
-        nodes = [node for node in listed if node.state in ALIVE]
-        inside = [node for node in nodes if node.is_inside]
-        targets = inside if others else app.launched(inside, ec2)
-        running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
-        protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
-        living = [node for node in targets if node.id not in protected]
-        seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
-        if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
-            with tolerate(loss="their spot requests are not cancelled"):
-                cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
-        present = (len(seen), {node.id for node in living})
-        since, before = (since if present == before else time.monotonic()), present
-        held = len(protected) + len(inside) > len(targets)
-        groups = [] if living or held else fetch_security_groups(ec2, group)
-        waiting = [one for one in groups if not remove_security_group(ec2, one)]
         waited = time.monotonic() - since
         something = bool(seen or groups or len(listed) > len(nodes))
         if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
@@ -6945,7 +6980,7 @@ def cancel_all_spot(app: App) -> None:
 
 
 class Lines:
-    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe, byte for byte."""
+    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe their bytes as they are."""
 
     def __init__(self, prefix: str = "") -> None:
         self.prefix, self.rest = prefix.encode(), b""
@@ -6969,6 +7004,17 @@ class Lines:
 optional_node = click.argument("name", shell_complete=complete_nodes, metavar="[NODE]", default="head")
 
 
+def open_node(app: App, name: str) -> Node:
+    """Return the node that NAME means, to which this machine may connect from now on."""
+    node = find_node(app, name)
+    if not is_ours(node, app.identity):
+        raise ClusterError(f"{node.name}: {not_ours(node)}")
+    ready = {one.id: one for one in app.open_group(node.group)}
+    if node.id not in ready:
+        raise ClusterError(f"{node.id} can't be reached (it is {node.state}); see {command('status', node.group)}")
+    return ready[node.id]
+
+
 @cli.command("login")
 @optional_node
 @click.pass_obj
@@ -6976,11 +7022,7 @@ def login(app: App, name: str) -> None:
     """Open a shell on a node (the head, if none is named)."""
     import subprocess
 
-    node = find_node(app, name)
-    if not is_ours(node, app.identity):
-        raise ClusterError(f"{node.name}: {not_ours(node)}")
-    app.open_group(node.group)
-    with ssh_command(node, app.settings) as words:
+    with ssh_command(open_node(app, name), app.settings) as words:
         code = subprocess.call(words, env=clean_environment())
     sys.exit(min(code, 255))
 
@@ -7062,14 +7104,13 @@ def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
 @click.pass_obj
 def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
     """Show what a node's server wrote (default: the head's)."""
-    node = find_node(app, name)
     if installation:
+        node = find_node(app, name)
         path = log_folder(node.group) / f"{node.id}.install.log"
         if not path.exists():
             raise ClusterError(f"there is no {path}: {node.name} was not installed from this machine")
         return put(printable_lines(path.read_text("utf-8", "replace").removesuffix("\n")))
-    app.open_group(node.group)
-    cursor = ""
+    node, cursor = open_node(app, name), ""
     while True:
         outcome = app.pool.each([node], functools.partial(journal_step, cursor))[0]
         if not outcome.ok:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 import cluster
 from tests.support import LocalCloud, make_node, serve, wait_until
@@ -80,18 +81,29 @@ def test_a_node_that_is_not_known_yet_is_not_said_to_end(cloud: LocalCloud, grou
     assert f"EC2 does not know {node}, so they may run on" in refused.last_line
 
 
-def test_a_poll_that_fails_breaks_no_end_off(cloud: LocalCloud, group: str) -> None:
+@pytest.mark.parametrize(
+    ("action", "nth"), [("DescribeInstances", 3), ("DescribeSecurityGroups", 2), ("DeleteSecurityGroup", 1)]
+)
+def test_a_poll_that_fails_breaks_no_end_off(cloud: LocalCloud, group: str, action: str, nth: int) -> None:
     create(cloud, group)
-    with cloud.faults({"kind": "code:RequestExpired", "action": "DescribeInstances", "nth": 3}):
+    with cloud.faults({"kind": "code:RequestExpired", "action": action, "nth": nth}):
         ended = end_quickly(cloud, "terminateAll", group)
     assert ended.code == 0, ended.err
     assert cloud.truth(group) == ([], 0)
-    failed = {"kind": "code:RequestExpired", "action": "TerminateInstances"}
-    create(cloud, group)
-    with cloud.faults(failed):
+
+
+def test_ends_that_are_refused(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 2)
+    with cloud.faults({"kind": "code:RequestExpired", "action": "TerminateInstances"}):
         ended = end_quickly(cloud, "terminateAll", group)
     assert ended.code == 1
     assert f"Some nodes may still run; end them with ./cluster.py terminateAll {group}" in ended.last_line
+    busy = {"kind": "code:RequestLimitExceeded", "action": "TerminateInstances", "times": 6}  # 5 tries of botocore's
+    with cloud.faults(busy):
+        ended = end_quickly(cloud, "terminateAll", group)
+    assert ended.code == 0, ended.err
+    assert "TerminateInstances: RequestLimitExceeded; trying again" in ended.err
+    assert cloud.truth(group) == ([], 0)
 
 
 def test_a_protected_node(cloud: LocalCloud, group: str) -> None:
@@ -335,3 +347,23 @@ def test_a_request_ends_a_thousand_nodes_at_most() -> None:
     nodes = [make_node(f"i-{number}") for number in range(2001)]
     assert cluster.terminate_nodes(Ec2(), nodes) == ([], [])
     assert sorted(asked) == [1, 1000, 1000]
+
+
+@pytest.mark.parametrize(("names", "most"), [(True, 2), (False, 60)])
+def test_unknown_ids_that_the_refusal_names_are_left_out_at_once(names: bool, most: int) -> None:
+    unknown, calls = {f"i-{number}" for number in range(300, 600 if names else 302)}, list[int]()
+
+    class Ec2:
+        """Refuses a request with unknown ids, as EC2 does; by their names or without."""
+
+        def terminate_instances(self, InstanceIds: list[str]) -> None:
+            """Count the calls."""
+            calls.append(len(InstanceIds))
+            if found := sorted(unknown.intersection(InstanceIds)):
+                text = f"The instance IDs '{', '.join(found)}' do not exist" if names else "Some do not exist"
+                error = {"Code": "InvalidInstanceID.NotFound", "Message": text}
+                raise ClientError({"Error": error}, "TerminateInstances")
+
+    protected, left = cluster.terminate_nodes(Ec2(), [make_node(f"i-{number}") for number in range(1000)])
+    assert (protected, {node.id for node in left}) == ([], unknown)
+    assert len(calls) <= most

@@ -26,17 +26,19 @@ COMMANDS = {
     "syncData": ("DATA", GROUP),
     "runCommand": ("true", GROUP),
     "up": ("c1.xlarge", "2", GROUP),
+    "terminateAll": (f"{GROUP}-more",),
 }
 KINDS = ("throttle", "500", "503", "reset", "html", "truncate", "code:InvalidInstanceID.NotFound", "expired", "denied")
 S3_KINDS = ("500", "503", "reset", "html", "truncate", "expired")
 RATES = (0.1, 0.5, 1.0)
+LATER = ("up", "terminateAll")  # only with --all-faults: long cases
 Case = tuple[str, str, str, float]  # command, service, kind of fault, rate (0: once, at the second call)
 CASES: list[Case] = [
-    (command, "ec2", kind, rate) for command in COMMANDS if command != "up" for kind in KINDS for rate in RATES
+    (command, "ec2", kind, rate) for command in COMMANDS if command not in LATER for kind in KINDS for rate in RATES
 ]
 CASES += [("syncData", "s3", kind, rate) for kind in S3_KINDS for rate in RATES]
 CASES += [(command, "ec2", "hang", 0.0) for command in ("createNodes", "status", "runCommand")]
-UP_CASES: list[Case] = [("up", "ec2", kind, rate) for kind in KINDS for rate in RATES]  # of a group that is complete
+LATER_CASES: list[Case] = [(command, "ec2", kind, rate) for command in LATER for kind in KINDS for rate in RATES]
 SAMPLE = 16
 
 
@@ -44,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Choose the cases."""
     if "case" in metafunc.fixturenames:
         everything = metafunc.config.getoption("--all-faults")
-        chosen = CASES + UP_CASES if everything else random.Random(7).sample(CASES, SAMPLE)
+        chosen = CASES + LATER_CASES if everything else random.Random(7).sample(CASES, SAMPLE)
         metafunc.parametrize("case", chosen, ids=lambda case: "-".join(map(str, case)))
 
 
@@ -68,6 +70,9 @@ def test_fault(serving: LocalCloud, case: Case, tmp_path: Path) -> None:
     command, service, kind, rate = case
     data = tmp_path / "data"
     data.write_bytes(b"data" * 1000)
+    if command == "terminateAll":
+        with serving.options(pace="none"):
+            assert serving.cluster("createNodes", "c1.xlarge", "1", f"{GROUP}-more").code == 0
     before = len(serving.ask("status"))
     words = [str(data) if word == "DATA" else word for word in COMMANDS[command]]
     start = time.monotonic()
@@ -80,6 +85,8 @@ def test_fault(serving: LocalCloud, case: Case, tmp_path: Path) -> None:
         assert done.last_line.startswith(("Error: ", "Interrupted."))
     if kind in ("throttle", "500", "503", "hang") and rate <= 0.1:
         assert done.code == 0, done.err
+    if command == "terminateAll" and not done.code:
+        assert serving.truth(f"{GROUP}-more") == ([], 0)
     assert len(serving.ask("status")) - before <= (command == "createNodes")
     ended = serving.cluster("status", GROUP)
     assert ended.code == 0, ended.err

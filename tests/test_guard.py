@@ -248,12 +248,65 @@ def rounds(*answers: tuple[float, cluster.Answer, str]) -> cluster.Links:
 
 
 def test_a_linked_worker_that_is_silent_is_found_after_a_while() -> None:
-    links = rounds((0, GOOD, OTHER), (1, SILENT, OTHER), (20, SILENT, OTHER))
-    assert cluster.find_silent(links, 20) == []
-    assert cluster.find_silent(links, 21) == [OTHER]
-    assert (
-        cluster.find_silent(rounds((0, GOOD, OTHER), (20, cluster.Answer(True, "is another build"), OTHER)), 30) == []
-    )
+    links = rounds((0, GOOD, OTHER), (1, SILENT, OTHER), (11, SILENT, OTHER), (21, SILENT, OTHER))
+    assert cluster.find_silent(links, 21) == []
+    assert cluster.find_silent(links, 22) == [OTHER]
+    strange = cluster.Answer(True, "is another build")
+    assert cluster.find_silent(rounds(*((now, strange, OTHER) for now in (0, 10, 20, 30))), 40) == []
+
+
+def test_no_worker_of_thousands_is_lost_by_a_handshake_or_two() -> None:
+    """With 4,000 of them a round takes more than 20 s."""
+    missed = [(22.0, SILENT, OTHER), (44.0, SILENT, OTHER)]
+    assert cluster.find_silent(rounds((0, GOOD, OTHER), *missed), 44) == []
+    assert cluster.find_silent(rounds((0, GOOD, OTHER), *missed, (66, SILENT, OTHER)), 66) == [OTHER]
+    assert cluster.find_silent(rounds((0, GOOD, OTHER), *missed, (66, GOOD, OTHER), (88, SILENT, OTHER)), 109) == []
+
+
+def test_not_all_of_thousands_are_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, asked, most = threading.Lock(), 0, 0
+
+    def ask(*_: Any) -> cluster.Answer:
+        nonlocal asked, most
+        with lock:
+            asked += 1
+            most = max(most, asked)
+        time.sleep(0.02)
+        with lock:
+            asked -= 1
+        return GOOD
+
+    monkeypatch.setattr(cluster, "WATCH_RATE", 3)
+    monkeypatch.setattr(cluster, "ask_address", ask)
+    assert len(cluster.ask_all({str(one): 4 for one in range(12)}, BUILD)) == 12
+    assert most <= 3
+
+
+def test_a_head_whose_filter_waits_for_sub_heads_is_let_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One refuses and one is frozen: that takes the filter longer than a silence may last."""
+    now, state, restarts = 0, "activating", []
+
+    def run(*words: str) -> str:
+        if words[1] == "restart":
+            restarts.append(now)
+        return f"{state}\n"
+
+    monkeypatch.setattr(cluster, "run_quietly", run)
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(cluster, "LINKED_PATH", str(tmp_path / "linked"))
+    (tmp_path / "linked").write_text(f"{OTHER}\n")
+    monkeypatch.setattr(cluster, "ask_all", lambda addresses, _: dict.fromkeys(addresses, SILENT))
+    plan = {"role": "head", "build": BUILD, "own": OWN, "workers": {OTHER: 4}}
+    links = cluster.Links()
+    for moment in range(0, 60, 3):
+        now = moment
+        links = cluster.keep_serving(plan, links)
+    assert restarts == []
+    state = "active"  # but hangs: it connects to the frozen one
+    for moment in range(60, 85, 3):
+        now = moment
+        links = cluster.keep_serving(plan, links)
+    assert restarts == [81]
 
 
 def test_a_worker_that_comes_back_is_linked_once_nobody_is_there() -> None:

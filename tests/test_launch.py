@@ -42,7 +42,7 @@ def test_a_dry_run_says_what_a_launch_says_and_makes_nothing(cloud: LocalCloud, 
     assert "An hour of a spot node, now: $0.0871 in us-east-1a, " in dry.out
     assert "; on demand: $0.52\n" in dry.out
     assert "Zones, in the order in which they are tried: us-east-1a, us-east-1b, " in dry.out
-    assert "vCPUs: 16 asked; your quota, for all your instances together: 1152 (Running On-Demand Standard" in dry.out
+    assert "vCPUs: 16 asked, $0.0650 an hour each; your quota, for all your instances together: 1152 (Run" in dry.out
     assert "\nTo be installed: the package mitsuba of deb [trusted=yes] http://127.0.0.1:" in dry.out
     made = cloud.cluster(*CREATE, group)
     assert made.code == 0, made.err
@@ -63,7 +63,7 @@ def test_a_dry_run_foresees_a_key_of_the_same_name(cloud: LocalCloud, group: str
 def test_a_dry_run_of_spot_nodes_asks_for_their_quota(cloud: LocalCloud) -> None:
     with cloud.options(vcpu_limit=5):
         dry = cloud.cluster(*CREATE, "--spot", "--dry-run")
-    assert "vCPUs: 16 asked; your quota, for all your instances together: 5 (All Standard" in dry.out
+    assert "; your quota, for all your instances together: 5 (All Standard" in dry.out
 
 
 def test_a_quota_that_cannot_be_had_is_no_obstacle(cloud: LocalCloud) -> None:
@@ -202,6 +202,17 @@ def test_burstable_types_cost_more_than_their_price(cloud: LocalCloud) -> None:
     assert "t3.micro is burstable: full load costs a surcharge, up to $0.40 an hour more for all; a c type" in dry.out
     assert "t2.micro is burstable: after some" in cloud.cluster("createNodes", "t2.micro", "4", "--dry-run").out
     assert "burstable" not in cloud.cluster("createNodes", "c5.large", "4", "--dry-run").out
+
+
+def test_a_price_that_is_unknown_is_a_warning(cloud: LocalCloud) -> None:
+    dry = cloud.cluster("createNodes", "c7a.2xlarge", "4", "--dry-run")
+    assert "Warning: the price of c7a.2xlarge could not be looked up; see https://" in dry.err
+
+
+def test_a_failure_before_the_launch_says_that_nothing_was_launched(cloud: LocalCloud, group: str) -> None:
+    with cloud.faults({"kind": "denied", "action": "DescribeSubnets"}):
+        made = cloud.cluster("createNodes", "c1.xlarge", "1", group)
+    assert made.last_line.endswith(". Nothing was launched."), made.err
 
 
 @pytest.mark.parametrize(("release", "name"), [("22.04", "jammy"), ("24.04", "noble"), ("26.04", "resolute")])
@@ -512,7 +523,8 @@ def test_interrupted_create(cloud: LocalCloud, group: str, number: int, code: in
         done = interrupt(child, number)
     assert done.code == code
     assert len(done.err.strip().splitlines()) == 1
-    assert f"Interrupted. Nodes of group '{group}' (us-east-1) may be running and cost money" in done.err
+    launched = f"Interrupted. 1 of 1 node launched in group '{group}' (us-east-1)"
+    assert f"{launched}; they cost money, and status may show them some seconds late: " in done.err
     assert f"./cluster.py terminateAll {group} ends them" in done.err
 
 
@@ -525,3 +537,6 @@ def test_time_limit_is_tagged_and_moved(cloud: LocalCloud, group: str) -> None:
     assert said.code == 0, said.err
     assert "ends at 2027-01-15 03:00:00 (08:00:00 UTC), may be idle for 60 minutes" in said.out
     assert cloud.nodes(group)[0]["max_hours"] == 3.5
+
+    more = cloud.cluster("createNodes", "c1.xlarge", "1", group, "--idle-minutes", "90", "--dry-run")
+    assert "Each ends itself after 3.5 hours, or 90 minutes without use." in more.out, more.err

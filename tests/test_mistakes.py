@@ -182,6 +182,8 @@ def test_wrong_setting(cloud: LocalCloud, name: str) -> None:
         ("AWS_REGION = 'us-east-1\n", "line 1: SyntaxError"),
         ("AWS_REGION = region\n", "line 1: NameError (is there a value without quotes?"),
         ("1 / 0\n", "line 1: ZeroDivisionError"),
+        ("\nopen('/nowhere')\n", "config.py, line 2: FileNotFoundError (No such file or directory)"),
+        ("raise SystemExit\n", "config.py, line 1: SystemExit (a settings file only sets names)"),
     ],
 )
 def test_broken_config(cloud: LocalCloud, tmp_path: Path, text: str, says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import cluster
 from tests.build import COMPILER, make_build
 from tests.localcloud.places import HERE
+from tests.readme import README
 from tests.support import LocalCloud
 
 OWN_IMAGE = {"us-east-1": "ami-0123456789abcdef0"}  # whose glibc is not known here
@@ -53,6 +55,22 @@ def test_a_build_is_packed_with_its_libraries_and_nothing_else(build: Path, cach
     assert (names["mtssrv"].mode, names["mtssrv"].uid, names["mtssrv"].mtime) == (0o755, 0, 0)
     assert f"the build in {build} (6 files and the libraries that they need" in package.title
     assert package.sha256 == cluster.digest_file(Path(package.source), "sha256")
+
+
+@needs_compiler
+def test_a_build_that_is_packed_by_hand_as_the_readme_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_build(tmp_path / "made")
+    command = re.search(r"^ +(mkdir -p dist/lib; (?:.*\n)*?.*tar czf mitsuba\.tar\.gz dist)$", README.read_text(), re.M)
+    assert command, "README has the way for macOS"
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path / "made/search"))
+    subprocess.run(["bash", "-c", command[1]], cwd=tmp_path / "made", check=True)
+    subprocess.run(["tar", "xzf", "made/mitsuba.tar.gz"], cwd=tmp_path, check=True)
+    shutil.rmtree(tmp_path / "made")
+    assert {path.name for path in (tmp_path / "dist/lib").iterdir()} == {"libspectrum.so.1", "libglass.so.2"}
+    monkeypatch.setenv("LD_LIBRARY_PATH", f"{tmp_path}/dist:{tmp_path}/dist/lib")
+    for name in ("mtssrv", "plugins/glass.so"):
+        listed = subprocess.run(["ldd", tmp_path / "dist" / name], capture_output=True, text=True, check=True).stdout
+        assert "not found" not in listed
 
 
 @needs_compiler

@@ -30,6 +30,7 @@ FACTS = {
     "head": Facts(4, "0.6.0", "head", ("10.0.0.2", "10.0.0.3"), boot="a", started="1"),
     "one": Facts(4, "0.6.0", "worker", boot="b", started="2"),
     "two": Facts(4, "0.6.0", "worker", boot="c", started="3"),
+    "sub": Facts(4, "0.6.0", "worker", ("10.0.0.4", "10.0.0.5"), boot="d", started="4", relays="yes"),
 }
 BROKEN = 'WARN  net0_r [Thread] Fatal error: uncaught exception: "Connection closed while reading!"\n'
 MISSING = 'WARN  con0 [StreamBackend] Uncaught exception "The file "a.vol" could not be found!" - cleaning up!\n'
@@ -59,6 +60,21 @@ MISSING = 'WARN  con0 [StreamBackend] Uncaught exception "The file "a.vol" could
             "server",
             "mtssrv died on head, two",
         ),
+        (
+            Attempt(255, BROKEN),
+            {"head": {"started": "9"}, "sub": {"started": "9", "linked": ("10.0.0.5",)}},
+            "",
+            "cluster",
+            "sub was restarted to link other workers",
+        ),
+        (
+            Attempt(255, BROKEN),
+            {"head": {"started": "9"}, "sub": {"started": "9", "linked": ()}},
+            "",
+            "cluster",
+            "sub was restarted to link other workers",
+        ),
+        (Attempt(255, BROKEN), {"head": {"started": "9"}, "sub": {"started": "9"}}, "", "server", "died on head, sub"),
         (Attempt(255, BROKEN), {}, "mtssrv on one: no file", "server", "mtssrv on one: no file"),
         (Attempt(255, "Caught a critical exception: no plugin"), {}, "", "scene", "Mitsuba refuses it: no plugin"),
         (Attempt(255, "Caught a critical exception: Error in connect(): refused!"), {}, "", "cluster", "connection"),

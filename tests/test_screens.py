@@ -258,7 +258,8 @@ WORDS = [
     (("runCommand",), "no command is given", 2),
     (("statsu",), "No such command 'statsu'; did you mean status?", 2),
     (("status", "--config", "."), ". is a folder, no settings file; did you mean config.py?", 1),
-    (("status", "--config"), "'--config'", 2),
+    (("status", "--config"), "Option '--config' requires an argument", 2),
+    (("--config", "/nowhere/a", "status", "--config", "/nowhere/b"), "there is no settings file /nowhere/b", 1),
 ]
 
 
@@ -297,17 +298,20 @@ def test_messages_name_the_program_and_the_settings_as_they_were_called(cloud: L
     assert f"S3_PATH is not set in {config}" in unset.last_line
 
 
-def complete(cloud: LocalCloud, typed: str) -> set[str]:
+def complete(cloud: LocalCloud, typed: str, **more: str) -> set[str]:
     """Return what bash would be offered for TYPED."""
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - (not typed.endswith(" ")))}
-    env = cloud.environment(_CLUSTER_PY_COMPLETE="bash_complete", **words)
+    env = cloud.environment(_CLUSTER_PY_COMPLETE="bash_complete", **words, **more)
     done = subprocess.run(PROGRAM, cwd=PROJECT, env=env, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
     return set(done.stdout.split())
 
 
 def test_completion_knows_groups_nodes_and_files(serving: LocalCloud) -> None:
     node = serving.nodes(GROUP)[0]
     assert f"plain,{GROUP}" in complete(serving, "cluster.py install scr")
+    unknown = str(serving.config({"MAX_HOUR": 1}))  # a setting that does not exist
+    assert f"plain,{GROUP}" in complete(serving, "cluster.py install scr", MITSUBA_CLUSTER_CONFIG=unknown)
     assert {"plain,head", f"plain,{node['short']}"} <= complete(serving, "cluster.py login ")
     assert complete(serving, "cluster.py syncData pyp") == {"file,pyp"}
     assert complete(serving, "cluster.py stat") == {"plain,status"}

@@ -42,3 +42,22 @@ def test_login_and_a_wrong_host_key(cloud: LocalCloud, group: str) -> None:
     ssh = cloud.run(sys.executable, "cluster.py", "login", node["id"], stdin=subprocess.DEVNULL)
     assert ssh.code == 255
     assert "Host key verification failed" in ssh.err
+
+
+def test_a_node_that_can_not_be_reached_is_not_tried(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group)
+    ending = cloud.nodes(group)[0]["id"]
+    with cloud.options(ending_lag=600):
+        cloud.client("ec2").terminate_instances(InstanceIds=[ending])
+        for command in ("login", "logs"):
+            refused = cloud.cluster(command, ending)
+            says = f"Error: {ending} can't be reached (it is shutting-down); see ./cluster.py status {group}"
+            assert (refused.code, refused.last_line) == (1, says)
+
+
+def test_status_looks_this_machines_address_up_only_where_it_is_used(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 1)
+    nobody = {"MITSUBA_CLUSTER_ADDRESS_URL": "http://127.0.0.1:1/"}
+    for words in (("status", "--json", group), ("status", f"{group}-nowhere")):
+        assert "Warning" not in cloud.cluster(*words, env=nobody).err
+    assert "Warning: this machine's public address" in cloud.cluster("status", group, env=nobody).err
