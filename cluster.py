@@ -2495,10 +2495,10 @@ class App:
         groups = self.running_groups(fetch_nodes(self.ec2))
         if not groups:
             return f"; {command('status', '--all-regions')} looks in every region"
-        ctx = click.get_current_context(silent=True)
-        first = next((name for name in groups if ctx and name != group and name in ctx.params.values()), "")
-        swapped = f"; did you mean {command(ctx.info_name or '', group or '', first)}?" if ctx and first else ""
-        advice = swapped or did_you_mean(group or "", groups) or "."
+        words, other = sys.argv[1:], next((name for name in groups if name != group and name in sys.argv[1:]), "")
+        places = {group: other, other: group or ""}
+        swapped = shlex.join(places.get(word, word) for word in words)
+        advice = f"; did you mean {Call.program} {swapped}?" if other else did_you_mean(group or "", groups) or "."
         return f"{advice} Running here: {', '.join(f'{name} ({about})' for name, about in groups.items())}"
 
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
