@@ -2641,6 +2641,10 @@ def plain_usage() -> Iterator[None]:
             text = unknown[0] + did_you_mean(unknown[1], cli.commands)
         elif ctx and ctx.info_name == "runCommand" and not isinstance(error, click.MissingParameter):
             text += f"; quote the command, or put -- before it: {command('runCommand', '--', 'ls', '-la', '/mnt')}"
+        elif ctx and ctx.info_name == "render" and isinstance(error, click.NoSuchOption):
+            text += f"; Mitsuba's own options come after --: {command('render', 'SCENE', '--', '-p', '0')}"
+        elif ctx and ctx.info_name == "render" and "does not exist" in text:
+            text += "; a group's name comes after --group"
         if ctx:
             note(f"{ctx.get_usage()}\nTry {ctx.command_path} --help\n")
         raise WrongUsage(text) from None
@@ -5046,13 +5050,14 @@ def await_server(remote: Remote, build: str, cores: int | None = None, workers: 
         time.sleep(0.1)
 
 
-def say_how_to_connect(app: App, group: str, head: Node, served: Served) -> None:
+def say_how_to_connect(app: App, group: str, head: Node, served: Served, branches: int) -> None:
     """Tell the user what to type into Mitsuba; the head's name comes last."""
     version, local = served.facts.version, local_mitsuba()
     result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
     own = served.facts.cores
     if relaying := own - plan_head_cores(own):
-        note(f"The head keeps {relaying} of its own {format_count(own, 'core')} free to relay")
+        too = f", and so does each of {format_count(branches, 'worker')} with workers of its own" if branches else ""
+        note(f"The head keeps {relaying} of its own {format_count(own, 'core')} free to relay{too}")
     if local and local != version:
         warn(f"the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
     if app.settings.PUBLIC_SERVER_PORT:
@@ -5202,7 +5207,8 @@ def head_step(
         what = waiting if count else "the head waits to be restarted"
         return Served(facts, offered, "serves already", f"{what}: {client}")
     configure_node(remote, plan.guard, guard_plan, server_unit("head", own, facts.cores, plan.data))
-    action = "restarted: a render that was running is lost" if serving else "started"
+    lost = ": a render that was running is lost" if head_client(facts) else ""
+    action = f"restarted{lost}" if serving else "started"
     return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
 
 
@@ -5301,7 +5307,7 @@ def link_group(
     if not ready.ok:
         raise ClusterError(explain_failed_head(group, ready, failed))
     suggest_tree(group, plan, len(workers))
-    say_how_to_connect(app, group, head, ready.value)
+    say_how_to_connect(app, group, head, ready.value, len(branches))
     problems, what = [], waiting or ready.value.waiting
     linked = {*ready.value.facts.linked, *(one for branch in branches.values() for one in branch)}
     alone = sum(one.ok and one.node.private_ip not in linked for one in workers) if what else 0
@@ -5626,6 +5632,7 @@ MITSUBA_ERROR = re.compile(
     r'(?:critical|uncaught|caught) exception:? *"?(.+?)[".!]*(?: - cleaning up!.*)?$', re.I | re.M
 )
 CONNECTION_ERROR = re.compile(r"connection closed|connection error|error in \w+\(\)|invalid response", re.I)
+PICTURES = (".exr", ".rgbe", ".pfm", ".png", ".jpg", ".m", ".npy")  # what its films write
 UNFINISHED = "did not complete successfully"
 
 
@@ -5828,6 +5835,10 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     import tempfile
 
     target = request.target(scene)
+    if "-x" in request.words:  # Mitsuba itself would look into the new folder that it writes to
+        for picture in filter(Path.exists, map(target.with_suffix, PICTURES)):
+            result(f"{picture}: there already")
+            return True
     deaths = 0
     for attempt_number in range(1, request.tries + 1):
         head, facts, cores = cluster.await_head()
@@ -5874,7 +5885,7 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 def render(app: App, /, then_terminate: bool, **given: Any) -> None:
     """Render each SCENE with your mitsuba, again if nodes die.
 
-    After -- come Mitsuba's own options.
+    After -- come Mitsuba's own options; -x there skips a scene that has its picture.
     """
     request = RenderRequest(**given)
     if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):

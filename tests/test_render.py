@@ -191,6 +191,11 @@ def test_pictures_beside_their_scenes(cloud: LocalCloud, farm: str, tmp_path: Pa
         assert (tmp_path / f"{name}.exr").read_text() == f"{WHOLE}{name}.xml"
     assert len(list(tmp_path.iterdir())) == 4
 
+    more = write_scene(tmp_path / "b.xml")
+    again = render(cloud, *scenes, more, "--group", farm, "--", "-x")
+    assert (again.code, again.out.count(".exr: there already\n")) == (0, 2), again.err
+    assert again.out.count(".exr: rendered in ") == 1
+
 
 def test_a_named_picture_through_the_tunnel(cloud: LocalCloud, farm: str, tmp_path: Path) -> None:
     scene = write_scene(tmp_path / "a.xml")
@@ -202,6 +207,9 @@ def test_usage(cloud: LocalCloud, tmp_path: Path) -> None:
     a, b = (write_scene(tmp_path / name) for name in ("a.xml", "b.xml"))
     for words in ((a, b, "-o", "x.exr"), (a, "--", "-o", "x.exr"), (tmp_path / "none.xml",), (), (a, b, a)):
         assert render(cloud, *words).code == 2
+    option, group = render(cloud, "-p", "0", a).last_line, render(cloud, a, "default").last_line
+    assert option.endswith("; Mitsuba's own options come after --: ./cluster.py render SCENE -- -p 0")
+    assert group.endswith("'default' does not exist; a group's name comes after --group")
 
 
 def test_what_is_found_out_beforehand(cloud: LocalCloud, farm: str, tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ def test_a_head_is_asked_again_just_before_its_restart(
     if restarted:
         assert given == [({"10.0.0.2", "10.0.0.4"}, True)]
         assert done.waiting == ""
+        assert done.action == ("restarted: a render that was running is lost" if clients else "restarted")
     else:
         assert given == [({"10.0.0.2", "10.0.0.3", "10.0.0.4"}, False)]
         assert done.waiting == "1 node waits to be linked: client 203.0.113.9, silent for 5s"
@@ -218,7 +219,7 @@ def test_another_build_is_started(servers: LocalCloud, tmp_path: Path) -> None:
     assert (started.code, started.out.count("serves already")) == (0, 3), started.err
     installed = servers.cluster("install", GROUP, settings={"MITSUBA_PACKAGE": str(package)})
     assert installed.code == 0, installed.err
-    for again, workers, head in ((0, ", started\n", ", restarted:"), (1, ", serves already\n", ", serves already\n")):
+    for again, workers, head in ((0, ", started\n", ", restarted\n"), (1, ", serves already\n", ", serves already\n")):
         done = servers.cluster("start", GROUP)
         count = done.out.count(workers)
         assert done.code == 0, done.out + done.err

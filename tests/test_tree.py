@@ -230,6 +230,7 @@ def tree(cloud: LocalCloud) -> Iterator[str]:
         assert done.code == 0, done.err
     assert "head, 22 cores in all, started\n" in done.out
     assert done.out.count(": worker, 10 cores, with 2 workers of its own, started\n") == 2
+    assert "free to relay, and so does each of 2 workers with workers of its own\n" in done.err
     yield group
     cloud.end(group)
 
