@@ -231,11 +231,11 @@ def visible(cell: str) -> int:
 
 
 def fit_columns(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]) -> Sequence[Sequence[str]]:
-    """Leave out the columns SPARE, one after the other, until ROWS fit into WIDTH; of NAME only the common tail."""
+    """Leave out the columns SPARE, one after the other, until ROWS fit into WIDTH; "…" is the common tail of NAME."""
     for title in spare:
         if sum(max(map(visible, column)) + 2 for column in zip(*rows)) - 2 <= width:
             break
-        if title == "NAME":  # of the form ec2-203-0-113-1.compute-1.amazonaws.com
+        if title == "…":  # of the form ec2-203-0-113-1.compute-1.amazonaws.com
             rows = [[re.sub(r"(ec2-[\d-]+)\.[\w.-]+", r"\1…", cell) for cell in row] for row in rows]
         elif title in rows[0]:
             at = rows[0].index(title)
@@ -660,8 +660,11 @@ def tolerate(*codes: str, loss: str = "") -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError) as error:
-        if codes and error_code(error) not in codes:
-            raise
+        if (codes and error_code(error) not in codes) or type(error).__name__ in (
+            "NoCredentialsError",
+            "ProfileNotFound",
+        ):
+            raise  # without credentials all calls fail: one error says it
         if loss:
             warn(f"{loss}: {explain(error)}")
 
@@ -1144,12 +1147,12 @@ def load_identity(path: Path, may_ask: bool = True) -> Identity:
             return identity
         raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
     if "PRIVATE KEY" not in text:
-        if not path.exists():
+        if not text or "placeholder" in text:
             raise ClusterError(
                 f"there is no SSH key {path}: copy it from the machine that launched the nodes; for nodes of this "
                 "machine's own, createNodes makes one (choose another KEYPAIR_NAME)"
             )
-        raise ClusterError(f"{path} is no SSH private key; createNodes makes one where the file is missing")
+        raise ClusterError(f"{path} is no SSH private key: copy it from the machine that launched the nodes")
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
     try:
@@ -2442,6 +2445,16 @@ class App:
         known = self.known_identity
         return known.fingerprint if known else read_fingerprint(self.settings.key_file)
 
+    @property
+    def key_problem(self) -> str:
+        """Why the key file does not tell which nodes are the user's; "" where it does."""
+        if not self.fingerprint:
+            try:
+                load_identity(self.settings.key_file, may_ask=False)
+            except ClusterError as error:
+                return error.message
+        return ""
+
     @functools.cached_property
     def rule_owner(self) -> str:
         """What marks a rule as this machine's; EC2 allows a few characters only."""
@@ -2468,6 +2481,26 @@ class App:
         boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
         return boots and not node.public_ip and not self.settings.PRIVATE_NODES
 
+    def running_groups(self, nodes: Sequence[Node], ec2: Client | None = None) -> dict[str, str]:
+        """Return group -> "2 nodes, $1.05/h" of the user's that run, of NODES; everybody's without a key to tell."""
+        mine = nodes if self.key_problem else self.launched(nodes, ec2)
+        running = [node for node in mine if node.state in ("pending", "running") and node.is_inside]
+        same = {name: [node for node in running if node.group == name] for name in sorted({n.group for n in running})}
+        return {
+            name: ", ".join(filter(None, [format_count(len(s), "node"), format_cost(s)])) for name, s in same.items()
+        }
+
+    def elsewhere(self, group: str | None) -> str:
+        """Return what may be meant where nothing runs in GROUP: another group, swapped arguments, another region."""
+        groups = self.running_groups(fetch_nodes(self.ec2))
+        if not groups:
+            return f"; {command('status', '--all-regions')} looks in every region"
+        words, other = sys.argv[1:], next((name for name in groups if name != group and name in sys.argv[1:]), "")
+        places = {group: other, other: group or ""}
+        swapped = shlex.join(places.get(word, word) for word in words)
+        advice = f"; did you mean {Call.program} {swapped}?" if other else did_you_mean(group or "", groups) or "."
+        return f"{advice} Running here: {', '.join(f'{name} ({about})' for name, about in groups.items())}"
+
     def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
         """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
         self.check_owner(group, nodes)
@@ -2482,6 +2515,7 @@ class App:
         if not ready:
             raise ClusterError(
                 f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE', 'COUNT', group)} makes some"
+                f"{self.elsewhere(group)}"
             )
         return ready
 
@@ -2540,18 +2574,21 @@ class App:
         living = [node for node in nodes if node.is_inside and node.state in ALIVE]
         if others or not living or self.launched(living, ec2):
             return
-        path = self.settings.key_file
-        if not self.known_identity and path.exists() and "placeholder" not in path.read_text("latin-1"):
+        if not (self.known_identity or self.key_problem):
             _ = self.identity  # asks for its passphrase, or says what is wrong with the file
             if self.launched(living, ec2):
                 return
         owner = describe_owner(living, fetch_security_groups(ec2, group))
+        where = f"group {group!r} ({ec2.meta.region_name})"
+        why = (
+            f"{self.key_problem}. So nothing tells whether {where} is yours ({owner})"
+            if self.key_problem
+            else f"{where} is somebody else's: its nodes were launched with another key ({owner}). If it is yours, "
+            f"copy that key's file to {self.settings.key_file}"
+        )
         raise ClusterError(
-            f"group {group!r} ({ec2.meta.region_name}) is somebody else's: its nodes were launched with another key "
-            f"({owner}). If it is yours, copy that key's file to "
-            f"{self.settings.key_file}. Else name a group of your own, e.g. "
-            f"{command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, with createNodes, terminate and terminateAll, "
-            "do it all the same with --others"
+            f"{why}. Else name a group of your own, e.g. {command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, "
+            "with createNodes, terminate and terminateAll, do it all the same with --others"
         )
 
     def in_all_regions(self, call: Callable[[Client], T], problems: list[str]) -> dict[str, T]:
@@ -2907,7 +2944,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
     filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     rows = [[*(row[i] for i in filled), *(column[at] for column in more)] for at, row in enumerate(rows)]
     market = [] if any(node.market == "spot" for node in nodes) else ["MARKET"]
-    spare = ["PRIVATE", "ID", *market, "NAME", "$/H", "TYPE", "MARKET", "ENDS IN"]
+    spare = ["PRIVATE", "ID", *market, "…", "$/H", "TYPE", "MARKET", "NAME", "ENDS IN"]
     return format_table(rows, 10_000 if wide else terminal_width(), spare)
 
 
@@ -3686,10 +3723,12 @@ def check_key_pair(app: App) -> None:
     """Refuse another key than the user's under KEYPAIR_NAME in EC2; InvalidKeyPair.NotFound where there is none."""
     name, path = app.settings.KEYPAIR_NAME, app.settings.key_file
     pair = app.ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"][0]
-    if not has_key(path) or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+    has_file = has_key(path)
+    if not has_file or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+        missing = "" if has_file else f"there is no key in {path}, and "
         raise ClusterError(
-            f"EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or copy "
-            f"that key's file from the machine that made it to {path}"
+            f"{missing}EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or "
+            f"copy that key's file from the machine that made it to {path}"
         )
 
 
@@ -6095,9 +6134,17 @@ def keep_showing(show: Callable[[], str]) -> NoReturn:
         time.sleep(WATCH_SECONDS)
 
 
+def nothing_runs(app: App, group: str | None) -> str:
+    """Say that nothing is there to show, and what may have been meant."""
+    named = f" in group {group!r}" if group else ""
+    return f"Nothing is running in {app.settings.AWS_REGION}{named}{app.elsewhere(group)}"
+
+
 def show_watched(app: App, group: str | None, wide: bool) -> str:
     """Return status with the servers, load and clients of the nodes as columns."""
     groups = fetch_groups(group, app.ec2)
+    if not groups:
+        return nothing_runs(app, group)
     asked = ask_servers(app, [node for one in groups for node in one.nodes])
     return "\n\n".join(format_group(app, one, wide, asked) for one in groups)
 
@@ -6155,8 +6202,8 @@ def show_status(
         if guarded and app.known_identity:
             warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
     else:
-        place = "any region that answers" if everywhere else home
-        note(f"Nothing is running in {place}" + (f" in group {group!r}" if group else ""))
+        named = f" in group {group!r}" if group else ""
+        note(f"Nothing is running in any region that answers{named}" if everywhere else nothing_runs(app, group))
     if problems:
         raise ClusterError("; ".join(problems))
 
@@ -6170,7 +6217,7 @@ def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
         load = (f"{value:.2f}" for value in facts.load)
         rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
     silent = [printable_lines(f"{outcome.node.name}: {outcome.error}") for outcome in outcomes if not outcome.ok]
-    return "\n".join([format_table(rows, terminal_width(), ["NAME"]), *silent])
+    return "\n".join([format_table(rows, terminal_width(), ["…"]), *silent])
 
 
 @cli.command("systemLoad")
@@ -6789,12 +6836,10 @@ def own_groups(app: App, present: Present) -> list[str]:
 
 def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
     """Name the user's other groups that run on, with their cost."""
-    nodes = [node for node in app.launched(present.nodes, present.ec2) if node.state in ("pending", "running")]
-    for group in sorted({node.group for node in nodes if node.is_inside} - set(ended)):
-        same = [node for node in nodes if node.group == group]
-        cost = format_cost(same)
-        region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
-        note(f"Group {group} runs on{region}: {format_count(len(same), 'node')}{cost and ', '}{cost}")
+    region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
+    for group, about in app.running_groups(present.nodes, present.ec2).items():
+        if group not in ended:
+            note(f"Group {group} runs on{region}: {about}")
 
 
 @cli.command("terminateAll")
@@ -6825,7 +6870,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
             if client:
                 note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
-            problem = app.explain(error)
+            problem = explain(error) if isinstance(error, ClusterError) else app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
     regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
@@ -6838,10 +6883,14 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
         side_by_side(*ends)  # no group waits for another's end
     for region, present in regions.items():
         name_running(app, present, chosen[region])
+    if all_groups and app.key_problem and any(present.nodes for present in regions.values()):
+        ways = f"end a group of yours with {command('terminateAll', 'GROUP', '--others')}"
+        problems.append(f"{app.key_problem}. So nothing tells which groups are yours; {ways}")
     if not found and not problems:
         where = "any region" if all_regions else home
         if not all_groups:
-            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}")
+            look = "" if all_regions else f"; {command('status', '--all-regions')} looks in every region"
+            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{look}")
         note(f"Nothing to terminate: you have no group in {where}")
     if problems:
         raise ClusterError("; ".join(problems))

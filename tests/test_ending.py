@@ -160,6 +160,7 @@ def decode(text: str) -> str:
 
 
 def test_somebody_elses_group(cloud: LocalCloud, group: str) -> None:
+    cluster.ensure_key_file(cloud.where.root / "key.pem")  # mine
     theirs = {"KEYPAIR_NAME": group, "SSH_PRIVATE_KEY_FILE": str(cloud.where.root / f"{group}.pem")}
     (node,) = create(cloud, group, 1, theirs)
     for words in (("createNodes", "c1.xlarge", "1"), ("start",), ("terminateAll",)):
@@ -178,6 +179,31 @@ def test_somebody_elses_group(cloud: LocalCloud, group: str) -> None:
         assert f"Left alone: {node} has the tag of group '{group}', but was launched with another key" in mine.err
         assert cloud.truth(group) == ([node], 1)
         assert cloud.cluster("terminateAll", group, "--others").code == 0
+    assert cloud.truth(group) == ([], 0)
+
+
+@pytest.mark.parametrize("text", [None, "garbage\n"])
+def test_without_a_key_nodes_are_named_and_can_be_ended(
+    cloud: LocalCloud, group: str, tmp_path: Path, text: str | None
+) -> None:
+    nodes = create(cloud, group)
+    path = tmp_path / "key.pem"
+    if text:
+        path.write_text(text)
+    spoilt = {"SSH_PRIVATE_KEY_FILE": str(path)}
+    why = f"{path} is no SSH private key" if text else f"there is no SSH key {path}"
+    swept = end_quickly(cloud, "terminateAll", "--all-groups", settings=spoilt)
+    assert swept.code == 1
+    assert f"Group {group} runs on: 1 node" in swept.err
+    assert swept.last_line.startswith(f"Error: {why}")
+    assert "./cluster.py terminateAll GROUP --others" in swept.last_line
+    for words in (("terminateAll", group), ("start", group)):
+        refused = end_quickly(cloud, *words, settings=spoilt)
+        assert refused.last_line.startswith(f"Error: {why}")
+        assert "all the same with --others" in refused.last_line
+        assert "end them with" not in refused.last_line
+    assert cloud.truth(group)[0] == nodes
+    assert end_quickly(cloud, "terminateAll", group, "--others", settings=spoilt).code == 0
     assert cloud.truth(group) == ([], 0)
 
 
@@ -225,7 +251,7 @@ def test_other_groups_are_named_and_a_mistyped_one_fails(cloud: LocalCloud, grou
     create(cloud, group, 2)
     mistyped = end_quickly(cloud, "terminateAll", f"{group}-x", limits={"UNSEEN_LIMIT": 0})
     assert mistyped.code == 1
-    assert mistyped.last_line == f"Error: Nothing to terminate: group '{group}-x' does not exist in us-east-1"
+    assert f"Error: Nothing to terminate: group '{group}-x' does not exist in us-east-1; " in mistyped.last_line
     assert f"Group {group} runs on: 2 nodes, $1.05/h, $" in mistyped.err
 
 

@@ -162,6 +162,12 @@ def test_mistake(cloud: LocalCloud, mistake: Mistake, request: pytest.FixtureReq
     assert len(cloud.ask("status")) == before
 
 
+def test_a_launch_without_credentials_says_so_once(cloud: LocalCloud) -> None:
+    done = cloud.cluster(*CREATE, "--dry-run", env={"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""})
+    assert done.code == 1
+    assert done.err.count("no AWS credentials") == 1, done.err
+
+
 @pytest.mark.parametrize("name", WRONG_SETTINGS)
 def test_wrong_setting(cloud: LocalCloud, name: str) -> None:
     done = cloud.cluster("status", settings={name: WRONG_SETTINGS[name]})

@@ -122,6 +122,11 @@ def test_eight_nodes_fit_into_eighty_columns(monkeypatch: pytest.MonkeyPatch) ->
     assert max(map(len, lines)) <= 80
     assert lines[1].startswith("4-10  ec2-203-0-113-10…  c1.xlarge  running")
     assert "i-0123456789abcdef10" in cluster.format_nodes(nodes, wide=True)
+    limited = [node._replace(max_hours=1e6) for node in nodes]
+    watched = [[title, *["idle"] * 8] for title in ("SERVER", "LOAD", "CLIENTS")]
+    titles = cluster.format_nodes(limited, more=watched).splitlines()[0].split()
+    assert "ENDS" in titles
+    assert "NAME" not in titles
 
 
 def test_the_head_is_first_then_the_oldest() -> None:

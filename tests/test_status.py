@@ -28,6 +28,20 @@ def test_status_json(cloud: LocalCloud, group: str) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", node["launched"])
 
 
+def test_a_mistyped_group_swapped_arguments_and_another_region(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 1)
+    shown = cloud.cluster("status", f"{group}-x")
+    assert f"Nothing is running in us-east-1 in group '{group}-x'; did you mean {group}? Running here: " in shown.err
+    assert f"{group} (1 node, $0.5" in shown.err
+    started = cloud.cluster("start", f"{group}-x")
+    assert f"makes some; did you mean {group}? Running here: " in started.last_line
+    for words in (("runCommand", group, "uptime"), ("syncData", group, "uptime")):
+        swapped = cloud.cluster(*words)
+        assert f"; did you mean ./cluster.py {words[0]} uptime {group}? Running here: " in swapped.last_line
+    away = cloud.cluster("status", settings={"AWS_REGION": "eu-north-1"})
+    assert "in eu-north-1; ./cluster.py status --all-regions looks in every region" in away.err
+
+
 def test_regions_and_system_load(cloud: LocalCloud, group: str) -> None:
     assert "* us-east-1\n" in cloud.cluster("regions").out
     create(cloud, group)
