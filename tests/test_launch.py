@@ -16,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
-import paramiko
 import pytest
 from botocore.exceptions import ClientError
 
@@ -277,7 +276,7 @@ def test_logins_that_are_refused_come_slowly(monkeypatch: pytest.MonkeyPatch) ->
         now[0] += seconds
 
     def refuse(*_: Any) -> None:
-        raise paramiko.AuthenticationException("refused")
+        raise cluster.Unusable("refuses the key")
 
     monkeypatch.setattr(cluster, "connect", refuse)
     monkeypatch.setattr(cluster, "is_ours", lambda *_: True)
@@ -297,10 +296,7 @@ def test_a_second_computer_without_the_key(cloud: LocalCloud, group: str, tmp_pa
     key = tmp_path / "key.pem"
     for words, says in (
         (("createNodes", "c1.xlarge", "1", f"{group}-2"), ", or copy that key's file from the machine that made it to"),
-        (
-            ("runCommand", "true", group),
-            f"If it is yours, copy that key's file to {key}. Else name a group of your own",
-        ),
+        (("runCommand", "true", group), f"there is no SSH key {key}: copy it from the machine that launched"),
     ):
         refused = cloud.cluster(*words, settings={"SSH_PRIVATE_KEY_FILE": str(key)})
         assert refused.code == 1, refused.err
