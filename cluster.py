@@ -2918,8 +2918,9 @@ def find_node(app: App, name: str) -> Node:
         more = f" or {len(which) - 3} more" if len(which) > 3 else ""
         raise ClusterError(f"{printable(name)!r} may be {', '.join(which[:3])}{more}: name one of them by its id")
     if not found:
+        is_group = "that is a group; " if any(node.group == name for node in nodes) else ""
         raise ClusterError(
-            f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; see {command('status')}"
+            f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; {is_group}see {command('status')}"
             if name != "head"
             else f"no head node in {app.settings.AWS_REGION}; {command('start')} makes one"
         )
@@ -4130,7 +4131,7 @@ def await_nodes(
                 begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
                 progress.step(node, "booting")
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
-        progress.show(f"{running} running, {len(done)} answering, of {len(nodes)}")
+        progress.show(f"{running} running")
         at_work = [begun[name] for name in waiting if name in begun]
         app.pool.wait(at_work, POLL if len(at_work) == len(waiting) else POLL / 3)
         for node in list(waiting.values()):
@@ -6555,7 +6556,7 @@ def sync_nodes(
         fetched = f"fetched {format_count(done.fetched, 'file')}, {format_size(done.moved)}{there}"
         return fetched if done.fetched else "has everything already"
 
-    app.report(app.pool.each(nodes, step, progress), "Synchronized")
+    app.report(app.pool.each(nodes, step, progress), f"Synchronized to {app.settings.DATA_DIR}")
 
 
 def read_files(files: dict[str, Path]) -> list[Wanted]:
@@ -6639,6 +6640,7 @@ class Ended(NamedTuple):
     protected: list[Node]  # EC2 refuses to end them
     left: list[Node]  # that have the group's tag, and are not the user's to end
     cancelled: int  # spot requests
+    removed: bool  # whether its security group was there to remove
     found: bool  # whether there was anything of the group
 
 
@@ -6729,6 +6731,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
     before: Any = None
+    removed = False
     since = good = time.monotonic()
     while True:
         try:
@@ -6748,6 +6751,7 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
             held = len(protected) + len(inside) > len(targets)
             groups = [] if living or held else fetch_security_groups(ec2, group)
             waiting = [one for one in groups if not remove_security_group(ec2, one)]
+            removed |= len(waiting) < len(groups)
             good = time.monotonic()
         except (BotoCoreError, ResponseParserError, ClientError) as error:  # a poll that fails breaks nothing off
             late = before is None or time.monotonic() - good > POLL_ERROR_LIMIT
@@ -6759,7 +6763,8 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
         something = bool(seen or groups or len(listed) > len(nodes))
         if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
             left = [node for node in nodes if node not in targets]
-            return Ended(list(seen.values()), list(protected.values()), left, len(cancelled), something or bool(nodes))
+            found = something or bool(nodes)
+            return Ended(list(seen.values()), list(protected.values()), left, len(cancelled), removed, found)
         again = f"run {command('terminateAll', group)} again"
         if living and waited > TERMINATE_LIMIT:
             raise ClusterError(f"EC2 does not say terminated of {', '.join(n.id for n in living)} yet; {again}")
@@ -6801,7 +6806,8 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     if done.found:
         cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
         paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
-        end = "" if done.left else f", security group removed: nothing of group {group!r} is left in {region}"
+        parts += ["security group removed"] if done.removed else []
+        end = "" if done.left else f": nothing of group {group!r} is left in {region}"
         note(f"{', '.join(parts)}{end}.{paid}")
     return done.found
 
@@ -7197,7 +7203,10 @@ def extend_step(hours: float, remote: Remote) -> str:
 @group_argument
 @click.pass_obj
 def extend(app: App, hours: float, group: str) -> None:
-    """Add HOURS to the nodes' time limit, and begin their idle time anew."""
+    """Give the nodes HOURS more; restart their idle time.
+
+    Nodes without a time limit get none.
+    """
     nodes = [node for node in app.open_group(group) if node.max_hours or node.idle_minutes]
     if not nodes:
         raise ClusterError(f"no running node of {app.where(group)} has a time limit")
@@ -7261,7 +7270,7 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
 @cli.command("policy")
 @click.pass_obj
 def policy(app: App) -> None:
-    """Print the IAM policy that this tool needs, for your partition and bucket."""
+    """Print the IAM policy that your settings need."""
     region = app.settings.AWS_REGION
     result(json.dumps(make_policy(find_partition(region)[0], app.settings.bucket[0] or "YOUR-BUCKET"), indent=2))
 

@@ -136,7 +136,9 @@ def test_sync_that_goes_wrong(eight: LocalCloud, bad: dict[str, Any], fault: str
     data.write_bytes(b"volume" * 200_000)
     eight.fault(fault, bad)
     done = eight.cluster("syncData", str(data), GROUP)
-    seven_of_eight(done, bad, "Synchronized", "exit code 1" if fault == "sync-fails" else "the connection broke")
+    seven_of_eight(
+        done, bad, "Synchronized to /mnt", "exit code 1" if fault == "sync-fails" else "the connection broke"
+    )
     eight.fault("heal", bad)
     again = eight.cluster("syncData", str(data), GROUP)
     assert again.code == 0, again.err
@@ -152,7 +154,7 @@ def test_a_file_where_a_folder_should_be(eight: LocalCloud, bad: dict[str, Any],
     blocked.mkdir(exist_ok=True)
     (blocked / "inside").write_text("a file")
     done = eight.cluster("syncData", str(folder), GROUP)
-    seven_of_eight(done, bad, "Synchronized", "inside/one.vol: ")
+    seven_of_eight(done, bad, "Synchronized to /mnt", "inside/one.vol: ")
 
 
 def test_binary_output_and_much_of_it(eight: LocalCloud) -> None:

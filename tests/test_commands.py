@@ -24,6 +24,7 @@ def test_overview_lists_the_commands_in_the_users_order(cloud: LocalCloud) -> No
     assert plain.code == asked.code == 0
     assert plain.out == asked.out
     assert re.findall(r"^  (\w+)  ", plain.out.split("Commands:")[1], re.M) == COMMANDS
+    assert "..." not in plain.out.split("Commands:")[1]  # at 80 columns each line is whole
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["createNodes", "--help"]])

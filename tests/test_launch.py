@@ -328,7 +328,9 @@ def test_costs_that_lack_a_price_say_at_least(cloud: LocalCloud, group: str) -> 
     cloud.client("ec2").delete_tags(Resources=[first], Tags=[{"Key": "mitsuba-price"}])
     assert re.search(r"at least \$0\.5\d/h, at least \$\d", cloud.cluster("status", group).out)
     ended = cloud.cluster("terminateAll", group)
-    assert re.search(r"cost at least \$0\.0", ended.err)
+    assert re.search(r"security group removed: nothing .* They cost at least \$0\.0", ended.err)
+    again = cloud.cluster("terminateAll", group)
+    assert f"No node was running: nothing of group '{group}' is left" in again.err, again.err
 
 
 def test_a_launch_that_leaves_nodes_says_how_to_go_on(cloud: LocalCloud, group: str) -> None:
@@ -396,11 +398,11 @@ def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -
 
 def prepared(monkeypatch: pytest.MonkeyPatch, **request: Any) -> dict[str, Any]:
     """Return what a request for one node asks EC2 for, where no key and no security group must be made."""
-    for name in ("ensure_key", "check_rules", "repair_rules", "rule_owner"):
+    for name in ("ensure_key", "check_rules", "repair_rules"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(cluster, "ensure_security_group", lambda *_: cluster.SecurityGroup("sg-1", "g", "n", "vpc-1"))
     monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
-    app: Any = SimpleNamespace(ec2=Ec2(), settings=cluster.Settings(), identity=None)
+    app: Any = SimpleNamespace(ec2=Ec2(), settings=cluster.Settings(), identity=None, rule_owner="")
     whole = plan(1)
     return cluster.prepare(app, whole._replace(request=whole.request._replace(**request), hours=1.5))
 

@@ -46,6 +46,7 @@ def test_login_and_a_wrong_host_key(cloud: LocalCloud, group: str) -> None:
 
 def test_a_node_that_can_not_be_reached_is_not_tried(cloud: LocalCloud, group: str) -> None:
     create(cloud, group)
+    assert "; that is a group; see ./cluster.py status" in cloud.cluster("logs", group).last_line
     ending = cloud.nodes(group)[0]["id"]
     with cloud.options(ending_lag=600):
         cloud.client("ec2").terminate_instances(InstanceIds=[ending])
