@@ -96,6 +96,7 @@ PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; o
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
 PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
+BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
 
 POLL = 1.0  # between two polls of EC2, one call for all nodes
@@ -660,11 +661,10 @@ def tolerate(*codes: str, loss: str = "") -> Iterator[None]:
     try:
         yield
     except (BotoCoreError, ClientError) as error:
-        if (codes and error_code(error) not in codes) or type(error).__name__ in (
-            "NoCredentialsError",
-            "ProfileNotFound",
-        ):
-            raise  # without credentials all calls fail: one error says it
+        if codes and error_code(error) not in codes:
+            raise
+        if type(error).__name__ in ("NoCredentialsError", "ProfileNotFound"):
+            raise  # since all calls fail so: one error says it
         if loss:
             warn(f"{loss}: {explain(error)}")
 
@@ -927,6 +927,21 @@ def sum_known(values: Iterable[float | None]) -> float | None:
 def at_least(nodes: Iterable[Node]) -> str:
     """Return what stands before a cost of NODES: "at least " where the price of one is not known."""
     return "at least " if any(node.price is None for node in nodes) else ""
+
+
+def totals(nodes: Sequence[Node]) -> dict[str, Any]:
+    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
+    billed = [node for node in nodes if node.price is not None and node.state in BILLED]
+    hourly = sum_known((node.price or 0) + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0) for node in billed)
+    cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in nodes)
+    return {"nodes": len(nodes), "hourly": hourly and round(hourly, 4), "cost": cost and round(cost, 4)}
+
+
+def format_cost(nodes: Sequence[Node]) -> str:
+    """Return "$0.52/h, $1.04 so far" of NODES, as far as it is known."""
+    known = totals(nodes)
+    parts = [(known["hourly"], "/h"), (known["cost"], " so far")]
+    return ", ".join(f"{at_least(nodes)}{format_money(value)}{what}" for value, what in parts if value is not None)
 
 
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
@@ -2808,6 +2823,8 @@ class Number(click.ParamType):  # type: ignore[type-arg]
         first = (ctx.params.get("instance_type") if ctx else None) or ""
         swapped = ctx and first.isdigit() and re.fullmatch(r"[a-z][\w-]*\.[\w-]+", str(value))
         advice = f"; did you mean {command(ctx.info_name or '', value, first)}?" if ctx and swapped else ""
+        if ctx and ctx.info_name == "addSpotNodes" and self.whole and re.fullmatch(r"\d*\.\d+", str(value)):
+            advice = "; COUNT stands before MAXPRICE"
         raise click.UsageError(f"{title} must be {kind} {span} {self.high:g}, not {value!r}{advice}", ctx)
 
 
@@ -5925,7 +5942,6 @@ def render(app: App, /, then_terminate: bool, **given: Any) -> None:
 # --- status ------------------------------------------------------------------
 # What runs, since when, and what it costs. Touches AWS; the nodes only where they are to be asked.
 
-BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
 ANSWER_LIMIT = 5  # for a node's whole answer to status
 ANSWER_RATE = 50  # nodes that this machine can surely ask in a second
 WATCH_SECONDS = 3  # between two polls of --watch
@@ -5971,21 +5987,6 @@ def fetch_groups(group: str | None, ec2: Client) -> list[GroupState]:
         )
         for name in sorted({one.group for one in present})
     ]
-
-
-def totals(nodes: Sequence[Node]) -> dict[str, Any]:
-    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
-    billed = [node for node in nodes if node.price is not None and node.state in BILLED]
-    hourly = sum_known((node.price or 0) + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0) for node in billed)
-    cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    return {"nodes": len(nodes), "hourly": hourly and round(hourly, 4), "cost": cost and round(cost, 4)}
-
-
-def format_cost(nodes: Sequence[Node]) -> str:
-    """Return "$0.52/h, $1.04 so far" of NODES, as far as it is known."""
-    known = totals(nodes)
-    parts = [(known["hourly"], "/h"), (known["cost"], " so far")]
-    return ", ".join(f"{at_least(nodes)}{format_money(value)}{what}" for value, what in parts if value is not None)
 
 
 class Asked(NamedTuple):
@@ -6856,7 +6857,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     if all_groups and ctx.get_parameter_source("group") is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError("--all-groups ends all of your groups; name none beside it")
     options = [*(["--all-groups"] if all_groups else [group]), *(["--all-regions"] if all_regions else [])]
-    app.left = f"Some nodes may still run; end them with {command('terminateAll', *options)}."
+    app.left = f"Some nodes may still run; run {command('terminateAll', *options)} again."
     home = app.settings.AWS_REGION
     problems: list[str] = []
     found: list[str] = []

@@ -97,7 +97,7 @@ def test_ends_that_are_refused(cloud: LocalCloud, group: str) -> None:
     with cloud.faults({"kind": "code:RequestExpired", "action": "TerminateInstances"}):
         ended = end_quickly(cloud, "terminateAll", group)
     assert ended.code == 1
-    assert f"Some nodes may still run; end them with ./cluster.py terminateAll {group}" in ended.last_line
+    assert f"Some nodes may still run; run ./cluster.py terminateAll {group} again" in ended.last_line
     busy = {"kind": "code:RequestLimitExceeded", "action": "TerminateInstances", "times": 6}  # 5 tries of botocore's
     with cloud.faults(busy):
         ended = end_quickly(cloud, "terminateAll", group)
@@ -201,7 +201,7 @@ def test_without_a_key_nodes_are_named_and_can_be_ended(
         refused = end_quickly(cloud, *words, settings=spoilt)
         assert refused.last_line.startswith(f"Error: {why}")
         assert "all the same with --others" in refused.last_line
-        assert "end them with" not in refused.last_line
+        assert "Some nodes may still run" not in refused.last_line
     assert cloud.truth(group)[0] == nodes
     assert end_quickly(cloud, "terminateAll", group, "--others", settings=spoilt).code == 0
     assert cloud.truth(group) == ([], 0)

@@ -250,6 +250,7 @@ def test_output_comes_as_it_is_written(serving: LocalCloud, tmp_path: Path) -> N
 
 WORDS = [
     (("createNodes", "c1.xlarge", "eight"), "COUNT must be a whole number from 1 to 5000, not 'eight'", 2),
+    (("addSpotNodes", "c1.xlarge", "0.2", "1"), "not '0.2'; COUNT stands before MAXPRICE", 2),
     (("createNodes", "2", "c1.xlarge"), "not 'c1.xlarge'; did you mean ./cluster.py createNodes c1.xlarge 2?", 2),
     (("addSpotNodes", "c1.xlarge", "2", "cheap"), "MAX_PRICE must be a number above 0, at most 1000, not 'cheap'", 2),
     (("tunnel", "--port", "x"), "--port must be a whole number from 1 to 65535, not 'x'", 2),
