@@ -500,9 +500,10 @@ def test_a_lost_answer_launches_once(cloud: LocalCloud, group: str) -> None:
 
 def test_instances_that_lists_show_late(cloud: LocalCloud, group: str) -> None:
     create(cloud, group, 1)
+    before = cloud.ask("status").keys()
     with cloud.options(list_lag=8.0):
         child = cloud.start(sys.executable, "cluster.py", "createNodes", "c1.xlarge", "2", group)
-        wait_until(lambda: len([s for s in cloud.ask("status").values() if s["state"] == "running"]) >= 3)
+        wait_until(lambda: [s["state"] for i, s in cloud.ask("status").items() if i not in before] == ["running"] * 2)
         child.kill()
         child.communicate()
         ended = cloud.cluster("terminateAll", group)

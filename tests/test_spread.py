@@ -323,6 +323,8 @@ def test_the_bar_is_of_what_the_nodes_lack() -> None:
     class Bar:
         """An app whose nodes have finished at once."""
 
+        settings = cluster.Settings()
+
         @property
         def pool(self) -> Bar:
             """Its nodes' connections."""
