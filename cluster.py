@@ -450,7 +450,7 @@ def run_config(path: Path) -> dict[str, Any]:
 
 
 def load_settings(path: Path) -> Settings:
-    """Read and check a settings file; ClusterError names the first thing wrong with it."""
+    """Read and check a settings file; ClusterError names the first value that is wrong."""
     import ipaddress
 
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
@@ -6332,14 +6332,14 @@ def open_bucket(settings: Settings) -> tuple[Client, str, str]:
 def list_objects(s3: Client, bucket: str, prefix: str) -> dict[str, tuple[int, str]]:
     """Return key -> (size, ETag) of every object under PREFIX; folder markers left out."""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    things = [thing for page in pages for thing in page.get("Contents", [])]
-    return {one["Key"]: (one["Size"], one["ETag"].strip('"')) for one in things if not one["Key"].endswith("/")}
+    objects = [raw for page in pages for raw in page.get("Contents", [])]
+    return {raw["Key"]: (raw["Size"], raw["ETag"].strip('"')) for raw in objects if not raw["Key"].endswith("/")}
 
 
 def fetch_digest(s3: Client, bucket: str, key: str, etag: str) -> str:
     """Return the SHA-256 that our upload recorded with an object, else its ETag where that is an MD5, else "".
 
-    The ETag of an object that is encrypted with SSE-KMS or SSE-C only looks like an MD5, and that of a multipart
+    The ETag of an object that is encrypted with SSE-KMS or SSE-C has an MD5's form and is none; that of a multipart
     upload has a "-": https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
     """
     head = s3.head_object(Bucket=bucket, Key=key)
