@@ -40,7 +40,6 @@ import importlib
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -51,7 +50,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
@@ -94,7 +93,6 @@ TAG_TREE = "mitsuba-tree"  # "yes": start links the group in two levels
 SERVER_PORT = 7554  # mtssrv's own default
 PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
-PLACEHOLDER_KEY = re.compile(r"X*")  # what the original's config.py had for credentials
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
 BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
@@ -121,20 +119,15 @@ NEW_CODES = (  # of calls that name what was made a moment ago
 
 
 class ClusterError(click.ClickException):
-    """Something that the user can mend: one line on stderr, exit code 1."""
+    """Something that the user can mend: one line on stderr, and an exit code."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(mask(printable_lines(message)))
+        self.exit_code = exit_code
 
     def show(self, file: Any = None) -> None:
         """Print the line."""
-        put(f"{paint('Error:', err=True, fg='red')} {self.message}", err=True)
-
-
-class WrongUsage(ClusterError):
-    """A command line that can't be understood: exit code 2."""
-
-    exit_code = 2
+        note(self.message, "Error", "red")
 
 
 class NodeError(Exception):
@@ -187,13 +180,12 @@ def mask(text: str) -> str:
 
 def format_duration(seconds: float) -> str:
     """Return "42s", "12m", "3h05m" or "2d04h"."""
-    seconds = max(0.0, seconds)  # clocks differ
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
-    if not minutes:
-        return f"{int(seconds)}s"
-    if not hours:
-        return f"{minutes}m"
-    return f"{hours}h{minutes % 60:02}m" if not days else f"{days}d{hours % 24:02}h"
+    minutes, left = divmod(int(max(0, seconds)), 60)  # less than 0 where clocks differ
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m" if minutes else f"{left}s"
 
 
 def format_time(moment: datetime) -> str:
@@ -226,37 +218,29 @@ def format_money(dollars: float) -> str:
     return f"${dollars:.2f}" if dollars >= 0.1 or not dollars else f"${dollars:.4f}"
 
 
-def visible(cell: str) -> int:
-    """Return the width of a cell on the screen: colours take none."""
-    return len(click.unstyle(cell))
+def format_table(rows: Sequence[Sequence[str]], spare: Sequence[str] = (), width: int | None = None) -> str:
+    """Align ROWS (the first is the header) in columns, within WIDTH or the terminal.
 
-
-def fit_columns(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str]) -> Sequence[Sequence[str]]:
-    """Leave out the columns SPARE, one after the other, until ROWS fit into WIDTH; "…" is the common tail of NAME."""
-    for title in spare:
-        if sum(max(map(visible, column)) + 2 for column in zip(*rows)) - 2 <= width:
-            break
+    Where that is too narrow, columns are left out in the order of SPARE ("…" is the common tail of names); where they
+    still do not fit, each row becomes a block of lines.
+    """
+    width = terminal_width() if width is None else width
+    for title in [*spare, None]:
+        # Colours take no room on the screen.
+        sizes = [max(len(click.unstyle(cell)) for cell in column) for column in zip(*rows)]
+        if sum(sizes) + 2 * (len(sizes) - 1) <= width:
+            padded = ([cell + " " * (size - len(click.unstyle(cell))) for cell, size in zip(row, sizes)] for row in rows)
+            return "\n".join("  ".join(cells).rstrip() for cells in padded)
         if title == "…":  # of the form ec2-203-0-113-1.compute-1.amazonaws.com
             rows = [[re.sub(r"(ec2-[\d-]+)\.[\w.-]+", r"\1…", cell) for cell in row] for row in rows]
         elif title in rows[0]:
             at = rows[0].index(title)
             rows = [[cell for i, cell in enumerate(row) if i != at] for row in rows]
-    return rows
-
-
-def format_table(rows: Sequence[Sequence[str]], width: int, spare: Sequence[str] = ()) -> str:
-    """Align ROWS (the first is the header) in columns; where WIDTH is too small leave SPARE ones out, then stack."""
-    rows = fit_columns(rows, width, spare)
-    sizes = [max(map(visible, column)) for column in zip(*rows)]
-    if sum(sizes) + 2 * (len(sizes) - 1) <= width:
-        lines = ("  ".join(cell + " " * (size - visible(cell)) for cell, size in zip(row, sizes)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
     header, *body = rows
-    blocks = []
-    for row in body:
-        pairs = [f"{name.lower()} {cell}" for name, cell in zip(header[1:], row[1:]) if cell]
-        blocks.append("\n  ".join([row[0], *pairs]))
-    return "\n".join(blocks)
+    blocks = [
+        [row[0], *(f"{name.lower()} {cell}" for name, cell in zip(header[1:], row[1:]) if cell)] for row in body
+    ]
+    return "\n".join("\n  ".join(lines) for lines in blocks)
 
 
 def format_tail(output: str) -> str:
@@ -282,8 +266,6 @@ def paint(text: str, err: bool = False, **style: Any) -> str:
 
 
 OUTPUT = threading.RLock()  # held by whoever prints: lines of several threads never mix
-
-
 DRAWN: list[str] = []  # the terminal's last lines, which the next output replaces
 
 
@@ -308,9 +290,9 @@ def put(text: str | bytes, err: bool = False) -> None:
         click.echo(text, nl=isinstance(text, str), err=err)
 
 
-def note(text: str) -> None:
-    """Say something about the progress, on stderr."""
-    put(printable_lines(mask(text)), err=True)
+def note(text: str, title: str = "", colour: str = "") -> None:
+    """Say something about the progress, on stderr; a TITLE in COLOUR says what it is, or of which node."""
+    put((f"{paint(f'{title}:', err=True, fg=colour)} " if title else "") + printable_lines(mask(text)), err=True)
 
 
 def result(text: str) -> None:
@@ -320,55 +302,11 @@ def result(text: str) -> None:
 
 def warn(text: str) -> None:
     """Say what went wrong and can be done without."""
-    put(f"{paint('Warning:', err=True, fg='yellow')} {printable_lines(mask(text))}", err=True)
+    note(text, "Warning", "yellow")
 
 
 # --- Settings ----------------------------------------------------------------
 # config.py: reading it and checking each value. Touches that file and nothing else.
-
-
-class Settings(NamedTuple):
-    """The settings, under their names in config.py; a setting that a file lacks has this default."""
-
-    AWS_ACCESS_KEY_ID: str = ""
-    AWS_SECRET_ACCESS_KEY: str = ""
-    AWS_REGION: str = "us-east-1"
-    KEYPAIR_NAME: str = "mitsuba-key"
-    SSH_PRIVATE_KEY_FILE: str = "mitsuba-key.pem"
-    SSH_USER: str = "ubuntu"
-    SSH_PORT: int = 22
-    AMI_IDS: dict[str, str] = {}  # noqa: RUF012 - nobody changes it
-    UBUNTU_RELEASE: str = "24.04"
-    SUBNET_ID: str = ""
-    PRIVATE_NODES: bool = False
-    CLIENT_CIDR: str = ""
-    PUBLIC_SERVER_PORT: bool = True
-    ROOT_VOLUME_GB: int = 16
-    MAX_HOURS: float = 0
-    IDLE_MINUTES: float = 60
-    PKG_REPOSITORY: str = "deb https://www.mitsuba-renderer.org binary/"
-    MITSUBA_PACKAGE: str = ""
-    DATA_DIR: str = "/mnt"
-    S3_PATH: str = ""
-    folder: Path = HERE  # of the file: relative paths start there
-
-    @property
-    def key_file(self) -> Path:
-        """Where the SSH private key lies."""
-        return self.folder / Path(self.SSH_PRIVATE_KEY_FILE).expanduser()
-
-    @property
-    def package(self) -> tuple[str, str]:
-        """What to install (a name, a path or an address) and its SHA-256, or ""."""
-        source, _, digest = self.MITSUBA_PACKAGE.partition("#sha256=")
-        return source or "mitsuba", digest
-
-    @property
-    def bucket(self) -> tuple[str, str]:
-        """The bucket and the prefix of S3_PATH; ("", "") where it is not set."""
-        path = self.S3_PATH.removeprefix("s3://")
-        bucket, _, prefix = path.partition("/")
-        return ("", "") if PLACEHOLDER_KEY.fullmatch(bucket) else (bucket, prefix.strip("/"))
 
 
 def matches(pattern: str) -> Callable[[Any], bool]:
@@ -396,39 +334,77 @@ def is_images(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) and text(ami) for key, ami in value.items())
 
 
-# name -> (check, what is expected)
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "AWS_ACCESS_KEY_ID": (matches(r"\w*"), 'an access key id such as "AKIA…", or ""'),
-    "AWS_SECRET_ACCESS_KEY": (matches(r"[\w/+=]*"), 'a secret access key, or ""'),
-    "AWS_REGION": (matches(r"[a-z]+(-[a-z]+)+-\d+"), 'a region such as "us-east-1"'),
-    "KEYPAIR_NAME": (matches(r"[ -~]{1,255}"), "a name of at most 255 ASCII characters"),
-    "SSH_PRIVATE_KEY_FILE": (matches(r"[^\0]+"), 'a path such as "mitsuba-key.pem"'),
-    "SSH_USER": (matches(r"[a-z_][a-z0-9_.-]*"), 'a user name such as "ubuntu"'),
-    "SSH_PORT": (between(1, 65535, int), "a port from 1 to 65535"),
-    "AMI_IDS": (is_images, 'a dict such as {"us-east-1": "ami-0123456789abcdef0"}'),
-    "UBUNTU_RELEASE": (matches(r"22\.04|24\.04|26\.04"), '"22.04", "24.04" or "26.04"'),
-    "SUBNET_ID": (matches(r"(subnet-[0-9a-f]+)?"), 'a subnet such as "subnet-0123abcd", or ""'),
-    "CLIENT_CIDR": (is_cidr, 'an IPv4 network such as "203.0.113.7/32", or ""'),
-    "PUBLIC_SERVER_PORT": (between(0, 1, bool), "True or False"),
-    "PRIVATE_NODES": (between(0, 1, bool), "True or False"),
-    "ROOT_VOLUME_GB": (between(8, 16384, int), "a whole number from 8 to 16384"),
-    "MAX_HOURS": (between(0, 8760, int, float), "hours, from 0 (no limit) to 8760"),
-    "IDLE_MINUTES": (between(0, 525600, int, float), "minutes, from 0 (no limit) to 525600"),
-    "PKG_REPOSITORY": (matches(r"(deb [^\n]+)?"), 'an apt line such as "deb https://example.org/ubuntu ./", or ""'),
-    "MITSUBA_PACKAGE": (
+def setting(default: T, check: Callable[[Any], bool], expected: str) -> T:
+    """Declare a setting: its DEFAULT where the file lacks it, the CHECK of its value, and in words what is EXPECTED."""
+    return field(default_factory=lambda: default, metadata={"check": check, "expected": expected})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings, under their names in config.py."""
+
+    AWS_ACCESS_KEY_ID: str = setting("", matches(r"\w*"), 'an access key id such as "AKIA…", or ""')
+    AWS_SECRET_ACCESS_KEY: str = setting("", matches(r"[\w/+=]*"), 'a secret access key, or ""')
+    AWS_REGION: str = setting("us-east-1", matches(r"[a-z]+(-[a-z]+)+-\d+"), 'a region such as "us-east-1"')
+    KEYPAIR_NAME: str = setting("mitsuba-key", matches(r"[ -~]{1,255}"), "a name of at most 255 ASCII characters")
+    SSH_PRIVATE_KEY_FILE: str = setting("mitsuba-key.pem", matches(r"[^\0]+"), 'a path such as "mitsuba-key.pem"')
+    SSH_USER: str = setting("ubuntu", matches(r"[a-z_][a-z0-9_.-]*"), 'a user name such as "ubuntu"')
+    SSH_PORT: int = setting(22, between(1, 65535, int), "a port from 1 to 65535")
+    AMI_IDS: dict[str, str] = setting({}, is_images, 'a dict such as {"us-east-1": "ami-0123456789abcdef0"}')
+    UBUNTU_RELEASE: str = setting("24.04", matches(r"22\.04|24\.04|26\.04"), '"22.04", "24.04" or "26.04"')
+    SUBNET_ID: str = setting("", matches(r"(subnet-[0-9a-f]+)?"), 'a subnet such as "subnet-0123abcd", or ""')
+    PRIVATE_NODES: bool = setting(False, between(0, 1, bool), "True or False")
+    CLIENT_CIDR: str = setting("", is_cidr, 'an IPv4 network such as "203.0.113.7/32", or ""')
+    PUBLIC_SERVER_PORT: bool = setting(True, between(0, 1, bool), "True or False")
+    ROOT_VOLUME_GB: int = setting(16, between(8, 16384, int), "a whole number from 8 to 16384")
+    MAX_HOURS: float = setting(0, between(0, 8760, int, float), "hours, from 0 (no limit) to 8760")
+    IDLE_MINUTES: float = setting(60, between(0, 525600, int, float), "minutes, from 0 (no limit) to 525600")
+    PKG_REPOSITORY: str = setting(
+        "deb https://www.mitsuba-renderer.org binary/",
+        matches(r"(deb [^\n]+)?"),
+        'an apt line such as "deb https://example.org/ubuntu ./", or ""',
+    )
+    MITSUBA_PACKAGE: str = setting(
+        "",
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
         'a path or an https address, with "#sha256=" and 64 hex digits if you like, or ""',
-    ),
-    "DATA_DIR": (matches(r"(/[\w.-]*[\w-][\w.-]*)+"), 'an absolute path such as "/mnt"'),
-    "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
-}
+    )
+    DATA_DIR: str = setting("/mnt", matches(r"(/[\w.-]*[\w-][\w.-]*)+"), 'an absolute path such as "/mnt"')
+    S3_PATH: str = setting("", matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""')
+    folder: Path = HERE  # of the file: relative paths start there
 
-WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
+    @property
+    def key_file(self) -> Path:
+        """Where the SSH private key lies."""
+        return self.folder / Path(self.SSH_PRIVATE_KEY_FILE).expanduser()
+
+    @property
+    def package(self) -> tuple[str, str]:
+        """What to install (a name, a path or an address) and its SHA-256, or ""."""
+        source, _, digest = self.MITSUBA_PACKAGE.partition("#sha256=")
+        return source or "mitsuba", digest
+
+    @property
+    def bucket(self) -> tuple[str, str]:
+        """The bucket and the prefix of S3_PATH; ("", "") where it is not set."""
+        bucket, _, prefix = self.S3_PATH.removeprefix("s3://").partition("/")
+        return ("", "") if is_placeholder(bucket) else (bucket, prefix.strip("/"))
+
+
+CHECKS = {one.name: one.metadata for one in fields(Settings) if one.metadata}
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
+
+
+def is_placeholder(value: str) -> bool:
+    """Tell whether VALUE is empty, or all X as in the original's config.py."""
+    return not value.strip("X")
 
 
 def run_config(path: Path) -> dict[str, Any]:
     """Run a settings file and return its names."""
+    import runpy
+
     if path.is_dir():
         raise ClusterError(f"{path} is a folder, no settings file; did you mean {path / 'config.py'}?")
     if not path.exists():
@@ -440,45 +416,44 @@ def run_config(path: Path) -> dict[str, Any]:
 
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        lines = [error.lineno] if isinstance(error, SyntaxError) else lines
+        hint = 'is there a value without quotes? name = "value"'  # not the error's text, which may hold a secret
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        elif isinstance(error, OSError):
+            hint = error.strerror
+        elif isinstance(error, SystemExit):
+            hint = "a settings file only sets names"
         where = f"{path.name}, line {lines[-1]}" if lines else path.name
-        # Not the error's text: a secret without quotes would be in it.
-        hint = '(is there a value without quotes? name = "value")'
-        if isinstance(error, (OSError, SystemExit)):
-            hint = f"({error.strerror})" if isinstance(error, OSError) else "(a settings file only sets names)"
-        raise ClusterError(f"{where}: {type(error).__name__} {hint}") from None
+        raise ClusterError(f"{where}: {type(error).__name__} ({hint})") from None
 
 
 def load_settings(path: Path) -> Settings:
     """Read and check a settings file; ClusterError names the first value that is wrong."""
-    import ipaddress
-
     values = {name: value for name, value in run_config(path).items() if name.isupper()}
-    known = set(Settings._fields)
-    for name in values.keys() - known:
-        warn(f"{path.name} sets {name}, which is no setting{did_you_mean(name, known)}")
-    for name, (check, expected) in CHECKS.items():
-        if name in values and not check(values[name]):
+    for name in values.keys() - CHECKS.keys():
+        warn(f"{path.name} sets {name}, which is no setting{did_you_mean(name, CHECKS)}")
+        del values[name]
+    for name in CHECKS.keys() & values.keys():
+        if not CHECKS[name]["check"](values[name]):
             shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
-            raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
-    values = {name: value for name, value in values.items() if name in known}
+            raise ClusterError(f"{path.name}: {name} is {shown}; expected: {CHECKS[name]['expected']}")
     for name in SECRETS:
-        if PLACEHOLDER_KEY.fullmatch(values.get(name, "")):
+        if is_placeholder(values.get(name, "")):
             values[name] = ""
-    wide = False
-    if cidr := values.get("CLIENT_CIDR"):
-        network = ipaddress.IPv4Network(cidr)
-        values["CLIENT_CIDR"] = str(network)  # EC2 takes ADDRESS/BITS only
-        wide = network.prefixlen < WIDEST_PREFIX
     settings = Settings(**values, folder=path.resolve().parent)
     if bool(settings.AWS_ACCESS_KEY_ID) != bool(settings.AWS_SECRET_ACCESS_KEY):
         raise ClusterError(f"{path.name}: set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither")
-    if wide and settings.PUBLIC_SERVER_PORT:
+    if not settings.CLIENT_CIDR:
+        return settings
+    import ipaddress
+
+    network = ipaddress.IPv4Network(settings.CLIENT_CIDR)
+    if network.prefixlen < WIDEST_PREFIX and settings.PUBLIC_SERVER_PORT:
         raise ClusterError(
-            f"{path.name}: CLIENT_CIDR {settings.CLIENT_CIDR} would open mtssrv, which has no password, to much of the "
-            "world; set PUBLIC_SERVER_PORT = False and use the tunnel command"
+            f"{path.name}: CLIENT_CIDR {network} would open mtssrv, which has no password, to much of the world; set "
+            "PUBLIC_SERVER_PORT = False and use the tunnel command"
         )
-    return settings
+    return replace(settings, CLIENT_CIDR=str(network))  # EC2 takes ADDRESS/BITS only
 
 
 # --- AWS ---------------------------------------------------------------------
@@ -1696,7 +1671,7 @@ class Progress:
             self.done += 1
             self.steps.pop(outcome.node.id, None)
             if outcome.error:
-                put(f"{paint(outcome.node.name, err=True, fg='red')}: {printable_lines(outcome.error)}", err=True)
+                note(outcome.error, outcome.node.name, "red")
             elif self.say and (line := self.say(outcome)):
                 result(line)
 
@@ -2662,7 +2637,7 @@ def plain_usage() -> Iterator[None]:
             text += "; a group's name comes after --group"
         if ctx:
             note(f"{ctx.get_usage()}\nTry {ctx.command_path} --help\n")
-        raise WrongUsage(text) from None
+        raise ClusterError(text, 2) from None
 
 
 # Command -> the arguments of the example in its help; --help lists the user's day first.
@@ -2962,7 +2937,7 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
     rows = [[*(row[i] for i in filled), *(column[at] for column in more)] for at, row in enumerate(rows)]
     market = [] if any(node.market == "spot" for node in nodes) else ["MARKET"]
     spare = ["PRIVATE", "ID", *market, "…", "$/H", "TYPE", "MARKET", "NAME", "ENDS IN"]
-    return format_table(rows, 10_000 if wide else terminal_width(), spare)
+    return format_table(rows, spare, 10_000 if wide else None)
 
 
 # --- Guard -------------------------------------------------------------------
@@ -6218,7 +6193,7 @@ def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
         load = (f"{value:.2f}" for value in facts.load)
         rows.append([outcome.node.short, outcome.node.name, *load, str(facts.cores), used])
     silent = [printable_lines(f"{outcome.node.name}: {outcome.error}") for outcome in outcomes if not outcome.ok]
-    return "\n".join([format_table(rows, terminal_width(), ["…"]), *silent])
+    return "\n".join([format_table(rows, ["…"]), *silent])
 
 
 @cli.command("systemLoad")
@@ -6287,7 +6262,7 @@ def open_s3(settings: Settings, region: str = "") -> Client:
 
     s3cfg = read_s3cfg(settings)
     key, secret = s3cfg.get("access_key", ""), s3cfg.get("secret_key", "")
-    if PLACEHOLDER_KEY.fullmatch(key) or PLACEHOLDER_KEY.fullmatch(secret):
+    if is_placeholder(key) or is_placeholder(secret):
         key, secret = settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY
     host, endpoint = s3cfg.get("host_base", ""), None
     if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
@@ -6952,7 +6927,7 @@ def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
         figures = [min(values), sum(values) / len(values), values[-1]]
         plot = format_plot(values, 24) if sys.stdout.isatty() else ""
         rows.append([zone, *(f"{currency}{figure:.4f}" for figure in figures), plot])
-    return result(format_table(rows, terminal_width()))
+    return result(format_table(rows))
 
 
 def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:

@@ -54,8 +54,8 @@ def test_no_message_has_a_plural_that_one_makes_wrong() -> None:
 
 def test_format_table_stacks_what_does_not_fit() -> None:
     rows = [["NAME", "TYPE", "STATE"], ["a-long-name", "c1.xlarge", "running"]]
-    assert cluster.format_table(rows, 80) == "NAME         TYPE       STATE\na-long-name  c1.xlarge  running"
-    assert cluster.format_table(rows, 24) == "a-long-name\n  type c1.xlarge\n  state running"
+    assert cluster.format_table(rows, width=80) == "NAME         TYPE       STATE\na-long-name  c1.xlarge  running"
+    assert cluster.format_table(rows, width=24) == "a-long-name\n  type c1.xlarge\n  state running"
 
 
 @pytest.mark.parametrize("text", ["\033[2Jgone", "a\rb", "\x07"])
