@@ -336,7 +336,7 @@ def is_images(value: Any) -> bool:
 
 def setting(default: T, check: Callable[[Any], bool], expected: str) -> T:
     """Declare a setting: its DEFAULT where the file lacks it, the CHECK of its value, and in words what is EXPECTED."""
-    return field(default_factory=lambda: default, metadata={"check": check, "expected": expected})
+    return field(default_factory=lambda: default, metadata={"check": (check, expected)})
 
 
 @dataclass(frozen=True)
@@ -391,7 +391,7 @@ class Settings:
         return ("", "") if is_placeholder(bucket) else (bucket, prefix.strip("/"))
 
 
-CHECKS = {one.name: one.metadata for one in fields(Settings) if one.metadata}
+CHECKS = {one.name: one.metadata["check"] for one in fields(Settings) if one.metadata}
 SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 WIDEST_PREFIX = 8  # of a CLIENT_CIDR that port 7554 may be open to
 
@@ -433,10 +433,10 @@ def load_settings(path: Path) -> Settings:
     for name in values.keys() - CHECKS.keys():
         warn(f"{path.name} sets {name}, which is no setting{did_you_mean(name, CHECKS)}")
         del values[name]
-    for name in CHECKS.keys() & values.keys():
-        if not CHECKS[name]["check"](values[name]):
+    for name, (check, expected) in CHECKS.items():
+        if name in values and not check(values[name]):
             shown = "(not shown)" if name in SECRETS else mask(repr(values[name]))
-            raise ClusterError(f"{path.name}: {name} is {shown}; expected: {CHECKS[name]['expected']}")
+            raise ClusterError(f"{path.name}: {name} is {shown}; expected: {expected}")
     for name in SECRETS:
         if is_placeholder(values.get(name, "")):
             values[name] = ""
@@ -470,17 +470,11 @@ SOURCES = {
     "UserIdGroupPairs": "GroupId",
 }
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
-TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 NEW_LIMIT = 60  # for all of AWS to know what was just made
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
-EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
-REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
-CREDENTIAL_CODES = REGION_CODES | {"InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
 QUOTA_CODES = {"VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"}
 S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
-
-
 SESSION_LOCK = threading.Lock()  # boto3's sessions are not safe for threads, their clients are
 
 
@@ -499,43 +493,50 @@ def make_session(region: str, key: str, secret: str, token: str) -> Any:
     return session
 
 
-@contextlib.contextmanager
-def open_session(settings: Settings, key: str, secret: str, token: str) -> Iterator[Any]:
-    """Lend the session for these credentials to one thread, to make a client."""
-    with SESSION_LOCK:
-        gc.disable()  # AWS's models are a million objects that stay: 0.1 s of a start
-        try:
-            yield make_session(settings.AWS_REGION, key, secret, token)
-        finally:
-            gc.freeze()
-            gc.enable()
+def open_client(
+    settings: Settings, service: str, region: str = "", keys: tuple[str, ...] = (), endpoint: str = "", **options: Any
+) -> Client:
+    """Return a boto3 client with bounded patience.
 
-
-def open_client(settings: Settings, service: str, region: str = "", **options: Any) -> Client:
-    """Return a boto3 client with bounded patience; OPTIONS are botocore's Config's."""
+    KEYS (id, secret, token) stand in the place of config.py's, ENDPOINT in that of AWS's own; OPTIONS are those of
+    botocore's Config.
+    """
     from botocore.config import Config
 
-    setting = "" if region else "AWS_REGION "
-    region = region or settings.AWS_REGION
     defaults: dict[str, Any] = {
         "connect_timeout": 10,
         "read_timeout": 20,
         "retries": {"mode": "standard", "total_max_attempts": 5},
         "max_pool_connections": 64,
     }
-    with open_session(settings, settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY, "") as session:
-        partitions = session.get_available_partitions()
-        known = [name for partition in partitions for name in session.get_available_regions("ec2", partition)]
-        if region not in known:
-            advice = did_you_mean(region, known) or "; see https://docs.aws.amazon.com/ec2"
-            raise ClusterError(f"{setting}{region!r} is no region that boto3 knows{advice}")
-        return session.client(service, region_name=region, config=Config(**(defaults | options)))
+    region = region or settings.AWS_REGION
+    with SESSION_LOCK:
+        gc.disable()  # AWS's models are a million objects that stay: 0.1 s of a start
+        try:
+            ids = keys or (settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY, "")
+            session = make_session(settings.AWS_REGION, *ids)
+            parts = session.get_available_partitions()
+            known = {name for part in parts for name in session.get_available_regions("ec2", part)}
+            if service == "ec2" and region not in known:
+                title = "AWS_REGION " if region == settings.AWS_REGION else ""
+                advice = did_you_mean(region, known) or "; see https://docs.aws.amazon.com/ec2"
+                raise ClusterError(f"{title}{region!r} is no region that boto3 knows{advice}")
+            config = Config(**(defaults | options))
+            return session.client(service, region, endpoint_url=endpoint or None, config=config)
+        finally:
+            gc.freeze()
+            gc.enable()
+
+
+def answer_of(error: Exception) -> dict[str, Any]:
+    """Return what AWS answered, as botocore keeps it in its ClientError; of other errors {}."""
+    answer = getattr(error, "response", None)
+    return answer if isinstance(answer, dict) else {}
 
 
 def error_code(error: Exception) -> str:
     """Return AWS's code of a botocore error, or ""."""
-    response = getattr(error, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
+    return str(answer_of(error).get("Error", {}).get("Code", ""))
 
 
 def find_partition(region: str) -> tuple[str, str]:
@@ -575,9 +576,8 @@ def clock_problem(error: Exception) -> str:
     """Say so where this machine's clock differs from AWS's so much that no signature is good; else ""."""
     from email.utils import parsedate_to_datetime
 
-    headers = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    with contextlib.suppress(TypeError, ValueError):
-        theirs = parsedate_to_datetime(headers.get("date"))
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        theirs = parsedate_to_datetime(answer_of(error)["ResponseMetadata"]["HTTPHeaders"]["date"])
         ahead = (datetime.now(timezone.utc) - theirs).total_seconds()
         if abs(ahead) > CLOCK_TOLERANCE:
             way = "ahead" if ahead > 0 else "behind"
@@ -589,29 +589,33 @@ def explain(error: Exception) -> str:
     """Say in one line what an error of botocore's, or our own, means and what to do."""
     if isinstance(error, ClusterError):
         return error.message
-    if type(error).__name__ == "S3UploadFailedError" and isinstance(error.__context__, Exception):
-        return explain(error.__context__)  # boto3 wraps the real one in words of its own
-    code, kind = error_code(error), type(error).__name__
     if problem := clock_problem(error):
         return problem
+    code, kind = error_code(error), type(error).__name__
     action = getattr(error, "operation_name", "")
-    text = str((getattr(error, "response", None) or {}).get("Error", {}).get("Message", "")) or str(error)
-    text = " ".join(printable(text.replace("\n", " ")).split())
+    text = printable(" ".join((answer_of(error).get("Error", {}).get("Message") or str(error)).split()))
+    if kind == "S3UploadFailedError" and isinstance(error.__context__, Exception):
+        return explain(error.__context__)  # boto3 wraps the real one in words of its own
     if kind in ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"):
         return f"no AWS credentials: run `aws configure`, or see the top of {Call.settings} ({text})"
     if kind == "MissingDependencyException":
         add = f"{shlex.quote(sys.executable)} -m pip install 'botocore[crt]'"
         return f"your AWS profile was made by `aws login`, for which boto3 needs one more package: {add}"
-    if code in EXPIRED_CODES or any(word in kind for word in ("SSO", "Login", "Token", "MFA")):
+    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"):
+        return f"AWS can't be reached: {text} Is the network up?"
+    if kind == "ResponseParserError":
+        return "what answered is not AWS (no valid answer); is there a proxy or a login page in between?"
+    if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired") or re.search("SSO|Login|Token|MFA", kind):
         way = "`aws login`" if "Login" in kind else "`aws sso login`, or this command again if it asked for an MFA code"
         return f"your AWS session has expired; renew it, e.g. with {way} ({code or text})"
     if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
         role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
         return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
-    if code in CREDENTIAL_CODES:
-        region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
-        check = f"check AWS_PROFILE, `aws configure`, or {Call.settings}{region if code in REGION_CODES else ''}"
-        return f"AWS refuses these credentials ({code}): {check}"
+    refused = f"AWS refuses these credentials ({code}): check AWS_PROFILE, `aws configure`, or {Call.settings}"
+    if code in ("InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"):
+        return refused
+    if code in ("AuthFailure", "OptInRequired", "UnrecognizedClientException"):  # of a region that is not enabled, too
+        return f"{refused}, or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
     if code in DENIED_CODES:
         return explain_denial(text, action)
     if code in QUOTA_CODES:
@@ -621,10 +625,6 @@ def explain(error: Exception) -> str:
         )
     if code in RETRY_CODES:
         return f"AWS is busy ({code} from {action}); try again in a minute"
-    if kind in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"):
-        return f"AWS can't be reached: {text} Is the network up?"
-    if kind == "ResponseParserError":
-        return "what answered is not AWS (no valid answer); is there a proxy or a login page in between?"
     return f"AWS refused {action}: {text} ({code})" if code else text
 
 
@@ -704,6 +704,11 @@ class Node(NamedTuple):
         return "-".join(self.private_ip.split(".")[-2:])
 
     @property
+    def rate(self) -> float | None:
+        """The $ an hour with its public address, where the price is known."""
+        return None if self.price is None else self.price + (PUBLIC_ADDRESS_PRICE if self.public_ip else 0)
+
+    @property
     def age(self) -> tuple[datetime, list[int], str]:
         """What sorts nodes from the oldest to the youngest; those of one launch by their addresses."""
         return self.launched, [int(part) for part in self.private_ip.split(".") if part], self.id
@@ -771,11 +776,6 @@ class SecurityGroup(NamedTuple):
     rules: tuple[Rule, ...] = ()
 
 
-def to_utc(value: Any) -> datetime:
-    """Return boto3's datetime, or now where it is missing."""
-    return value.astimezone(timezone.utc) if isinstance(value, datetime) else datetime.now(timezone.utc)
-
-
 def to_number(text: str | None) -> float | None:
     """Return a tag's number; None where it is none (anybody may edit tags)."""
     return float(text) if text and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text) else None
@@ -796,7 +796,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         group=tags.get(TAG_GROUP, ""),
         type=raw.get("InstanceType", ""),
         state=raw["State"]["Name"],
-        launched=to_utc(raw.get("LaunchTime")),
+        launched=raw["LaunchTime"],
         zone=raw.get("Placement", {}).get("AvailabilityZone", ""),
         public_name=raw.get("PublicDnsName") or "",
         public_ip=raw.get("PublicIpAddress") or "",
@@ -844,15 +844,15 @@ def to_security_group(raw: dict[str, Any]) -> SecurityGroup:
 
 def our_filter(group: str | None) -> list[dict[str, Any]]:
     """Return the filter for what is ours: of one GROUP, or all."""
-    if group is None:
-        return [{"Name": "tag-key", "Values": [TAG_GROUP]}]
-    return [{"Name": f"tag:{TAG_GROUP}", "Values": [group]}]
+    if group:
+        return [{"Name": f"tag:{TAG_GROUP}", "Values": [group]}]
+    return [{"Name": "tag-key", "Values": [TAG_GROUP]}]
 
 
-def fetch_pages(ec2: Client, call: str, key: str, **arguments: Any) -> list[dict[str, Any]]:
-    """Return what all pages of a Describe call hold under KEY."""
+def fetch_pages(ec2: Client, call: str, found: str, **arguments: Any) -> list[dict[str, Any]]:
+    """Return what is FOUND (a JMESPath to a list) on all pages of a Describe call."""
     pages = ec2.get_paginator(call).paginate(**arguments, PaginationConfig={"PageSize": 1000})
-    return [raw for page in pages for raw in page.get(key, [])]
+    return [raw for raw in pages.search(found) if raw]
 
 
 def has_group(one: Node | SpotRequest | SecurityGroup) -> bool:
@@ -862,20 +862,19 @@ def has_group(one: Node | SpotRequest | SecurityGroup) -> bool:
 
 def fetch_nodes(ec2: Client, group: str | None = None) -> list[Node]:
     """Return every node of GROUP (None: of all groups), the lately terminated too, oldest first."""
-    reservations = fetch_pages(ec2, "describe_instances", "Reservations", Filters=our_filter(group))
-    nodes = [to_node(raw) for reservation in reservations for raw in reservation.get("Instances", [])]
-    return sorted(filter(has_group, nodes), key=lambda node: (node.launched, node.id))
+    found = fetch_pages(ec2, "describe_instances", "Reservations[].Instances[]", Filters=our_filter(group))
+    return sorted(filter(has_group, map(to_node, found)), key=lambda node: (node.launched, node.id))
 
 
 def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotRequest]:
     """Return the spot requests of GROUP (None: of all groups)."""
-    found = fetch_pages(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", Filters=our_filter(group))
+    found = fetch_pages(ec2, "describe_spot_instance_requests", "SpotInstanceRequests[]", Filters=our_filter(group))
     return list(filter(has_group, map(to_spot_request, found)))
 
 
 def fetch_security_groups(ec2: Client, group: str | None = None) -> list[SecurityGroup]:
     """Return the security groups of GROUP (None: of all groups); anybody may write a tag, but names stay."""
-    found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups", Filters=our_filter(group))
+    found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups[]", Filters=our_filter(group))
     groups = filter(has_group, map(to_security_group, found))
     return [one for one in groups if one.name == f"mitsuba-{one.group}"]
 
@@ -887,29 +886,26 @@ def live(requests: Iterable[SpotRequest]) -> list[SpotRequest]:
 
 def spent(node: Node, now: datetime) -> float | None:
     """Return the $ that NODE has cost up to NOW; None where its price, or (EC2 does not tell) its end, is unknown."""
-    if node.price is None or node.state == "terminated":
+    if node.rate is None or node.state == "terminated":
         return None
-    hours = max(60.0, (now - node.launched).total_seconds()) / 3600  # EC2 bills 60 s at least
-    return hours * (node.price + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0))
+    return node.rate * max(60.0, (now - node.launched).total_seconds()) / 3600  # EC2 bills 60 s at least
 
 
-def sum_known(values: Iterable[float | None]) -> float | None:
-    """Add up VALUES; None where none is known."""
-    known = [value for value in values if value is not None]
-    return sum(known) if known else None
+def totals(nodes: Sequence[Node]) -> dict[str, Any]:
+    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
+    now = datetime.now(timezone.utc)
+    rates = [node.rate for node in nodes if node.rate is not None and node.state in BILLED]
+    costs = [cost for node in nodes if (cost := spent(node, now)) is not None]
+    return {
+        "nodes": len(nodes),
+        "hourly": round(sum(rates), 4) if rates else None,
+        "cost": round(sum(costs), 4) if costs else None,
+    }
 
 
 def at_least(nodes: Iterable[Node]) -> str:
     """Return what stands before a cost of NODES: "at least " where the price of one is not known."""
     return "at least " if any(node.price is None for node in nodes) else ""
-
-
-def totals(nodes: Sequence[Node]) -> dict[str, Any]:
-    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
-    billed = [node for node in nodes if node.price is not None and node.state in BILLED]
-    hourly = sum_known((node.price or 0) + (PUBLIC_ADDRESS_PRICE if node.public_ip else 0) for node in billed)
-    cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in nodes)
-    return {"nodes": len(nodes), "hourly": hourly and round(hourly, 4), "cost": cost and round(cost, 4)}
 
 
 def format_cost(nodes: Sequence[Node]) -> str:
@@ -920,10 +916,10 @@ def format_cost(nodes: Sequence[Node]) -> str:
 
 
 def tag_nodes(ec2: Client, nodes: Sequence[Node], name: str, value: str) -> None:
-    """Set one tag of many nodes, a thousand a call."""
+    """Set one tag of NODES."""
     ids = [node.id for node in nodes]
-    for at in range(0, len(ids), TAG_BATCH):
-        ec2.create_tags(Resources=ids[at : at + TAG_BATCH], Tags=[{"Key": name, "Value": value}])
+    for at in range(0, len(ids), 1000):  # AWS's limit for one call
+        ec2.create_tags(Resources=ids[at : at + 1000], Tags=[{"Key": name, "Value": value}])
 
 
 def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
@@ -932,7 +928,7 @@ def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
     with tolerate("InvalidInstanceType", "InvalidParameterValue"):
         types = ec2.describe_instance_types(InstanceTypes=[name])["InstanceTypes"]
     if not types:
-        offered = fetch_pages(ec2, "describe_instance_type_offerings", "InstanceTypeOfferings")
+        offered = fetch_pages(ec2, "describe_instance_type_offerings", "InstanceTypeOfferings[]")
         near = did_you_mean(name, (offer["InstanceType"] for offer in offered))
         advice = near or "; see https://aws.amazon.com/ec2/instance-types/"
         raise ClusterError(f"{ec2.meta.region_name} has no instance type {name!r}{advice}")
@@ -954,14 +950,14 @@ def fetch_spot_history(ec2: Client, instance_type: str, hours: float = 24) -> di
     history = fetch_pages(
         ec2,
         "describe_spot_price_history",
-        "SpotPriceHistory",
+        "SpotPriceHistory[]",
         InstanceTypes=[instance_type],
         ProductDescriptions=["Linux/UNIX"],
         StartTime=datetime.now(timezone.utc) - timedelta(hours=hours),
     )
     zones: dict[str, list[tuple[datetime, float]]] = {}
     for one in history:
-        zones.setdefault(one["AvailabilityZone"], []).append((to_utc(one["Timestamp"]), float(one["SpotPrice"])))
+        zones.setdefault(one["AvailabilityZone"], []).append((one["Timestamp"], float(one["SpotPrice"])))
     return {zone: sorted(prices) for zone, prices in sorted(zones.items())}
 
 
@@ -980,7 +976,6 @@ def fetch_regions(settings: Settings) -> list[str]:
 def fetch_client_cidr(settings: Settings) -> str:
     """Return who may connect: CLIENT_CIDR, else this machine's public address as /32."""
     import ipaddress
-    import urllib.error
     import urllib.request
 
     if settings.CLIENT_CIDR:
@@ -990,16 +985,13 @@ def fetch_client_cidr(settings: Settings) -> str:
     try:
         with urllib.request.urlopen(url, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310 - ours, or the user's own
             text = answer.read(100).decode("ascii", "replace").strip()
-        address = ipaddress.IPv4Address(text)
-        if any(address in ipaddress.IPv4Network(network) for network in INSIDE_NETWORKS):
-            raise ValueError("not public")
-        return f"{address}/32"
-    except (urllib.error.URLError, OSError) as error:
+    except OSError as error:
         raise ClusterError(f"this machine's public address can't be looked up at {url} ({error}); {advice}") from error
-    except ValueError:
-        raise ClusterError(
-            f"{url} says this machine is at {printable(text)[:60]!r}, which is no public IPv4 address; {advice}"
-        ) from None
+    with contextlib.suppress(ValueError):
+        address = ipaddress.IPv4Address(text)
+        if not any(address in ipaddress.IPv4Network(network) for network in INSIDE_NETWORKS):
+            return f"{address}/32"
+    raise ClusterError(f"{url} says this machine is at {text[:60]!r}, which is no public IPv4 address; {advice}")
 
 
 def try_client_cidr(settings: Settings) -> str:
@@ -1011,50 +1003,12 @@ def try_client_cidr(settings: Settings) -> str:
         return ""
 
 
-def sort_rules(
-    group: SecurityGroup, settings: Settings, cidr: str, owner: str
-) -> tuple[list[Rule], list[Rule], list[Rule]]:
-    """Return the rules for CIDR and its own nodes that GROUP lacks, the old ones of OWNER, and all others it has."""
-    ports = [settings.SSH_PORT, SERVER_PORT] if settings.PUBLIC_SERVER_PORT else [settings.SSH_PORT]
-    wanted = [Rule("tcp", port, port, "IpRanges", cidr, owner) for port in ports]
-    wanted += [Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in (SERVER_PORT, PASS_ON_PORT)]
-    present, ways = {rule.way for rule in group.rules}, {rule.way for rule in wanted}
-    others = [rule for rule in group.rules if rule.way not in ways]
-    older = ("-1", None, None, "UserIdGroupPairs", group.id)  # what older versions made for the nodes
-    stale = [rule for rule in others if rule.owner == owner or rule.way == older]
-    return [rule for rule in wanted if rule.way not in present], stale, [r for r in others if r not in stale]
-
-
-def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
-    """Add what GROUP has to let in, then remove the owner's old rules; return whether those had another address."""
-    missing, stale, _ = sort_rules(group, settings, cidr, owner)
-    for rule in missing:
-        permission = rule.permission
-        if rule.owner:
-            permission[rule.kind][0]["Description"] = rule.owner
-        add = functools.partial(ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission])
-        with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
-            once_known(add)
-    for rule in stale:
-        with tolerate("InvalidPermission.NotFound"):
-            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
-    return any(rule.owner and rule.source != cidr for rule in stale)
-
-
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
     """Say what else RULES let into GROUP, and how to close it."""
     ways = ", ".join(f"{rule} ({rule.owner or 'no description'})" for rule in rules)
     permissions = shlex.quote(json.dumps([rule.permission for rule in rules]))
     close = f"aws ec2 revoke-security-group-ingress --region {ec2.meta.region_name} --group-id {group.id}"
     return f"security group {group.name} also lets in {ways}; to close that: {close} --ip-permissions {permissions}"
-
-
-def warn_of_rules(ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, owner: str) -> None:
-    """Name what security GROUPS let in beside this machine and their own nodes."""
-    for group in groups:
-        _, _, others = sort_rules(group, settings, cidr, owner)
-        if others:
-            warn(describe_rules(ec2, group, others))
 
 
 # --- SSH ---------------------------------------------------------------------
@@ -6258,29 +6212,27 @@ def read_s3cfg(settings: Settings) -> dict[str, str]:
 
 def open_s3(settings: Settings, region: str = "") -> Client:
     """Return an S3 client: credentials and endpoint of .s3cfg, else config.py's, else boto3's own."""
-    from botocore.config import Config
-
     s3cfg = read_s3cfg(settings)
     key, secret = s3cfg.get("access_key", ""), s3cfg.get("secret_key", "")
     if is_placeholder(key) or is_placeholder(secret):
         key, secret = settings.AWS_ACCESS_KEY_ID, settings.AWS_SECRET_ACCESS_KEY
-    host, endpoint = s3cfg.get("host_base", ""), None
+    host, endpoint = s3cfg.get("host_base", ""), ""
     if host and not re.search(r"(^|\.)amazonaws\.com(\.cn)?$", host.split(":")[0]):
         endpoint = f"http{'' if s3cfg.get('use_https', 'True').lower() == 'false' else 's'}://{host}"
     elsewhere = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     checksums = "when_required" if elsewhere else "when_supported"  # AWS's buckets with Object Lock demand them
-    config = Config(
+    return open_client(
+        settings,
+        "s3",
+        region,
+        (key, secret, s3cfg.get("access_token", "") if key else ""),
+        endpoint,
         signature_version="s3v4",
-        connect_timeout=10,
         read_timeout=60,
-        retries={"mode": "standard", "total_max_attempts": 6},
-        max_pool_connections=64,
         request_checksum_calculation=checksums,
         response_checksum_validation="when_required",  # else signed addresses would ask for one
         s3={"addressing_style": "path" if elsewhere else "virtual", "payload_signing_enabled": False},
     )
-    with open_session(settings, key, secret, s3cfg.get("access_token", "") if key else "") as session:
-        return session.client("s3", region or settings.AWS_REGION, endpoint_url=endpoint, config=config)
 
 
 def open_bucket(settings: Settings) -> tuple[Client, str, str]:
@@ -6779,7 +6731,7 @@ def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
         note(f"{', '.join(parts)} in {region}")
         raise protected_error(ec2, done.protected)
     if done.found:
-        cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
+        cost = totals(done.nodes)["cost"]
         paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
         parts += ["security group removed"] if done.removed else []
         end = "" if done.left else f": nothing of group {group!r} is left in {region}"
