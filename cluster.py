@@ -2353,7 +2353,7 @@ class App:
     def __init__(self, config: Path) -> None:
         self.config = config
         self.left = ""  # what Ctrl-C leaves behind, for the one line that says so
-        self.key_pairs: dict[str, set[str]] = {}  # region -> fingerprints of KEYPAIR_NAME there
+        self.key_pairs: dict[Client, str] = {}
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -2425,13 +2425,69 @@ class App:
         boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
         return boots and not node.public_ip and not self.settings.PRIVATE_NODES
 
+    # Whose nodes
+
+    def key_pair(self, ec2: Client) -> str:
+        """Return the fingerprint of EC2's key pair KEYPAIR_NAME; "" where there is none, or it can't be looked up."""
+        if ec2 not in self.key_pairs:
+            self.key_pairs[ec2] = ""
+            with tolerate():
+                asked = {"KeyNames": [self.settings.KEYPAIR_NAME], "IncludePublicKey": True}
+                self.key_pairs[ec2] = fingerprint(ec2.describe_key_pairs(**asked)["KeyPairs"][0]["PublicKey"])
+        return self.key_pairs[ec2]
+
+    def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
+        """Return those of NODES that the user launched, by the signature in their tags, or, since others could spoil
+        it, by their key pair's name: that stays, but whoever may launch can name it. Enough to end, not to connect.
+        """
+        key, name = self.known_identity, self.settings.KEYPAIR_NAME
+        named = [node for node in nodes if node.key_name == name]
+        if not (named and self.fingerprint and self.key_pair(ec2 or self.ec2) == self.fingerprint):
+            named = []
+        return [node for node in nodes if node in named or (key and is_ours(node, key))]
+
+    def check_owner(self, group: str, nodes: Sequence[Node], others: bool = False, ec2: Client | None = None) -> None:
+        """Refuse GROUP where all of its NODES were launched with another key, unless OTHERS' nodes are meant, too."""
+        ec2 = ec2 or self.ec2
+        living = [node for node in nodes if node.is_inside and node.state in ALIVE]
+        if others or not living or self.launched(living, ec2):
+            return
+        owner = describe_owner(living, fetch_security_groups(ec2, group))
+        where = f"group {group!r} ({ec2.meta.region_name})"
+        why = (
+            f"{where} is somebody else's: its nodes were launched with another key ({owner}). If it is yours, copy "
+            f"that key's file to {self.settings.key_file}"
+        )
+        try:
+            if self.identity and self.launched(living, ec2):  # that asked for its passphrase
+                return
+        except ClusterError as error:
+            why = f"{error.message}. So nothing tells whether {where} is yours ({owner})"
+        raise ClusterError(
+            f"{why}. Else name a group of your own, e.g. {command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, "
+            "with createNodes, terminate and terminateAll, do it all the same with --others"
+        )
+
+    def ours(self, nodes: Sequence[Node]) -> list[Node]:
+        """Return those of NODES that were launched with the user's key; name the others."""
+        others: dict[str, list[str]] = {}
+        for node in nodes:
+            if not is_ours(node, self.identity):
+                others.setdefault(not_ours(node), []).append(node.id)
+        for reason, names in others.items():
+            note(f"Left out: {', '.join(names)}: {reason}")
+        return [node for node in nodes if is_ours(node, self.identity)]
+
     def running_groups(self, nodes: Sequence[Node], ec2: Client | None = None) -> dict[str, str]:
         """Return group -> "2 nodes, $1.05/h" of the user's that run, of NODES; everybody's without a key to tell."""
         mine = nodes if self.key_problem else self.launched(nodes, ec2)
-        running = [node for node in mine if node.state in ("pending", "running") and node.is_inside]
-        same = {name: [node for node in running if node.group == name] for name in sorted({n.group for n in running})}
+        groups: dict[str, list[Node]] = {}
+        for node in mine:
+            if node.state in ("pending", "running") and node.is_inside:
+                groups.setdefault(node.group, []).append(node)
+        costs = {name: format_cost(groups[name]) for name in sorted(groups)}
         return {
-            name: ", ".join(filter(None, [format_count(len(s), "node"), format_cost(s)])) for name, s in same.items()
+            name: f"{format_count(len(groups[name]), 'node')}{', ' if cost else ''}{cost}" for name, cost in costs.items()
         }
 
     def elsewhere(self, group: str | None) -> str:
@@ -2445,95 +2501,78 @@ class App:
         advice = f"; did you mean {Call.program} {swapped}?" if other else did_you_mean(group or "", groups) or "."
         return f"{advice} Running here: {', '.join(f'{name} ({about})' for name, about in groups.items())}"
 
-    def choose_running(self, group: str, nodes: Sequence[Node]) -> list[Node]:
-        """Return those of GROUP's NODES that run and were launched with the user's key; ClusterError without any."""
-        self.check_owner(group, nodes)
-        running = [node for node in nodes if node.state == "running"]
-        ready = self.ours([node for node in running if not self.awaits_address(node)])
-        waiting = [node for node in nodes if node.state == "pending"] + list(filter(self.awaits_address, running))
-        if waiting:
-            names = ", ".join(node.id for node in waiting)
-            note(f"{format_count(len(waiting), 'node')} still pending (no public address yet), left out: {names}")
-        if not ready and waiting:
-            raise ClusterError(f"no node of {self.where(group)} can be reached yet; run this again in a minute")
-        if not ready:
-            raise ClusterError(
-                f"no running nodes in {self.where(group)}; {command('createNodes', 'TYPE', 'COUNT', group)} makes some"
-                f"{self.elsewhere(group)}"
+    # Who may connect
+
+    def sort_rules(self, group: SecurityGroup, cidr: str) -> tuple[list[Rule], list[Rule], list[Rule]]:
+        """Return what GROUP has to let in and does not, this machine's rules for other addresses, and all others."""
+        settings = self.settings
+        ports = [settings.SSH_PORT, SERVER_PORT] if settings.PUBLIC_SERVER_PORT else [settings.SSH_PORT]
+        wanted = [Rule("tcp", port, port, "IpRanges", cidr, self.rule_owner) for port in ports]
+        wanted += [Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in (SERVER_PORT, PASS_ON_PORT)]
+        present, ways = {rule.way for rule in group.rules}, {rule.way for rule in wanted}
+        others = [rule for rule in group.rules if rule.way not in ways]
+        older = ("-1", None, None, "UserIdGroupPairs", group.id)  # what older versions made for the nodes
+        stale = [rule for rule in others if rule.owner == self.rule_owner or rule.way == older]
+        return [rule for rule in wanted if rule.way not in present], stale, [r for r in others if r not in stale]
+
+    def repair_rules(self, group: SecurityGroup, cidr: str) -> None:
+        """Let the nodes of GROUP, and this machine at CIDR, connect to them; close what was open to it before."""
+        missing, stale, _ = self.sort_rules(group, cidr)
+        for rule in missing:
+            permission = rule.permission
+            if rule.owner:
+                permission[rule.kind][0]["Description"] = rule.owner
+            add = functools.partial(
+                self.ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission]
             )
-        return ready
+            with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
+                once_known(add)
+        for rule in stale:
+            with tolerate("InvalidPermission.NotFound"):
+                self.ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
+        if any(rule.owner for rule in stale):
+            note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
+
+    def warn_of_rules(self, groups: Sequence[SecurityGroup], cidr: str) -> None:
+        """Name what security GROUPS let in beside this machine and their own nodes."""
+        for group in groups:
+            if others := self.sort_rules(group, cidr)[2]:
+                warn(describe_rules(self.ec2, group, others))
 
     def allow_access(self, groups: Sequence[SecurityGroup], cidr: str) -> None:
-        """Make sure that this machine, at CIDR, may connect to the nodes in these security GROUPS."""
-        for security_group in groups:
-            if repair_rules(self.ec2, security_group, self.settings, cidr, self.rule_owner):
-                note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
+        """Let this machine, at CIDR where that is known, connect to GROUPS' nodes; name what else they let in."""
+        for group in groups if cidr else ():
+            self.repair_rules(group, cidr)
+        self.warn_of_rules(groups, cidr)
 
     def open_group(self, group: str) -> list[Node]:
-        """Return GROUP's running nodes, to which this machine may connect from now on.
+        """Return GROUP's running nodes that the user launched, to which this machine may connect from now on.
 
         The look-ups are made side by side; a set-up cluster can do without that of this machine's address.
         """
-        ec2 = self.ec2
-        self.left = (
-            f"The nodes of {self.where(group)} keep running and cost money; {command('terminateAll', group)} ends them."
-        )
+        where = self.where(group)
+        self.left = f"The nodes of {where} keep running and cost money; {command('terminateAll', group)} ends them."
         nodes, groups, cidr, _ = side_by_side(
-            lambda: fetch_nodes(ec2, group),
-            lambda: fetch_security_groups(ec2, group),
+            lambda ec2=self.ec2: fetch_nodes(ec2, group),
+            lambda ec2=self.ec2: fetch_security_groups(ec2, group),
             lambda: try_client_cidr(self.settings),
             lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
         )
-        ready = self.choose_running(group, nodes)
-        if cidr:
-            self.allow_access(groups, cidr)
-        warn_of_rules(ec2, groups, self.settings, cidr, self.rule_owner)
+        self.check_owner(group, nodes)
+        running = [node for node in nodes if node.state == "running"]
+        ready = self.ours([node for node in running if not self.awaits_address(node)])
+        waiting = [node.id for node in nodes if node.state == "pending"]
+        waiting += [node.id for node in running if self.awaits_address(node)]
+        if waiting:
+            pending = f"{format_count(len(waiting), 'node')} still pending (no public address yet), left out"
+            note(f"{pending}: {', '.join(waiting)}")
+        if not ready and waiting:
+            raise ClusterError(f"no node of {where} can be reached yet; run this again in a minute")
+        if not ready:
+            again = f"{command('createNodes', 'TYPE', 'COUNT', group)} makes some"
+            raise ClusterError(f"no running nodes in {where}; {again}{self.elsewhere(group)}")
+        self.allow_access(groups, cidr)
         return ready
-
-    def has_key_pair(self, ec2: Client) -> bool:
-        """Tell whether EC2's key pair KEYPAIR_NAME is the user's key."""
-        region = ec2.meta.region_name
-        if region not in self.key_pairs:
-            self.key_pairs[region] = set()
-            with tolerate():
-                asked = {"KeyNames": [self.settings.KEYPAIR_NAME], "IncludePublicKey": True}
-                public = [one.get("PublicKey", "") for one in ec2.describe_key_pairs(**asked)["KeyPairs"]]
-                self.key_pairs[region] = {fingerprint(key) for key in public if key}
-        return self.fingerprint in self.key_pairs[region]
-
-    def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
-        """Return those of NODES that the user launched, by the signature in their tags, or, since others could spoil
-        it, by their key pair's name: that stays, but whoever may launch can name it. Enough to end, not to connect.
-        """
-        key, name = self.known_identity, self.settings.KEYPAIR_NAME
-        return [
-            node
-            for node in nodes
-            if (key and is_ours(node, key)) or (node.key_name == name and self.has_key_pair(ec2 or self.ec2))
-        ]
-
-    def check_owner(self, group: str, nodes: Sequence[Node], others: bool = False, ec2: Client | None = None) -> None:
-        """Refuse GROUP where all of its NODES were launched with another key, unless OTHERS' nodes are meant, too."""
-        ec2 = ec2 or self.ec2
-        living = [node for node in nodes if node.is_inside and node.state in ALIVE]
-        if others or not living or self.launched(living, ec2):
-            return
-        if not (self.known_identity or self.key_problem):
-            _ = self.identity  # asks for its passphrase, or says what is wrong with the file
-            if self.launched(living, ec2):
-                return
-        owner = describe_owner(living, fetch_security_groups(ec2, group))
-        where = f"group {group!r} ({ec2.meta.region_name})"
-        why = (
-            f"{self.key_problem}. So nothing tells whether {where} is yours ({owner})"
-            if self.key_problem
-            else f"{where} is somebody else's: its nodes were launched with another key ({owner}). If it is yours, "
-            f"copy that key's file to {self.settings.key_file}"
-        )
-        raise ClusterError(
-            f"{why}. Else name a group of your own, e.g. {command('createNodes', 'TYPE', 'COUNT', 'my-group')}; or, "
-            "with createNodes, terminate and terminateAll, do it all the same with --others"
-        )
 
     def in_all_regions(self, call: Callable[[Client], T], problems: list[str]) -> dict[str, T]:
         """CALL for every region, side by side, config.py's first; add to PROBLEMS those that refuse, in words."""
@@ -2549,16 +2588,6 @@ class App:
 
         side_by_side(*(functools.partial(ask, region) for region in fetch_regions(self.settings)))
         return {region: found[region] for region in sorted(found, key=lambda name: (name != home, name))}
-
-    def ours(self, nodes: Sequence[Node]) -> list[Node]:
-        """Return those of NODES that were launched with the user's key; name the others."""
-        others: dict[str, list[str]] = {}
-        for node in nodes:
-            if not is_ours(node, self.identity):
-                others.setdefault(not_ours(node), []).append(node.id)
-        for reason, names in others.items():
-            note(f"Left out: {', '.join(names)}: {reason}")
-        return [node for node in nodes if is_ours(node, self.identity)]
 
     def report(self, outcomes: Sequence[Outcome[Any]], what: str) -> None:
         """End with a summary on stderr, and with exit code 1 if any node failed."""
@@ -3680,7 +3709,7 @@ def check_key_pair(app: App) -> None:
 
 def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
     """Return what GROUP lets in for other machines with the user's key; refuse what others have added."""
-    _, _, rules = sort_rules(group, app.settings, cidr, app.rule_owner)
+    _, _, rules = app.sort_rules(group, cidr)
     key = app.rule_owner.rpartition(" ")[0]
     one_port = [r for r in rules if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
     if len([rule for rule in one_port if rule.owner.startswith(f"{key} ")]) < len(rules):
@@ -3895,7 +3924,7 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
             with tolerate("InvalidPermission.NotFound"):
                 ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
             note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
-    repair_rules(ec2, group, settings, plan.cidr, app.rule_owner)
+    app.repair_rules(group, plan.cidr)
     private, public = make_ed25519()
     tags = {TAG_GROUP: request.group, TAG_HOST_KEY: public} | sign_launch(app.identity, request.group, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
@@ -5531,10 +5560,7 @@ def up(
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
     if not token:  # as a launch does
-        groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
-        if cidr:
-            app.allow_access(groups, cidr)
-        warn_of_rules(app.ec2, groups, app.settings, cidr, app.rule_owner)
+        app.allow_access(fetch_security_groups(app.ec2, group), try_client_cidr(app.settings))
     ended: set[str] = set()
     keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
@@ -5659,7 +5685,8 @@ class RenderCluster:
         with tolerate(), contextlib.suppress(ClusterError):
             ours = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
             self.nodes = [node for node in ours if node.id not in self.frozen]
-            app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
+            for one in fetch_security_groups(app.ec2, group):
+                app.repair_rules(one, fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
         """Wait until the head serves; return it, what it says of itself, and its cores; NodeError if none does.
@@ -6130,7 +6157,7 @@ def show_status(
         show_groups(app, groups, wide, servers)
         guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
         if guarded and app.known_identity:
-            warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
+            app.warn_of_rules(guarded, try_client_cidr(app.settings))
     else:
         named = f" in group {group!r}" if group else ""
         note(f"Nothing is running in any region that answers{named}" if everywhere else nothing_runs(app, group))
