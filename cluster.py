@@ -2623,31 +2623,7 @@ def plain_usage() -> Iterator[None]:
         raise ClusterError(text, 2) from None
 
 
-# Command -> the arguments of the example in its help; --help lists the user's day first.
-EXAMPLES = {
-    "createNodes": "c1.xlarge 8",
-    "install": "",
-    "start": "",
-    "up": "c1.xlarge 8",
-    "status": "--watch",
-    "syncData": "myHugeVolumeDataFile.vol",
-    "render": "scenes/*.xml --then-terminate -- -p 0",
-    "terminateAll": "",
-    "addSpotNodes": "c1.xlarge 8 0.20",
-    "tunnel": "",
-    "systemLoad": "--watch",
-    "terminate": "4-17",
-    "spotPrices": "c7a.2xlarge",
-    "cancelSpot": "sir-0123abcd",
-    "cancelAllSpot": "",
-    "login": "4-17",
-    "runCommand": "-- ls -la /mnt",
-    "logs": "head -f",
-    "regions": "",
-    "completion": "bash",
-    "extend": "2.5",
-    "policy": "> policy.json",
-}
+DAY = "createNodes install start up status syncData render terminateAll".split()
 
 
 class Tool(click.Group):
@@ -2655,7 +2631,7 @@ class Tool(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Begin with the user's day, not with A."""
-        return list(EXAMPLES)
+        return list(dict.fromkeys([*DAY, *self.commands]))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Take --config from anywhere before a "--"."""
@@ -2671,10 +2647,10 @@ class Tool(click.Group):
             return super().parse_args(ctx, given if bare else [*given, *others, *args[end:]])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Know createNodes by its old name, too; give each command's help an example."""
+        """Know createNodes by its old name, too; call the program in each command's example as the user does."""
         found = super().get_command(ctx, "createNodes" if cmd_name == "addNodes" else cmd_name)
-        if found and (example := EXAMPLES.get(found.name or "")) is not None:
-            found.epilog = f"Example: {Call.program} {found.name} {example}".rstrip()
+        if found and found.epilog:
+            found.epilog = found.epilog.replace("Example: ./cluster.py", f"Example: {Call.program}")
         return found
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -4175,7 +4151,7 @@ def launch_options(*own: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
 spot_option = click.option("--spot", is_flag=True, help="Spot nodes: cheaper, and EC2 may take them back.")
 
 
-@cli.command("createNodes")
+@cli.command("createNodes", epilog="Example: ./cluster.py createNodes c1.xlarge 8")
 @launch_options(spot_option)
 @click.pass_obj
 def create_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
@@ -4183,7 +4159,7 @@ def create_nodes(app: App, /, instance_type: str, count: int, group: str, dry_ru
     create(app, LaunchRequest(instance_type, count, group, **options), dry_run)
 
 
-@cli.command("addSpotNodes")
+@cli.command("addSpotNodes", epilog="Example: ./cluster.py addSpotNodes c1.xlarge 8 0.20")
 @launch_options(click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True)))
 @click.pass_obj
 def add_spot_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
@@ -4787,7 +4763,7 @@ def install_step(
     return version[1]
 
 
-@cli.command("install")
+@cli.command("install", epilog="Example: ./cluster.py install")
 @group_argument
 @click.pass_obj
 def install(app: App, group: str) -> None:
@@ -5320,7 +5296,7 @@ tree_option = click.option(
 )
 
 
-@cli.command("start")
+@cli.command("start", epilog="Example: ./cluster.py start")
 @group_argument
 @tree_option
 @click.option("--force", is_flag=True, help="Restart the head even if a client is connected, who loses it.")
@@ -5359,7 +5335,7 @@ def open_tunnel(head: Node, settings: Settings, port: int) -> Iterator[subproces
             ssh.terminate()
 
 
-@cli.command("tunnel")
+@cli.command("tunnel", epilog="Example: ./cluster.py tunnel")
 @group_argument
 @click.option(
     "--port",
@@ -5542,7 +5518,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
     return [*nodes, *launched], why, token
 
 
-@cli.command("up")
+@cli.command("up", epilog="Example: ./cluster.py up c1.xlarge 8")
 @launch_options(spot_option)
 @tree_option
 @click.pass_obj
@@ -5846,7 +5822,7 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
     return False
 
 
-@cli.command("render", cls=OwnWords)
+@cli.command("render", cls=OwnWords, epilog="Example: ./cluster.py render scenes/*.xml --then-terminate -- -p 0")
 @click.argument(
     "scenes", metavar="SCENE…", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
@@ -6119,7 +6095,7 @@ def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: boo
             put(f"{paint(node.name, fg=SERVER_WORDS[one.server][0])}: {printable_lines(one.server_text)}")
 
 
-@cli.command("status")
+@cli.command("status", epilog="Example: ./cluster.py status --watch")
 @click.argument("group", type=GroupName(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
@@ -6177,7 +6153,7 @@ def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
     return "\n".join([format_table(rows, ["…"]), *silent])
 
 
-@cli.command("systemLoad")
+@cli.command("systemLoad", epilog="Example: ./cluster.py systemLoad --watch")
 @group_argument
 @click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -6552,7 +6528,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
         raise ClusterError(f"{format_count(len(refused), 'object')} left out")
 
 
-@cli.command("syncData")
+@cli.command("syncData", epilog="Example: ./cluster.py syncData myHugeVolumeDataFile.vol")
 @click.argument("name", type=click.Path())
 @group_argument
 @click.option("--yes", is_flag=True, help="Send a large folder without asking.")
@@ -6797,7 +6773,7 @@ def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
             note(f"Group {group} runs on{region}: {about}")
 
 
-@cli.command("terminateAll")
+@cli.command("terminateAll", epilog="Example: ./cluster.py terminateAll")
 @group_argument
 @click.option("--all-groups", is_flag=True, help="End all groups that were launched with your key.")
 @click.option("--all-regions", is_flag=True, help="Look in every region of the account.")
@@ -6851,7 +6827,7 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
         raise ClusterError("; ".join(problems))
 
 
-@cli.command("terminate")
+@cli.command("terminate", epilog="Example: ./cluster.py terminate 4-17")
 @click.argument("name", shell_complete=complete_nodes, metavar="NODE")
 @others_option
 @click.option("--force", is_flag=True, help="Even if a client's render is lost by it.")
@@ -6888,7 +6864,7 @@ def format_plot(values: Sequence[float], width: int) -> str:
     return "".join("▁▂▃▄▅▆▇█"[int(7 * (mean - low) / (high - low))] if high > low else "▄" for mean in means)
 
 
-@cli.command("spotPrices")
+@cli.command("spotPrices", epilog="Example: ./cluster.py spotPrices c7a.2xlarge")
 @type_argument
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
@@ -6927,7 +6903,7 @@ def our_requests(app: App) -> list[SpotRequest]:
     return with_untagged(fetch_spot_requests(app.ec2), nodes)
 
 
-@cli.command("cancelSpot")
+@cli.command("cancelSpot", epilog="Example: ./cluster.py cancelSpot sir-0123abcd")
 @click.argument("name", metavar="ID")
 @click.pass_obj
 def cancel_spot(app: App, name: str) -> None:
@@ -6940,7 +6916,7 @@ def cancel_spot(app: App, name: str) -> None:
     cancel_requests(app, found)
 
 
-@cli.command("cancelAllSpot")
+@cli.command("cancelAllSpot", epilog="Example: ./cluster.py cancelAllSpot")
 @click.pass_obj
 def cancel_all_spot(app: App) -> None:
     """Cancel all spot requests that this tool made."""
@@ -6987,7 +6963,7 @@ def open_node(app: App, name: str) -> Node:
     return ready[node.id]
 
 
-@cli.command("login")
+@cli.command("login", epilog="Example: ./cluster.py login 4-17")
 @optional_node
 @click.pass_obj
 def login(app: App, name: str) -> None:
@@ -7018,7 +6994,7 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple
     return code, kept.decode("utf-8", "replace")
 
 
-@cli.command("runCommand", cls=OwnWords)
+@cli.command("runCommand", cls=OwnWords, epilog="Example: ./cluster.py runCommand -- ls -la /mnt")
 @click.argument("quoted", metavar='["CMD ARGS"] [GROUP]', nargs=-1)
 @click.option("--group", "named", type=GroupName(), help="The group, where it is not named after the command.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -7069,7 +7045,7 @@ def journal_step(cursor: str, remote: Remote) -> tuple[str, str]:
     return (text, end.strip()) if end and "\n" not in end.strip() else (output, cursor)
 
 
-@cli.command("logs")
+@cli.command("logs", epilog="Example: ./cluster.py logs head -f")
 @optional_node
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--install", "installation", is_flag=True, help="Show the installation's log, which is kept here.")
@@ -7094,7 +7070,7 @@ def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
         time.sleep(1)
 
 
-@cli.command("regions")
+@cli.command("regions", epilog="Example: ./cluster.py regions")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.pass_obj
 def list_regions(app: App, as_json: bool) -> None:
@@ -7113,7 +7089,7 @@ COMPLETIONS = {  # file; what adds a folder to PATH, where zsh and fish must fin
 }
 
 
-@cli.command("completion")
+@cli.command("completion", epilog="Example: ./cluster.py completion bash")
 @click.argument("shell", type=click.Choice(list(COMPLETIONS)), metavar="[SHELL]", required=False)
 def completion(shell: str | None) -> None:
     """Print the line that makes your shell's Tab work."""
@@ -7152,7 +7128,7 @@ def extend_step(hours: float, remote: Remote) -> str:
     return f"{ends}, may be idle for {format_count(idle, 'minute')} from now on" if idle else ends
 
 
-@cli.command("extend")
+@cli.command("extend", epilog="Example: ./cluster.py extend 2.5")
 @click.argument("hours", type=Number(0, 8760, above=True), metavar="HOURS")
 @group_argument
 @click.pass_obj
@@ -7221,7 +7197,7 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
     }
 
 
-@cli.command("policy")
+@cli.command("policy", epilog="Example: ./cluster.py policy > policy.json")
 @click.pass_obj
 def policy(app: App) -> None:
     """Print the IAM policy that your settings need."""
