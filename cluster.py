@@ -5,24 +5,15 @@
 # ///
 """Creates a Mitsuba rendering cluster on Amazon EC2, and takes it down again.
 
-The usual order:
+The usual order is createNodes, install, start, status, syncData (only for data files that plugins read on the nodes),
+terminateAll; --help tells more. Results go to stdout, progress and complaints to stderr. Exit codes: 0 done, 1
+something failed (and is named), 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
 
-    ./cluster.py createNodes c1.xlarge 8
-    ./cluster.py install
-    ./cluster.py start              the last line names the head node
-    ./cluster.py status
-    ./cluster.py syncData huge.vol  only for data files that plugins read on the nodes
-    ./cluster.py terminateAll
+Nothing is remembered on this machine but the SSH key: the cluster's state is in EC2, in tags that are set by the very
+calls that create things. So any machine with the credentials sees and ends the cluster, whatever happened to this one.
 
-Results go to stdout, progress and complaints to stderr. Exit codes: 0 done, 1 something
-failed (and is named), 2 wrong usage, 130 Ctrl-C, 143 SIGTERM.
-
-Nothing is remembered on this machine but the SSH key: the cluster's state is in EC2, in
-tags that are set by the very calls that create things. So any machine with the credentials
-sees and ends the cluster, whatever happened to this one.
-
-Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on
-a node; the *head* is the node that your Mitsuba talks to, and the others are its *workers*.
+Words: a *node* is an EC2 instance of ours; a *group* is one cluster; a *server* is mtssrv on a node; the *head* is the
+node that your Mitsuba talks to, and the others are its *workers*.
 
 Rooms: Constants, Errors and output, Settings, AWS, SSH, Passing on, Command line, Guard, and then a chapter for
 each part of the day: createNodes, install, start, up, render, status, syncData, terminateAll, Spot, Small commands.
@@ -85,7 +76,7 @@ Client = Any  # boto3 makes its clients' classes at run time
 TAG_GROUP = "mitsuba-group"
 TAG_ROLE = "mitsuba-role"
 TAG_HOST_KEY = "mitsuba-host-key"
-TAG_SIGNATURE = "mitsuba-signature"  # -1, -2 …: what the user's key says of the group and the host key
+TAG_SIGNATURES = [f"mitsuba-signature-{part}" for part in range(1, 5)]  # of the group and host key, by the user's key
 TAG_PRICE = "mitsuba-price"  # $ an hour, as it was at the launch
 TAG_HOURS = "mitsuba-max-hours"
 TAG_IDLE = "mitsuba-idle-minutes"
@@ -94,7 +85,6 @@ SERVER_PORT = 7554  # mtssrv's own default
 PASS_ON_PORT = 7555  # by which nodes pass packages and data on to each other; open inside the group only
 GROUP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")  # it becomes a tag, a folder and a security group
 PUBLIC_ADDRESS_PRICE = 0.005  # $ an hour for a public IPv4 address, every region
-BILLED = ("running", "stopping")  # EC2 charges nothing for pending and shutting-down
 ALIVE = ("pending", "running", "stopping", "stopped", "shutting-down")
 
 POLL = 1.0  # between two polls of EC2, one call for all nodes
@@ -126,7 +116,6 @@ class ClusterError(click.ClickException):
         self.exit_code = exit_code
 
     def show(self, file: Any = None) -> None:
-        """Print the line."""
         note(self.message, "Error", "red")
 
 
@@ -469,7 +458,6 @@ SOURCES = {
     "PrefixListIds": "PrefixListId",
     "UserIdGroupPairs": "GroupId",
 }
-SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 NEW_LIMIT = 60  # for all of AWS to know what was just made
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
@@ -529,9 +517,8 @@ def open_client(
 
 
 def answer_of(error: Exception) -> dict[str, Any]:
-    """Return what AWS answered, as botocore keeps it in its ClientError; of other errors {}."""
-    answer = getattr(error, "response", None)
-    return answer if isinstance(answer, dict) else {}
+    """Return what AWS answered, of botocore's ClientError; of other errors {}."""
+    return getattr(error, "response", None) or {}
 
 
 def error_code(error: Exception) -> str:
@@ -544,15 +531,6 @@ def find_partition(region: str) -> tuple[str, str]:
     if region.startswith("cn-"):
         return "aws-cn", "cn-north-1"
     return ("aws-us-gov", "us-gov-west-1") if region.startswith("us-gov-") else ("aws", "us-east-1")
-
-
-def explain_denial(text: str, call: str) -> str:
-    """Say what AWS denies and why in AWS's words, without its encoded blob, and who can change that."""
-    found = re.search(r"not authorized to perform: (.+?)(\W+Encoded authorization failure message.*|\W*)$", text)
-    denied = f"AWS denies {found[1] if found else S3_ACTIONS.get(call, call)}"
-    if "explicit deny" in denied:
-        return f"{denied}: a rule forbids it, whatever permissions you have; ask whoever made that rule"
-    return f"{denied}: ask for that permission; {command('policy')} prints all that this tool needs"
 
 
 def once_known(call: Callable[[], T]) -> T:
@@ -617,7 +595,11 @@ def explain(error: Exception) -> str:
     if code in ("AuthFailure", "OptInRequired", "UnrecognizedClientException"):  # of a region that is not enabled, too
         return f"{refused}, or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
     if code in DENIED_CODES:
-        return explain_denial(text, action)
+        found = re.search(r"not authorized to perform: (.+?)(\W+Encoded authorization failure message.*|\W*)$", text)
+        denied = f"AWS denies {found[1] if found else S3_ACTIONS.get(action, action)}"
+        if "explicit deny" in denied:
+            return f"{denied}: a rule forbids it, whatever permissions you have; ask whoever made that rule"
+        return f"{denied}: ask for that permission; {command('policy')} prints all that this tool needs"
     if code in QUOTA_CODES:
         return (
             f"your account's quota is used up: {text} Raise 'Running On-Demand Standard instances' (or 'All Standard "
@@ -773,7 +755,7 @@ class SecurityGroup(NamedTuple):
     group: str
     name: str
     vpc: str
-    rules: tuple[Rule, ...] = ()
+    rules: Sequence[Rule] = ()
 
 
 def to_number(text: str | None) -> float | None:
@@ -804,7 +786,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         market="spot" if raw.get("InstanceLifecycle") == "spot" else "on-demand",
         role=tags.get(TAG_ROLE) if tags.get(TAG_ROLE) in ("head", "worker") else None,
         host_key=tags.get(TAG_HOST_KEY, ""),
-        signature="".join(tags.get(name, "") for name in SIGNATURE_TAGS),
+        signature="".join(tags.get(name, "") for name in TAG_SIGNATURES),
         price=to_number(tags.get(TAG_PRICE)),
         max_hours=to_number(tags.get(TAG_HOURS)),
         idle_minutes=to_number(tags.get(TAG_IDLE)),
@@ -817,65 +799,60 @@ def to_node(raw: dict[str, Any]) -> Node:
     )
 
 
-def to_spot_request(raw: dict[str, Any]) -> SpotRequest:
-    """Return a raw spot request as a SpotRequest."""
-    return SpotRequest(
-        id=raw["SpotInstanceRequestId"],
-        group=read_tags(raw).get(TAG_GROUP, ""),
-        state=raw.get("State", ""),
-        status=raw.get("Status", {}).get("Code", ""),
-        max_price=to_number(raw.get("SpotPrice")),
-        node_id=raw.get("InstanceId") or "",
-    )
-
-
-def to_security_group(raw: dict[str, Any]) -> SecurityGroup:
-    """Return a raw security group as a SecurityGroup, with all that it lets in."""
-    rules = [
-        Rule(raw_rule["IpProtocol"], raw_rule.get("FromPort"), raw_rule.get("ToPort"), kind, source[key], about)
-        for raw_rule in raw.get("IpPermissions", [])
-        for kind, key in SOURCES.items()
-        for source in raw_rule.get(kind, [])
-        for about in [printable(source.get("Description", ""))]
-    ]
-    group = read_tags(raw).get(TAG_GROUP, "")
-    return SecurityGroup(raw["GroupId"], group, raw.get("GroupName", ""), raw.get("VpcId", ""), tuple(rules))
-
-
-def our_filter(group: str | None) -> list[dict[str, Any]]:
-    """Return the filter for what is ours: of one GROUP, or all."""
-    if group:
-        return [{"Name": f"tag:{TAG_GROUP}", "Values": [group]}]
-    return [{"Name": "tag-key", "Values": [TAG_GROUP]}]
-
-
 def fetch_pages(ec2: Client, call: str, found: str, **arguments: Any) -> list[dict[str, Any]]:
     """Return what is FOUND (a JMESPath to a list) on all pages of a Describe call."""
     pages = ec2.get_paginator(call).paginate(**arguments, PaginationConfig={"PageSize": 1000})
     return [raw for raw in pages.search(found) if raw]
 
 
-def has_group(one: Node | SpotRequest | SecurityGroup) -> bool:
-    """Tell whether the tag of ONE names a group as this tool does: what others have tagged is foreign."""
-    return GROUP_NAME.fullmatch(one.group) is not None
+def our_filter(group: str | None) -> list[dict[str, Any]]:
+    """Return the filter for what is ours: of one GROUP, or all."""
+    return [{"Name": f"tag:{TAG_GROUP}", "Values": [group]}] if group else [{"Name": "tag-key", "Values": [TAG_GROUP]}]
+
+
+def fetch_ours(ec2: Client, call: str, found: str, group: str | None) -> list[dict[str, Any]]:
+    """Return what is FOUND of GROUP (None: of all groups); what others have tagged so as we never do is foreign."""
+    return [
+        raw
+        for raw in fetch_pages(ec2, call, found, Filters=our_filter(group))
+        for tag in raw["Tags"]
+        if tag["Key"] == TAG_GROUP and GROUP_NAME.fullmatch(tag["Value"])
+    ]
 
 
 def fetch_nodes(ec2: Client, group: str | None = None) -> list[Node]:
     """Return every node of GROUP (None: of all groups), the lately terminated too, oldest first."""
-    found = fetch_pages(ec2, "describe_instances", "Reservations[].Instances[]", Filters=our_filter(group))
-    return sorted(filter(has_group, map(to_node, found)), key=lambda node: (node.launched, node.id))
+    found = fetch_ours(ec2, "describe_instances", "Reservations[].Instances[]", group)
+    return sorted(map(to_node, found), key=lambda node: (node.launched, node.id))
 
 
 def fetch_spot_requests(ec2: Client, group: str | None = None) -> list[SpotRequest]:
     """Return the spot requests of GROUP (None: of all groups)."""
-    found = fetch_pages(ec2, "describe_spot_instance_requests", "SpotInstanceRequests[]", Filters=our_filter(group))
-    return list(filter(has_group, map(to_spot_request, found)))
+    return [
+        SpotRequest(
+            id=raw["SpotInstanceRequestId"],
+            group=read_tags(raw)[TAG_GROUP],
+            state=raw.get("State", ""),
+            status=raw.get("Status", {}).get("Code", ""),
+            max_price=to_number(raw.get("SpotPrice")),
+            node_id=raw.get("InstanceId") or "",
+        )
+        for raw in fetch_ours(ec2, "describe_spot_instance_requests", "SpotInstanceRequests[]", group)
+    ]
 
 
 def fetch_security_groups(ec2: Client, group: str | None = None) -> list[SecurityGroup]:
     """Return the security groups of GROUP (None: of all groups); anybody may write a tag, but names stay."""
-    found = fetch_pages(ec2, "describe_security_groups", "SecurityGroups[]", Filters=our_filter(group))
-    groups = filter(has_group, map(to_security_group, found))
+    groups = []
+    for raw in fetch_ours(ec2, "describe_security_groups", "SecurityGroups[]", group):
+        rules = [
+            Rule(one["IpProtocol"], one.get("FromPort"), one.get("ToPort"), kind, source[key], about)
+            for one in raw.get("IpPermissions", [])
+            for kind, key in SOURCES.items()
+            for source in one.get(kind, [])
+            for about in [printable(source.get("Description", ""))]
+        ]
+        groups.append(SecurityGroup(raw["GroupId"], read_tags(raw)[TAG_GROUP], raw["GroupName"], raw["VpcId"], rules))
     return [one for one in groups if one.name == f"mitsuba-{one.group}"]
 
 
@@ -892,9 +869,12 @@ def spent(node: Node, now: datetime) -> float | None:
 
 
 def totals(nodes: Sequence[Node]) -> dict[str, Any]:
-    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown."""
+    """Return what NODES are and cost together, as `status --json` shows it; None where it is unknown.
+
+    EC2 charges nothing for pending and shutting-down.
+    """
     now = datetime.now(timezone.utc)
-    rates = [node.rate for node in nodes if node.rate is not None and node.state in BILLED]
+    rates = [node.rate for node in nodes if node.rate is not None and node.state in ("running", "stopping")]
     costs = [cost for node in nodes if (cost := spent(node, now)) is not None]
     return {
         "nodes": len(nodes),
@@ -2353,11 +2333,10 @@ class App:
     def __init__(self, config: Path) -> None:
         self.config = config
         self.left = ""  # what Ctrl-C leaves behind, for the one line that says so
-        self.key_pairs: dict[Client, str] = {}
+        self.key_pairs: dict[Client, bool] = {}  # whether KEYPAIR_NAME is the user's key there
 
     @functools.cached_property
     def settings(self) -> Settings:
-        """The settings."""
         if not self.config.exists() and self.config == default_config() != HERE / "config.py":
             offer_config(self.config)
         settings = load_settings(self.config)
@@ -2366,12 +2345,11 @@ class App:
 
     @functools.cached_property
     def ec2(self) -> Client:
-        """The EC2 client."""
         return open_client(self.settings, "ec2")
 
     @functools.cached_property
     def identity(self) -> Identity:
-        """The user's SSH key."""
+        """The user's SSH key; asks for its passphrase where it has one."""
         self.known_identity = found = load_identity(self.settings.key_file)
         return found
 
@@ -2409,7 +2387,6 @@ class App:
 
     @functools.cached_property
     def pool(self) -> NodePool:
-        """The connections to the nodes."""
         return NodePool(self.settings, self.identity)
 
     def explain(self, error: Exception) -> str:
@@ -2425,15 +2402,19 @@ class App:
         boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
         return boots and not node.public_ip and not self.settings.PRIVATE_NODES
 
-    # Whose nodes
+    def signed(self, nodes: Iterable[Node]) -> list[Node]:
+        """Return those of NODES that were launched with the user's key, as far as no passphrase is asked for."""
+        key = self.known_identity
+        return [node for node in nodes if key and is_ours(node, key)]
 
-    def key_pair(self, ec2: Client) -> str:
-        """Return the fingerprint of EC2's key pair KEYPAIR_NAME; "" where there is none, or it can't be looked up."""
+    def has_key_pair(self, ec2: Client) -> bool:
+        """Tell whether EC2's key pair KEYPAIR_NAME is the user's key, as far as that can be looked up."""
         if ec2 not in self.key_pairs:
-            self.key_pairs[ec2] = ""
+            self.key_pairs[ec2] = False
             with tolerate():
                 asked = {"KeyNames": [self.settings.KEYPAIR_NAME], "IncludePublicKey": True}
-                self.key_pairs[ec2] = fingerprint(ec2.describe_key_pairs(**asked)["KeyPairs"][0]["PublicKey"])
+                (pair,) = ec2.describe_key_pairs(**asked)["KeyPairs"]
+                self.key_pairs[ec2] = fingerprint(pair["PublicKey"]) == self.fingerprint
         return self.key_pairs[ec2]
 
     def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
@@ -2441,10 +2422,11 @@ class App:
         it, by their key pair's name: that stays, but whoever may launch can name it. Enough to end, not to connect.
         """
         key, name = self.known_identity, self.settings.KEYPAIR_NAME
-        named = [node for node in nodes if node.key_name == name]
-        if not (named and self.fingerprint and self.key_pair(ec2 or self.ec2) == self.fingerprint):
-            named = []
-        return [node for node in nodes if node in named or (key and is_ours(node, key))]
+        return [
+            node
+            for node in nodes
+            if (key and is_ours(node, key)) or (node.key_name == name and self.has_key_pair(ec2 or self.ec2))
+        ]
 
     def check_owner(self, group: str, nodes: Sequence[Node], others: bool = False, ec2: Client | None = None) -> None:
         """Refuse GROUP where all of its NODES were launched with another key, unless OTHERS' nodes are meant, too."""
@@ -2481,14 +2463,12 @@ class App:
     def running_groups(self, nodes: Sequence[Node], ec2: Client | None = None) -> dict[str, str]:
         """Return group -> "2 nodes, $1.05/h" of the user's that run, of NODES; everybody's without a key to tell."""
         mine = nodes if self.key_problem else self.launched(nodes, ec2)
-        groups: dict[str, list[Node]] = {}
-        for node in mine:
-            if node.state in ("pending", "running") and node.is_inside:
-                groups.setdefault(node.group, []).append(node)
-        costs = {name: format_cost(groups[name]) for name in sorted(groups)}
-        return {
-            name: f"{format_count(len(groups[name]), 'node')}{', ' if cost else ''}{cost}" for name, cost in costs.items()
-        }
+        running = [node for node in mine if node.state in ("pending", "running") and node.is_inside]
+        found = {}
+        for name in sorted({node.group for node in running}):
+            same = [node for node in running if node.group == name]
+            found[name] = ", ".join(filter(None, [format_count(len(same), "node"), format_cost(same)]))
+        return found
 
     def elsewhere(self, group: str | None) -> str:
         """Return what may be meant where nothing runs in GROUP: another group, swapped arguments, another region."""
@@ -2500,8 +2480,6 @@ class App:
         swapped = shlex.join(places.get(word, word) for word in words)
         advice = f"; did you mean {Call.program} {swapped}?" if other else did_you_mean(group or "", groups) or "."
         return f"{advice} Running here: {', '.join(f'{name} ({about})' for name, about in groups.items())}"
-
-    # Who may connect
 
     def sort_rules(self, group: SecurityGroup, cidr: str) -> tuple[list[Rule], list[Rule], list[Rule]]:
         """Return what GROUP has to let in and does not, this machine's rules for other addresses, and all others."""
@@ -2517,19 +2495,17 @@ class App:
 
     def repair_rules(self, group: SecurityGroup, cidr: str) -> None:
         """Let the nodes of GROUP, and this machine at CIDR, connect to them; close what was open to it before."""
-        missing, stale, _ = self.sort_rules(group, cidr)
+        ec2, (missing, stale, _) = self.ec2, self.sort_rules(group, cidr)
         for rule in missing:
             permission = rule.permission
             if rule.owner:
                 permission[rule.kind][0]["Description"] = rule.owner
-            add = functools.partial(
-                self.ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission]
-            )
+            add = functools.partial(ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission])
             with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
                 once_known(add)
         for rule in stale:
             with tolerate("InvalidPermission.NotFound"):
-                self.ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
+                ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
         if any(rule.owner for rule in stale):
             note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
 
@@ -2550,11 +2526,11 @@ class App:
 
         The look-ups are made side by side; a set-up cluster can do without that of this machine's address.
         """
-        where = self.where(group)
+        ec2, where = self.ec2, self.where(group)
         self.left = f"The nodes of {where} keep running and cost money; {command('terminateAll', group)} ends them."
         nodes, groups, cidr, _ = side_by_side(
-            lambda ec2=self.ec2: fetch_nodes(ec2, group),
-            lambda ec2=self.ec2: fetch_security_groups(ec2, group),
+            lambda: fetch_nodes(ec2, group),
+            lambda: fetch_security_groups(ec2, group),
             lambda: try_client_cidr(self.settings),
             lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
         )
@@ -2681,10 +2657,7 @@ def log_folder(group: str) -> Path:
     """Return (and make) the folder for the logs of GROUP's nodes."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
     folder = Path(base) / "mitsuba-cluster" / group
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ClusterError(f"the log folder {folder} can't be made: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -2712,7 +2685,6 @@ class OwnWords(click.Command):
         return super().parse_args(ctx, args[:end])
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        """Show them in the usage line."""
         return [*super().collect_usage_pieces(ctx), "[-- WORDS…]"]
 
 
@@ -2746,12 +2718,11 @@ class Number(click.ParamType):  # type: ignore[type-arg]
         self.low, self.high, self.whole, self.above = low, high, whole, above
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the number."""
         with contextlib.suppress(ValueError):
             number = (int if self.whole else float)(value)
             if self.low < number <= self.high or (number == self.low and not self.above):
                 return number
-        title = "it" if not param else param.opts[0] if isinstance(param, click.Option) else (param.name or "").upper()
+        title = param.opts[0] if isinstance(param, click.Option) else param.name.upper() if param and param.name else ""
         kind = "a whole number" if self.whole else "a number"
         span = f"above {self.low:g}, at most" if self.above else f"from {self.low:g} to"
         first = (ctx.params.get("instance_type") if ctx else None) or ""
@@ -2829,12 +2800,6 @@ def in_order(nodes: Iterable[Node]) -> list[Node]:
     return sorted(nodes, key=lambda node: (node.role != "head", node.age))
 
 
-def own_or_all(app: App, nodes: Sequence[Node]) -> list[Node]:
-    """Return those of NODES that were launched with the user's key; all where none was: anybody may tag a head."""
-    key = app.known_identity
-    return [node for node in nodes if key and is_ours(node, key)] or list(nodes)
-
-
 def find_node(app: App, name: str) -> Node:
     """Return our node that NAME means: "head", a short name, an address, or how its name or id begins.
 
@@ -2842,7 +2807,8 @@ def find_node(app: App, name: str) -> Node:
     """
     nodes = [node for node in fetch_nodes(app.ec2) if name and node.state in ALIVE]
     if name == "head":
-        found = own_or_all(app, [node for node in nodes if node.role == "head" and node.state == "running"])
+        heads = [node for node in nodes if node.role == "head" and node.state == "running"]
+        found = app.signed(heads) or heads
         found = [node for node in found if node.group == "default"] or found
     else:
         exact = [n for n in nodes if name in (n.id, n.public_name, n.public_ip, n.private_ip, n.short)]
@@ -2850,11 +2816,11 @@ def find_node(app: App, name: str) -> Node:
     if len(found) > 1:
         which = [f"{node.short} ({node.group}, {node.id})" for node in in_order(found)]
         more = f" or {len(which) - 3} more" if len(which) > 3 else ""
-        raise ClusterError(f"{printable(name)!r} may be {', '.join(which[:3])}{more}: name one of them by its id")
+        raise ClusterError(f"{name!r} may be {', '.join(which[:3])}{more}: name one of them by its id")
     if not found:
         is_group = "that is a group; " if any(node.group == name for node in nodes) else ""
         raise ClusterError(
-            f"no node {printable(name)!r} of this tool in {app.settings.AWS_REGION}; {is_group}see {command('status')}"
+            f"no node {name!r} of this tool in {app.settings.AWS_REGION}; {is_group}see {command('status')}"
             if name != "head"
             else f"no head node in {app.settings.AWS_REGION}; {command('start')} makes one"
         )
@@ -3885,7 +3851,7 @@ def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]
         raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
     text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
     parts = (text[at : at + TAG_LENGTH] for at in range(0, len(text), TAG_LENGTH))
-    return dict(zip(SIGNATURE_TAGS, parts))
+    return dict(zip(TAG_SIGNATURES, parts))
 
 
 def prepare(app: App, plan: Plan) -> dict[str, Any]:
@@ -5048,9 +5014,7 @@ def head_client(facts: Facts) -> str:
 
 def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
     """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
-    identity = app.known_identity
-    heads = [node for node in nodes if node.role == "head" and node.state == "running"]
-    for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
+    for head in app.signed([node for node in nodes if node.role == "head" and node.state == "running"])[:1]:
         future = app.pool.submit(head, fetch_facts, limit=limit)
         app.pool.wait([future], limit)
         if future.done() and future.result().ok:
@@ -6017,7 +5981,7 @@ def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked
             lines.append(f"{node.name}: {not_ours(node)}")
     for request in live(group.requests):
         lines.append(f"Spot request {request.id}: {request.state} ({request.status}) {request.node_id}".rstrip())
-    mine = own_or_all(app, present)
+    mine = app.signed(present) or present  # anybody may tag a head
     if heads := [node for node in mine if node.role == "head"]:
         lines.append(f"Head node: {paint(heads[0].name, bold=True)}")
     elif any(node.role == "worker" for node in mine):
@@ -6051,7 +6015,7 @@ def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str
             for node in group.nodes
         ],
         "spot_requests": [request._asdict() for request in group.requests],
-        "head": next((node.name for node in own_or_all(app, group.present) if node.role == "head"), None),
+        "head": next((node.name for node in app.signed(group.present) or group.present if node.role == "head"), None),
         "totals": totals(group.present),
     }
 
@@ -6910,7 +6874,7 @@ def cancel_spot(app: App, name: str) -> None:
     """Cancel one spot request."""
     found = [request for request in our_requests(app) if request.id == name]
     if not found:
-        raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
+        raise ClusterError(f"no spot request {name!r} of this tool in {app.settings.AWS_REGION}")
     if found[0].state not in ("open", "active"):
         raise ClusterError(f"spot request {name} is {found[0].state} already")
     cancel_requests(app, found)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import cluster
 from tests.ranges import RangeServer, run_sync
+from tests.support import LAUNCHED
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 NASTY = ["; rm -rf /", "$(reboot)", "`id`", "-rf", "--", "a b", "\n", "☃", "'", '"', "\x1b[2J", "..", "%s", "x" * 1000]
@@ -67,7 +68,7 @@ def test_arguments(nowhere: Path, arguments: list[str]) -> None:
 
 
 values = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()) | st.binary()
-names = st.sampled_from([name for name in cluster.Settings._fields if name.isupper()])
+names = st.sampled_from(list(cluster.CHECKS))
 
 
 @SHARED
@@ -103,6 +104,7 @@ def test_tags_of_others(given_tags: dict[str, str], state: str, reason: str) -> 
     raw = {
         "InstanceId": "i-1",
         "State": {"Name": state},
+        "LaunchTime": LAUNCHED,
         "StateReason": {"Code": "Server.Odd", "Message": reason},
         "Tags": [{"Key": key, "Value": value} for key, value in given_tags.items()],
     }

@@ -20,7 +20,7 @@ import paramiko
 import pytest
 
 import cluster
-from tests.support import LocalCloud, free_port, wait_until
+from tests.support import LocalCloud, free_port, make_node, wait_until
 
 SIZE = 4_000_000
 PATIENT: dict[str, float] = {
@@ -279,7 +279,7 @@ def test_a_node_that_freezes_while_it_is_fed_from_here_is_given_up(which: str, m
         raise cluster.SilentNode("is silent")
 
     monkeypatch.setattr(cluster, "fetch_step", fetch)
-    node, transport = cluster.to_node({"InstanceId": "i-1", "State": {"Name": "running"}}), Frozen(which)
+    node, transport = make_node("i-1"), Frozen(which)
     spread = cluster.Spread(".", [], [], 1)
     pool = cluster.NodePool(cluster.Settings(), None)  # type: ignore[arg-type]
     pool.remotes[node.id] = cluster.Remote(node, transport)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import pytest
 
 import cluster
 from tests.ranges import RangeServer, range_server, run_sync
+from tests.support import make_node
 
 PART = cluster.RANGE_SIZE
 
@@ -190,7 +191,7 @@ class LocalRemote(cluster.Remote):
     """Runs a node's programs on this machine, or says SAID in their place."""
 
     def __init__(self, said: bytes | None = None, code: int = 0) -> None:
-        self.node: Any = cluster.to_node({"InstanceId": "i-1", "State": {"Name": "running"}})
+        self.node: Any = make_node("i-1")
         self.said, self.code = said, code
 
     def run(self, *command: Any, **options: Any) -> tuple[int, str]:
