@@ -3170,9 +3170,12 @@ def watch_ends() -> subprocess.Popen[bytes]:
 
 def has_left(ends: subprocess.Popen[bytes]) -> bool:
     """Tell whether a connection has ended, since this was asked last, that brought more than a handshake."""
-    text = ends.stdout.read() if ends.stdout else b""
+    if not ends.stdout or ends.stdout.closed:
+        return False
+    text = ends.stdout.read()  # None: nothing new
     if text == b"":
-        sys.exit("ss has ended")  # systemd starts this program again
+        print(f"ss has ended ({ends.wait()}): short visits of clients are not noticed any more")
+        ends.stdout.close()
     return any(int(count) > HANDSHAKE_BYTES for count in re.findall(rb"bytes_received:(\d+)", text or b""))
 
 
@@ -3417,6 +3420,8 @@ ProtectSystem=strict
 [Install]
 WantedBy=multi-user.target
 """
+# Ubuntu 26.04's stdbuf writes there.
+PrivateTmp=yes
 
 # $1 the guard as base64 of gzip, $2 its unit, $3 minutes that a node may be idle. At every boot: later ones keep what
 # start has put in its place.
