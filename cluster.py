@@ -746,6 +746,7 @@ class InstanceType(NamedTuple):
     burstable: bool
     gbits: float = 0  # a second, that its first network card has at all times; 0: unknown
 
+    tracks: int = 0  # seconds that its security groups remember a silent TCP connection; 0: not told
 
 class SpotRequest(NamedTuple):
     """A spot request of ours."""
@@ -963,6 +964,7 @@ def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
         raise ClusterError(f"{ec2.meta.region_name} has no instance type {name!r}{advice}")
     raw = types[0]
     return InstanceType(
+    network = raw.get("NetworkInfo", {})
         type=name,
         architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
         boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
@@ -970,7 +972,8 @@ def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
         cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
         encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
         burstable=raw.get("BurstablePerformanceSupported", False),
-        gbits=raw.get("NetworkInfo", {}).get("NetworkCards", [{}])[0].get("BaselineBandwidthInGbps", 0),
+        gbits=network.get("NetworkCards", [{}])[0].get("BaselineBandwidthInGbps", 0),
+        tracks=network.get("ConnectionTrackingConfiguration", {}).get("DefaultTcpEstablishedTimeout", 0),
     )
 
 
@@ -3480,6 +3483,7 @@ TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of a
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
 
+TRACKED = 86400  # seconds that a node's security groups shall at least remember a silent TCP connection
 # https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
 KMS_HINT = (
     " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
@@ -3988,11 +3992,12 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
         "InstanceType": request.type,
         "KeyName": settings.KEYPAIR_NAME,
         "UserData": make_user_data(private, public, plan.hours, plan.idle),
-        "NetworkInterfaces": [
-            {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
-        ],
+        "NetworkInterfaces": [interface],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
+    interface = {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
+    if plan.type.tracks and plan.type.tracks < TRACKED:  # else a head's links die between two renders
+        interface["ConnectionTrackingSpecification"] = {"TcpEstablishedTimeout": TRACKED}
         "BlockDeviceMappings": [
             {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})}
         ],
