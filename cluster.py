@@ -3507,6 +3507,7 @@ class Image(NamedTuple):
     root_gb: int
     name: str
 
+    other_devices: tuple[str, ...] = ()  # of its other EBS volumes
 
 class LaunchRequest(NamedTuple):
     """What the user asked createNodes for."""
@@ -3677,6 +3678,7 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
     )
 
 
+        other_devices=tuple(device for device, ebs in disks.items() if ebs and device != root),
 def check_image(wanted: InstanceType, image: Image) -> None:
     """Refuse an image that can't boot on the instance type."""
     if image.architecture not in wanted.architectures:
@@ -3999,7 +4001,8 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
     if plan.type.tracks and plan.type.tracks < TRACKED:  # else a head's links die between two renders
         interface["ConnectionTrackingSpecification"] = {"TcpEstablishedTimeout": TRACKED}
         "BlockDeviceMappings": [
-            {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})}
+            {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})},
+            *({"DeviceName": device, "Ebs": {"DeleteOnTermination": True}} for device in plan.image.other_devices),
         ],
         "TagSpecifications": [
             {"ResourceType": kind, "Tags": [{"Key": name, "Value": value} for name, value in tags.items()]}
