@@ -633,7 +633,8 @@ def explain(error: Exception) -> str:
     if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
         role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
         return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
-    if code in CREDENTIAL_CODES:
+    # RunInstances comes after calls that were granted: there they are about the image, and AWS's text names the cure.
+    if code in CREDENTIAL_CODES and action != "RunInstances":
         region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
         check = f"check AWS_PROFILE, `aws configure`, or {Call.settings}{region if code in REGION_CODES else ''}"
         return f"AWS refuses these credentials ({code}): {check}"
