@@ -6564,6 +6564,8 @@ def sync_nodes(
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
 
     whole = {node.id: size for node in nodes}  # bytes that each lacks, as far as known
+            if "InvalidObjectState" in str(error):
+                raise NodeError(f"{error}; the object is archived: restore it in S3, then run this again") from error
 
     def step(remote: Remote) -> str:
         def show(moved: int, of: int) -> None:
@@ -6629,6 +6631,12 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     of names there, and every node gets all of those. Where S3_PATH is not set, NAME is sent to one node, and from there
     to the others.
     """
+    if s3.meta.region_name != app.settings.AWS_REGION:
+        size = format_size(len(nodes) * sum(one.size for one in objects.values()))
+        warn(
+            f"the bucket is in {s3.meta.region_name}, the nodes in {app.settings.AWS_REGION}: AWS bills what they "
+            f"fetch, up to {size} in all, at $0.02 a GB (from some regions more)"
+        )
     files = plan_files(name, app.settings, app.config)
     if not yes:
         confirm_size(name, files)
