@@ -746,8 +746,8 @@ class InstanceType(NamedTuple):
     encrypts: bool
     burstable: bool
     gbits: float = 0  # a second, that its first network card has at all times; 0: unknown
-
     tracks: int = 0  # seconds that its security groups remember a silent TCP connection; 0: not told
+
 
 class SpotRequest(NamedTuple):
     """A spot request of ours."""
@@ -964,8 +964,8 @@ def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
         advice = near or "; see https://aws.amazon.com/ec2/instance-types/"
         raise ClusterError(f"{ec2.meta.region_name} has no instance type {name!r}{advice}")
     raw = types[0]
-    return InstanceType(
     network = raw.get("NetworkInfo", {})
+    return InstanceType(
         type=name,
         architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
         boot_modes=tuple(raw.get("SupportedBootModes", ("legacy-bios",))),
@@ -3420,12 +3420,12 @@ RuntimeDirectoryPreserve=yes
 NoNewPrivileges=yes
 ProtectHome=yes
 ProtectSystem=strict
+# Ubuntu 26.04's stdbuf writes there.
+PrivateTmp=yes
 
 [Install]
 WantedBy=multi-user.target
 """
-# Ubuntu 26.04's stdbuf writes there.
-PrivateTmp=yes
 
 # $1 the guard as base64 of gzip, $2 its unit, $3 minutes that a node may be idle. At every boot: later ones keep what
 # start has put in its place.
@@ -3483,8 +3483,8 @@ QUOTAS = {
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
-
 TRACKED = 86400  # seconds that a node's security groups shall at least remember a silent TCP connection
+
 # https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
 KMS_HINT = (
     " (may you use the KMS key by which your account encrypts disks? kms:CreateGrant, kms:Decrypt, kms:DescribeKey, "
@@ -3507,8 +3507,8 @@ class Image(NamedTuple):
     root_device: str
     root_gb: int
     name: str
-
     other_devices: tuple[str, ...] = ()  # of its other EBS volumes
+
 
 class LaunchRequest(NamedTuple):
     """What the user asked createNodes for."""
@@ -3573,6 +3573,7 @@ forget_image() {
 }
 
 guard_metadata() {
+  command -v nft > /dev/null || command -v iptables > /dev/null || return 0  # whoever uses the node warns of that
   nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
 table inet mitsuba_metadata
 delete table inet mitsuba_metadata
@@ -3608,8 +3609,9 @@ set_deadline "$1"
 exit $((guarded | $?))
 """
 
-# As root: fails where the rules of BOOT for the metadata service are not there.
+# As root: fails where the rules of BOOT for the metadata service are not there; says so where no program can make them.
 CHECK_METADATA_RULES = """
+command -v nft > /dev/null || command -v iptables > /dev/null || { echo "no firewall"; exit 0; }
 nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
   iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
@@ -3676,10 +3678,10 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
         root_device=root,
         root_gb=disks.get(root, {}).get("VolumeSize", 0),
         name=printable(raw.get("Name", "")),
+        other_devices=tuple(device for device, ebs in disks.items() if ebs and device != root),
     )
 
 
-        other_devices=tuple(device for device, ebs in disks.items() if ebs and device != root),
 def check_image(wanted: InstanceType, image: Image) -> None:
     """Refuse an image that can't boot on the instance type."""
     if image.architecture not in wanted.architectures:
@@ -3949,8 +3951,13 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        # "set -e": else cloud-init, which makes one script of them, would see the last one's exit code only.
-        "bootcmd": ["set -e", ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
+        # One script for cloud-init, which sees its exit code: the guard ends an idle node even where BOOT fails.
+        "bootcmd": [
+            ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))],
+            "booted=$?",
+            *guard_at_boot(idle_minutes),
+            "exit $((booted | $?))",
+        ],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -3990,6 +3997,9 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
     tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
     size = max(settings.ROOT_VOLUME_GB, plan.image.root_gb)
     disk = {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True}
+    interface = {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
+    if plan.type.tracks and plan.type.tracks < TRACKED:  # else a head's links die between two renders
+        interface["ConnectionTrackingSpecification"] = {"TcpEstablishedTimeout": TRACKED}
     parameters: dict[str, Any] = {
         "ImageId": plan.image.id,
         "InstanceType": request.type,
@@ -3998,9 +4008,6 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
         "NetworkInterfaces": [interface],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
-    interface = {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
-    if plan.type.tracks and plan.type.tracks < TRACKED:  # else a head's links die between two renders
-        interface["ConnectionTrackingSpecification"] = {"TcpEstablishedTimeout": TRACKED}
         "BlockDeviceMappings": [
             {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})},
             *({"DeviceName": device, "Ebs": {"DeleteOnTermination": True}} for device in plan.image.other_devices),
@@ -4088,9 +4095,21 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
     return nodes, why or "no zone had capacity"
 
 
+@functools.cache
+def warn_of_image() -> None:
+    """Warn, once for all nodes, of an image that can't keep a node's programs from the metadata service."""
+    warn("the nodes' image has neither nft nor iptables, so any program on a node can read its host key")
+
+
 def check_metadata_rules(remote: Remote) -> None:
     """Refuse a node whose boot script could not keep its programs from the metadata service."""
-    if remote.run(root_command("check-metadata-rules", CHECK_METADATA_RULES))[0]:
+    code, output = remote.run(root_command("check-metadata-rules", CHECK_METADATA_RULES))
+    if "no firewall" in output:
+        with OUTPUT:
+            warn_of_image()
+    elif "sudo" in output:
+        raise NodeError(f"SSH_USER can't become root there without a password: {output.strip()}")
+    elif code:
         raise NodeError(
             "its rules for the metadata service are missing, so any program on it could read its host key: "
             f"{command('terminate', remote.node.id)} ends it"
@@ -6545,6 +6564,8 @@ def bring_from_s3(
         try:
             return fetch_step(data, wanted, tally, remote)
         except FetchError as error:
+            if "InvalidObjectState" in str(error):
+                raise NodeError(f"{error}; the object is archived: restore it in S3, then run this again") from error
             if error.status not in (401, 403):
                 raise
             if tally.moved == tally.before:
@@ -6564,8 +6585,6 @@ def sync_nodes(
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
 
     whole = {node.id: size for node in nodes}  # bytes that each lacks, as far as known
-            if "InvalidObjectState" in str(error):
-                raise NodeError(f"{error}; the object is archived: restore it in S3, then run this again") from error
 
     def step(remote: Remote) -> str:
         def show(moved: int, of: int) -> None:
@@ -6612,6 +6631,12 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     for one in objects.values():
         if not one.digest:
             note(f"{one.path}: will be verified by its size, not by hash (it has none in S3)")
+    if s3.meta.region_name != app.settings.AWS_REGION:
+        size = format_size(len(nodes) * sum(one.size for one in objects.values()))
+        warn(
+            f"the bucket is in {s3.meta.region_name}, the nodes in {app.settings.AWS_REGION}: AWS bills what they "
+            f"fetch, up to {size} in all, at $0.02 a GB (from some regions more)"
+        )
     sign_all = functools.partial(sign, s3, bucket, objects)
     bring = functools.partial(bring_from_s3, app.settings.DATA_DIR, sign_all(), sign_all)
     sync_nodes(app, nodes, list(objects.values()), bring)
@@ -6631,12 +6656,6 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
     of names there, and every node gets all of those. Where S3_PATH is not set, NAME is sent to one node, and from there
     to the others.
     """
-    if s3.meta.region_name != app.settings.AWS_REGION:
-        size = format_size(len(nodes) * sum(one.size for one in objects.values()))
-        warn(
-            f"the bucket is in {s3.meta.region_name}, the nodes in {app.settings.AWS_REGION}: AWS bills what they "
-            f"fetch, up to {size} in all, at $0.02 a GB (from some regions more)"
-        )
     files = plan_files(name, app.settings, app.config)
     if not yes:
         confirm_size(name, files)
