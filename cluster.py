@@ -731,20 +731,16 @@ class SpotRequest(NamedTuple):
     node_id: str
 
 
-class Rule(NamedTuple):
-    """One way into a security group, as EC2 has it, and the description that its owner gave it."""
+@dataclass(frozen=True)
+class Rule:
+    """One way into a security group; as in EC2, two are the same whatever the owner's description says."""
 
     protocol: str
     first: int | None  # port; None where the protocol has no ports
     last: int | None
     kind: str  # one of SOURCES
     source: str
-    owner: str = ""
-
-    @property
-    def way(self) -> tuple[Any, ...]:
-        """What EC2 tells rules apart by: all but the description."""
-        return self[:-1]
+    owner: str = field(default="", compare=False)
 
     @property
     def permission(self) -> dict[str, Any]:
@@ -2505,11 +2501,10 @@ class App:
         ports = [settings.SSH_PORT, SERVER_PORT] if settings.PUBLIC_SERVER_PORT else [settings.SSH_PORT]
         wanted = [Rule("tcp", port, port, "IpRanges", cidr, self.rule_owner) for port in ports]
         wanted += [Rule("tcp", port, port, "UserIdGroupPairs", group.id) for port in (SERVER_PORT, PASS_ON_PORT)]
-        present, ways = {rule.way for rule in group.rules}, {rule.way for rule in wanted}
-        others = [rule for rule in group.rules if rule.way not in ways]
-        older = ("-1", None, None, "UserIdGroupPairs", group.id)  # what older versions made for the nodes
-        stale = [rule for rule in others if rule.owner == self.rule_owner or rule.way == older]
-        return [rule for rule in wanted if rule.way not in present], stale, [r for r in others if r not in stale]
+        others = [rule for rule in group.rules if rule not in wanted]
+        older = Rule("-1", None, None, "UserIdGroupPairs", group.id)  # what older versions made for the nodes
+        stale = [rule for rule in others if rule == older or rule.owner == self.rule_owner]
+        return [rule for rule in wanted if rule not in group.rules], stale, [r for r in others if r not in stale]
 
     def repair_rules(self, group: SecurityGroup, cidr: str) -> None:
         """Let the nodes of GROUP, and this machine at CIDR, connect to them; close what was open to it before."""
@@ -2649,13 +2644,13 @@ class Tool(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command inside the boundary."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)
+        signal.signal(signal.SIGTERM, on_terminate)
+        app = ctx.obj = App(ctx.params["config"] or default_config())
         try:
             with plain_usage():
                 return super().invoke(ctx)
         except (KeyboardInterrupt, click.Abort, Terminated) as error:
-            note(f"Interrupted. {ctx.obj.left if isinstance(ctx.obj, App) else ''}".strip())
+            note(f"Interrupted. {app.left}".strip())
             os._exit(143 if isinstance(error, Terminated) else 130)  # at once: threads may still wait for nodes
         except ModuleNotFoundError as error:
             raise ClusterError(MISSING.format(name=error.name)) from error
@@ -2666,7 +2661,7 @@ class Tool(click.Group):
         except Exception as error:
             if not type(error).__module__.startswith(("botocore", "boto3", "s3transfer")):
                 raise
-            raise ClusterError(ctx.obj.explain(error) if isinstance(ctx.obj, App) else explain(error)) from error
+            raise ClusterError(app.explain(error)) from error
         finally:
             draw()
 
@@ -2802,9 +2797,8 @@ def cli(ctx: click.Context, config: Path | None) -> None:
     """
     given = ctx.get_parameter_source("config") is click.core.ParameterSource.COMMANDLINE
     Call.options = ("--config", shlex.quote(str(config))) if given else ()
-    path = config or default_config()
+    path = ctx.obj.config
     Call.settings = path.name if path.parent == Path.cwd() else str(path)
-    ctx.obj = App(path)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 
@@ -3685,7 +3679,7 @@ def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
     """Return what GROUP lets in for other machines with the user's key; refuse what others have added."""
     _, _, rules = app.sort_rules(group, cidr)
     key = app.rule_owner.rpartition(" ")[0]
-    one_port = [r for r in rules if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
+    one_port = [r for r in rules if r == Rule("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
     if len([rule for rule in one_port if rule.owner.startswith(f"{key} ")]) < len(rules):
         raise ClusterError(f"nothing is launched: {describe_rules(app.ec2, group, rules)}")
     return rules
