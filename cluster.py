@@ -1149,7 +1149,19 @@ def from_agent(path: Path) -> Identity | None:
 
     shown = read_fingerprint(path)
     held = paramiko.Agent().get_keys() if shown else ()
-    return next((to_identity(key) for key in held if key.fingerprint == shown), None)
+    key: Any = next((key for key in held if key.fingerprint == shown), None)
+    if not key:
+        return None
+    signs, signing = key.sign_ssh_data, threading.Lock()
+
+    def sign_alone(*what: Any) -> Any:
+        with (
+            signing
+        ):  # the nodes' threads share the connection to the agent: each would take the next answer for its own
+            return signs(*what)
+
+    key.sign_ssh_data = sign_alone
+    return to_identity(key)
 
 
 def load_identity(path: Path, may_ask: bool = True) -> Identity:
