@@ -3084,7 +3084,7 @@ def ask_address(address: str, build: str, most_cores: int) -> Answer:
         return Answer(True, "is another build of Mitsuba than this node's")
     except (OSError, EOFError, ValueError) as error:
         return Answer(False, f"does not answer: {error}", refuses=isinstance(error, ConnectionRefusedError))
-    wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
+    wrong = f"announces {cores} cores, and its node has {most_cores}" if not 0 < cores <= most_cores else ""
     return Answer(True, wrong, relays=name.startswith(RELAY) and not wrong)
 
 
@@ -5016,17 +5016,20 @@ class StartPlan(NamedTuple):
     force: bool = False  # whatever client there is
     tree: bool = False  # link in two levels
 
-    def most_cores(self, node: Node) -> int:
-        """Return how many cores a node's own server may announce."""
-        return (node.type in self.types and self.types[node.type].cores) or MOST_CORES
+    def most_cores(self, worker: Outcome[Served]) -> int:
+        """Return how many cores a worker's own server may announce: its type's, or more where it says to have more."""
+        kind, own = worker.node.type, worker.value.facts.cores if worker.ok else 0
+        return max(own, (kind in self.types and self.types[kind].cores) or MOST_CORES)
 
     def node_plan(self, role: str, node: Node, build: str, **more: Any) -> dict[str, Any]:
         """Return the plan for a node's guard."""
         return {"role": role, "build": build, "own": node.private_ip, "head": self.head.private_ip} | more
 
-    def head_plan(self, build: str, workers: Sequence[Node], branches: dict[str, list[str]]) -> dict[str, Any]:
+    def head_plan(
+        self, build: str, workers: Iterable[Outcome[Served]], branches: dict[str, list[str]]
+    ) -> dict[str, Any]:
         """Return the plan for the head's guard: these WORKERS, each with the most cores that it may announce."""
-        most = {node.private_ip: self.most_cores(node) for node in workers}
+        most = {one.node.private_ip: self.most_cores(one) for one in workers}
         for one in branches:
             most[one] = min(MOST_CORES, most[one] + sum(most.get(worker, MOST_CORES) for worker in branches[one]))
         return self.node_plan("head", self.head, build, workers=most, branches=branches)
@@ -5180,11 +5183,10 @@ def worker_step(plan: StartPlan, remote: Remote) -> Served:
         return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
         configure_node(remote, plan.guard, guard_plan)
-    if not 0 < cores <= plan.most_cores(node):
-        raise NodeError(
-            f"its mtssrv announces {format_count(cores, 'core')}, and {node.type} has {plan.most_cores(node)}"
-        )
-    return Served(facts, cores, action)
+    served = Outcome(node, Served(facts, cores, action))
+    if not 0 < cores <= (most := plan.most_cores(served)):
+        raise NodeError(f"its mtssrv announces {format_count(cores, 'core')}, and the node has {most}")
+    return served.value
 
 
 def branch_step(
@@ -5198,7 +5200,7 @@ def branch_step(
     guard_plan = plan.node_plan("worker", node, facts.build)
     action = f"with {format_count(len(workers), 'worker')} of its own, " if workers else ""
     if workers:
-        guard_plan["workers"] = {one: plan.most_cores(good[one].node) if one in good else MOST_CORES for one in workers}
+        guard_plan["workers"] = {one: plan.most_cores(good[one]) if one in good else MOST_CORES for one in workers}
         cores = plan_head_cores(facts.cores) + sum(good[one].value.cores for one in workers if one in good)
         relay = links_unit(f"{RELAY}{address}", address, facts.cores)
     if plan.client or (offered == cores and set(facts.linked) == set(workers)):
@@ -5225,7 +5227,7 @@ def head_step(
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    guard_plan = plan.head_plan(facts.build, [one.node for one in good], branches)
+    guard_plan = plan.head_plan(facts.build, good, branches)
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
@@ -5235,7 +5237,7 @@ def head_step(
         return Served(facts, cores, "serves already")
     if offered is not None and not plan.force and (client := describe_client(facts)):
         # A linked worker that SSH can't reach is still the guard's to watch.
-        kept = [one.node for one in workers if one.ok or one.node.private_ip in facts.linked]
+        kept = [one for one in workers if one.ok or one.node.private_ip in facts.linked]
         configure_node(remote, plan.guard, plan.head_plan(facts.build, kept, branches))
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
@@ -5298,7 +5300,7 @@ def link_branches(
         branches = now
     elif asked.ok and asked.value.role == "head":
         # First, since it loses its links to them, and its guard is to link nobody twice then.
-        guard_plan = plan.head_plan(build, [one.node for one in good.values()], branches)
+        guard_plan = plan.head_plan(build, good.values(), branches)
         app.pool.each([looked.node], lambda remote: configure_node(remote, plan.guard, guard_plan))
     for some in (now.keys() - branches.keys(), branches.keys()):  # a former sub-head may be another's worker
         heads = [good[own].node for own in some]

@@ -561,6 +561,21 @@ def trouble(step: str, how: str) -> Callable[[ProcessNode], Awaitable[None]]:
 
     return spoil
 
+async def forbid_forwarding(node: ProcessNode) -> None:
+    """Let sshd_config have AllowTcpForwarding no."""
+    node.forwards = False
+
+
+async def allow_one_session(node: ProcessNode) -> None:
+    """Let sshd_config have MaxSessions 1."""
+    node.most_sessions = 1
+
+
+async def grow(node: ProcessNode) -> None:
+    """Let the node have more cores than any instance type of the tests."""
+    node.cores = 100
+
+
 
 # What can go wrong with a node, for `python -m tests.localcloud fault WHAT NODE`.
 FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
@@ -588,6 +603,9 @@ ACTS: dict[str, Act] = {
     "facts": facts,
     "install": install,
     "start-server": start_server,
+    "many-cores": grow,
+    "one-session": allow_one_session,
+    "no-forwarding": forbid_forwarding,
     "server-log": server_log,
     "journal": journal,
     "extend": extend,
