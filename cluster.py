@@ -1097,6 +1097,7 @@ CLOUD_INIT_LIMIT = 600
 MARK_PATH = "/run/mitsuba-cluster/in-use"  # commands at work hold it open; touched, a node's idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
+SESSION_LIMIT = 5  # for sshd, which refuses one session more, to end the one before
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 
 
@@ -1155,9 +1156,7 @@ def from_agent(path: Path) -> Identity | None:
     signs, signing = key.sign_ssh_data, threading.Lock()
 
     def sign_alone(*what: Any) -> Any:
-        with (
-            signing
-        ):  # the nodes' threads share the connection to the agent: each would take the next answer for its own
+        with signing:  # the nodes' threads share one connection: each takes the next answer for its own
             return signs(*what)
 
     key.sign_ssh_data = sign_alone
@@ -1447,7 +1446,7 @@ class Remote:
         import paramiko
 
         try:
-            channel = self.transport.open_session(timeout=LIVENESS_LIMIT)
+            channel = self.open_session()
             try:
                 yield channel
             finally:
@@ -1456,6 +1455,19 @@ class Remote:
             raise SilentNode("does not answer any more") from None
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
+
+    def open_session(self) -> paramiko.Channel:
+        """Open a session; sshd, which may allow few at once (MaxSessions), ends the one before a moment late."""
+        import paramiko
+
+        deadline = time.monotonic() + SESSION_LIMIT
+        while True:
+            try:
+                return self.transport.open_session(timeout=LIVENESS_LIMIT)
+            except paramiko.ChannelException:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def execute(self, channel: paramiko.Channel, line: str) -> None:
         """Start a command LINE."""
@@ -1500,6 +1512,8 @@ class Remote:
                 try:
                     with self.awaiting_reply():  # its own limit does not count while another thread's write is stuck
                         self.transport.open_session(timeout=LIVENESS_LIMIT).close()
+                except paramiko.ChannelException:
+                    pass  # sshd allows one only, and shows its life by saying so
                 except (paramiko.SSHException, EOFError):
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
@@ -4874,6 +4888,7 @@ SCENE_GBITS = 4  # of 500 MB
 HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
 
 
+PROHIBITED = 1  # why sshd opens no channel: SSH_OPEN_ADMINISTRATIVELY_PROHIBITED of RFC 4254
 NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 
@@ -5056,7 +5071,7 @@ def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
 
 
 def ask_server(remote: Remote, build: str) -> int:
-    """Return the cores that a node's server offers; NodeError where it does not answer."""
+    """Return the cores that a node's server offers; NodeError where it does not answer, ClusterError if none can."""
     import paramiko
 
     try:
@@ -5068,6 +5083,10 @@ def ask_server(remote: Remote, build: str) -> int:
     except ValueError as error:
         raise NodeError(str(error)) from None
     except (paramiko.SSHException, OSError, EOFError) as error:
+        if isinstance(error, paramiko.ChannelException) and error.code == PROHIBITED:
+            raise ClusterError(  # no NodeError: another try does not help
+                "its sshd forbids forwarding (AllowTcpForwarding in /etc/ssh/sshd_config), which this tool needs"
+            ) from None
         raise NodeError("its mtssrv does not answer") from error
 
 
