@@ -1403,13 +1403,13 @@ class Remote:
         line: str,
         limit: float | None = None,
         stdin: Iterable[bytes] = (),
-        sink: Callable[[bytes], object] | None = None,
+        sink: Callable[[bytes], object] = lambda lines: None,
         keep: int = OUTPUT_TAIL,
     ) -> tuple[int, str]:
         """Run a command LINE; return (exit code, or -1: killed; the last KEEP bytes of its output, stderr merged in).
 
-        SINK gets all of the output as it comes. NodeError after LIMIT seconds (None: STEP_LIMIT), when the node does
-        not answer any more, or when the connection breaks.
+        SINK gets all of the output as it comes, in whole lines (unless they are of megabytes). NodeError after LIMIT
+        seconds (None: STEP_LIMIT), when the node does not answer any more, or when the connection breaks.
         """
         deadline = time.monotonic() + (STEP_LIMIT if limit is None else limit)
         with self.session() as channel:
@@ -1417,11 +1417,17 @@ class Remote:
             channel.settimeout(SILENCE_LIMIT)
             self.execute(channel, line)
             self.feed(channel, stdin)
-            tail = b""
-            while block := self.receive(channel, deadline):
-                if sink:
-                    sink(block)
-                tail = (tail + block)[-keep:]
+            tail = rest = b""
+            try:
+                while block := self.receive(channel, deadline):
+                    tail = (tail + block)[-keep:]
+                    rest += block
+                    if end := rest.rfind(b"\n") + 1 or len(rest) // MIB * MIB:
+                        sink(rest[:end])
+                        rest = rest[end:]
+            finally:
+                if rest:
+                    sink(rest)
             if not channel.status_event.wait(LIVENESS_LIMIT):
                 raise TimeoutError
             code = channel.recv_exit_status()
@@ -2088,20 +2094,6 @@ def read_report(line: bytes) -> dict[str, Any]:
     raise NodeError(f"sends a malformed report: {line[:80].decode('utf-8', 'replace')}")
 
 
-def by_line(take: Callable[[bytes], object]) -> Callable[[bytes], None]:
-    """Return what takes a command's output as it comes, and hands TAKE each line that is complete."""
-    rest = b""
-
-    def cut(block: bytes) -> None:
-        nonlocal rest
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            take(line)
-        rest = rest[-MIB:]  # no line of ours is so long
-
-    return cut
-
-
 @dataclass
 class Tally:
     """Adds up what several tries bring to a node; SHOW hears the bytes that have come, and of how many."""
@@ -2120,15 +2112,16 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], tally: Tally, remote: Remo
     """Let a node fetch files into FOLDER, once more. PATIENCE: other tries of a range, and timeout."""
     last: dict[str, Any] = {}
 
-    def hear(line: bytes) -> None:
-        last.update(read_report(line))
-        if last.keys() >= {"moved", "lacking"}:
-            tally.count(last["moved"], last["lacking"])
+    def hear(lines: bytes) -> None:
+        for line in lines.splitlines():
+            last.update(read_report(line))
+            if last.keys() >= {"moved", "lacking"}:
+                tally.count(last["moved"], last["lacking"])
 
     tally.before = tally.moved
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
-    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=by_line(hear))
+    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
         raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
@@ -2514,7 +2507,7 @@ class App:
         """Return what may be meant where nothing runs in GROUP: another group, swapped arguments, another region."""
         groups = self.running_groups(fetch_nodes(self.ec2))
         if not groups:
-            return f"; {command('status', '--all-regions')} looks in every region"
+            return f"; {command('status', '--all-regions')} shows every region"
         words, other = sys.argv[1:], next((name for name in groups if name != group and name in sys.argv[1:]), "")
         places = {group: other, other: group or ""}
         swapped = shlex.join(places.get(word, word) for word in words)
@@ -2892,6 +2885,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 
 others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 type_argument = click.argument("instance_type", metavar="TYPE")
 
 
@@ -4799,11 +4793,11 @@ def install_step(
     arguments.append(node_program(learn_build))
     tell = functools.partial(progress.step, remote.node)
 
-    def hear(line: bytes) -> None:
-        if line.startswith(b"step: "):
-            tell(printable(line[6:30].decode("utf-8", "replace")))
+    def hear(lines: bytes) -> None:
+        log.write(lines)
+        for step in re.findall(rb"^step: (.{0,24})", lines, re.M):
+            tell(printable(step.decode("utf-8", "replace")))
 
-    steps = by_line(hear)
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
             os.fchmod(log.fileno(), 0o600)  # one of an older version
@@ -4823,9 +4817,7 @@ def install_step(
             source = spread.wanted[0].path if spread else package.source
             lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
             run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(
-                run, limit=INSTALL_LIMIT, stdin=[lines], sink=lambda block: (log.write(block), steps(block))
-            )
+            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=hear)
     except OSError as error:
         raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
     version = re.search(r"^version (\S+)$", output, re.M)
@@ -6895,8 +6887,8 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     if not found and not problems:
         where = "any region" if all_regions else home
         if not all_groups:
-            look = "" if all_regions else f"; {command('status', '--all-regions')} looks in every region"
-            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{look}")
+            advice = "" if all_regions else f"; {command('status', '--all-regions')} shows every region"
+            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{advice}")
         note(f"Nothing to terminate: you have no group in {where}")
     if problems:
         raise ClusterError("; ".join(problems))
@@ -6941,7 +6933,7 @@ def format_plot(values: Sequence[float], width: int) -> str:
 
 @cli.command("spotPrices")
 @type_argument
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_obj
 def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
     """Show the last day's spot prices of TYPE, per zone."""
@@ -7002,28 +6994,6 @@ def cancel_all_spot(app: App) -> None:
 # login, runCommand, logs, regions, completion, extend, policy.
 
 
-class Lines:
-    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe their bytes as they are."""
-
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix, self.rest = prefix.encode(), b""
-
-    def __call__(self, block: bytes) -> None:
-        """Print the lines that BLOCK completes; what does not end is cut into long ones."""
-        *lines, self.rest = (self.rest + block).split(b"\n")
-        if len(self.rest) > MIB:
-            lines, self.rest = [*lines, self.rest], b""
-        if lines and sys.stdout.isatty():
-            result("\n".join((self.prefix + line.rstrip(b"\r")).decode("utf-8", "replace") for line in lines))
-        elif lines:
-            put(b"".join(self.prefix + line + b"\n" for line in lines))
-
-    def end(self) -> None:
-        """Print what came after the last line."""
-        if self.rest:
-            self(b"\n")
-
-
 optional_node = click.argument("name", shell_complete=complete_nodes, metavar="[NODE]", default="head")
 
 
@@ -7050,7 +7020,16 @@ def login(app: App, name: str) -> None:
     sys.exit(min(code, 255))
 
 
-def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple[int, str]:
+def show_lines(prefix: str, lines: bytes) -> None:
+    """Print LINES with PREFIX in front of each; in a pipe their bytes as they are."""
+    shown = [prefix.encode() + line for line in lines.removesuffix(b"\n").split(b"\n")]
+    if sys.stdout.isatty():
+        result("\n".join(line.rstrip(b"\r").decode("utf-8", "replace") for line in shown))
+    else:
+        put(b"\n".join([*shown, b""]))
+
+
+def command_step(line: str, as_json: bool, prefixed: bool, remote: Remote) -> tuple[int, str]:
     """Run a command line on one node, as its shell reads it; print its output as it comes.
 
     For JSON return (exit code, the output's first megabyte) instead; else another code than 0 is an error.
@@ -7058,12 +7037,14 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple
     # So the node's guard sees that a command is at work, or was for a moment.
     mark = f"if [ -e {MARK_PATH} ]; then exec 9< {MARK_PATH}; sudo -n touch {MARK_PATH}; fi"
     kept = bytearray()
-    lines = Lines(f"{remote.node.short}: " if named else "")
-    sink = (lambda block: kept.extend(block[: MIB - len(kept)])) if as_json else lines
-    try:
-        code, _ = remote.run(user_command("run-command", f"{mark}; {line}"), limit=SYNC_LIMIT, sink=sink)
-    finally:
-        lines.end()
+
+    def take(lines: bytes) -> None:
+        if as_json:
+            kept.extend(lines[: MIB - len(kept)])
+        else:
+            show_lines(f"{remote.node.short}: " if prefixed else "", lines)
+
+    code, _ = remote.run(user_command("run-command", f"{mark}; {line}"), limit=SYNC_LIMIT, sink=take)
     if code and not as_json:
         raise NodeError(format_exit(code))
     return code, kept.decode("utf-8", "replace")
@@ -7072,7 +7053,7 @@ def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple
 @cli.command("runCommand", cls=OwnWords)
 @click.argument("quoted", metavar='["CMD ARGS"] [GROUP]', nargs=-1)
 @click.option("--group", "named", type=GroupName(), help="The group, where it is not named after the command.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_context
 def run_command(
     ctx: click.Context, quoted: tuple[str, ...], named: str | None, as_json: bool, words: tuple[str, ...]
@@ -7088,10 +7069,9 @@ def run_command(
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     if as_json:
-        ran = {one.node.name: (one.error or None, *(one.value or (None, ""))) for one in outcomes}
-        result(
-            json.dumps({name: dict(zip(("error", "code", "output"), values)) for name, values in ran.items()}, indent=2)
-        )
+        fields = ("error", "code", "output")
+        shown = {one.node.name: dict(zip(fields, (one.error or None, *(one.value or (None, ""))))) for one in outcomes}
+        result(json.dumps(shown, indent=2))
     failed = [one.node.name for one in outcomes if not one.ok or one.value[0]]
     if failed:
         raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
@@ -7139,14 +7119,15 @@ def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
         if not outcome.ok:
             raise ClusterError(f"{node.name}: {outcome.error}")
         text, cursor = outcome.value
-        Lines()(re.sub(r"(?m)^(\d{10})\.\d+ \S+", lambda at: format_time(to_moment(at[1])), text).encode())
+        if text:
+            show_lines("", re.sub(r"(?m)^(\d{10})\.\d+ \S+", lambda at: format_time(to_moment(at[1])), text).encode())
         if not follow:
             return None
         time.sleep(1)
 
 
 @cli.command("regions")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_obj
 def list_regions(app: App, as_json: bool) -> None:
     """List the regions; the one of the settings is marked."""
@@ -7157,10 +7138,10 @@ def list_regions(app: App, as_json: bool) -> None:
 
 
 COMPLETE_VARIABLE = "_CLUSTER_PY_COMPLETE"
-COMPLETIONS = {  # file; what adds a folder to PATH, where zsh and fish must find the program; the line itself
-    "bash": ("~/.bashrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=bash_source {name})"'),
-    "zsh": ("~/.zshrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=zsh_source {name})"'),
-    "fish": ("~/.config/fish/config.fish", "set -a PATH {folder}; ", "{variable}=fish_source {name} | source"),
+COMPLETIONS = {  # file; the line to add: zsh and fish must find the program on PATH
+    "bash": ("~/.bashrc", 'PATH="$PATH":{folder}; eval "$({variable}=bash_source {name})"'),
+    "zsh": ("~/.zshrc", 'PATH="$PATH":{folder}; eval "$({variable}=zsh_source {name})"'),
+    "fish": ("~/.config/fish/config.fish", "set -a PATH {folder}; {variable}=fish_source {name} | source"),
 }
 
 
@@ -7171,11 +7152,11 @@ def completion(shell: str | None) -> None:
     shell = shell or os.path.basename(os.environ.get("SHELL", ""))
     if shell not in COMPLETIONS:
         raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")
-    path, add, line = COMPLETIONS[shell]
+    path, line = COMPLETIONS[shell]
     called = shlex.split(Call.program)[0]
-    folder, name = map(shlex.quote, os.path.split(os.path.abspath(called)))
+    folder, name = map(shlex.quote, os.path.split(os.path.abspath(shutil.which(called) or called)))
     note(f"Add this line to {path}:")
-    result((add if os.sep in called else "").format(folder=folder) + line.format(variable=COMPLETE_VARIABLE, name=name))
+    result(line.format(folder=folder, variable=COMPLETE_VARIABLE, name=name))
 
 
 # $1: seconds to add to the deadline, if there is one. The idle time begins anew.
