@@ -5651,21 +5651,6 @@ PICTURES = (".exr", ".rgbe", ".pfm", ".png", ".jpg", ".m", ".npy")  # what its f
 UNFINISHED = "did not complete successfully"
 
 
-class RenderRequest(NamedTuple):
-    """What the user wants rendered."""
-
-    scenes: tuple[Path, ...]
-    output: Path | None
-    group: str
-    tunnel: bool
-    tries: int
-    words: tuple[str, ...]  # for Mitsuba itself
-
-    def target(self, scene: Path) -> Path:
-        """Return a picture's path; the film puts its own extension in place of the last one."""
-        return (self.output or scene.with_suffix(".exr")).absolute()
-
-
 class Attempt(NamedTuple):
     """How one run of Mitsuba ended."""
 
@@ -5725,8 +5710,8 @@ class RenderCluster:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
         app, group = self.app, self.group
         with tolerate(), contextlib.suppress(ClusterError):
-            ours = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
-            self.nodes = [node for node in ours if node.id not in self.frozen]
+            found = [node for node in fetch_nodes(app.ec2, group) if node.id not in self.frozen]
+            self.nodes = [node for node in found if is_ours(node, app.identity)]
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
@@ -5739,10 +5724,11 @@ class RenderCluster:
         while True:
             waited, problem = time.monotonic() - began, "no node is left"
             if head := next((node for node in self.running if node.role == "head"), None):
-                (outcome,) = self.app.pool.each([head], serving_step, limit=LOOK_LIMIT)
-                if outcome.ok:
-                    return head, *outcome.value
-                problem = f"{head.name}: {outcome.error}"
+                (outcome,) = self.app.pool.each([head], server_step, limit=LOOK_LIMIT)
+                facts, cores, problem = outcome.value if outcome.ok else (Facts(0), 0, outcome.error)
+                if not problem:
+                    return head, facts, cores
+                problem = f"{head.name}: {problem}"
                 if outcome.silent and waited > FROZEN_LIMIT:
                     self.give_up(head)
             elif self.running:
@@ -5773,14 +5759,14 @@ class RenderCluster:
             found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
         return {node.name: found.get(node.id, "is gone") for node in nodes}  # EC2 knows no name of one that has ended
 
-    def server_errors(self, clocks: dict[str, str]) -> str:
-        """Return what servers have complained about in their logs since the CLOCKS of their nodes (id -> time)."""
+    def server_errors(self, before: dict[str, Facts]) -> str:
+        """Return what servers have complained about in their logs since their nodes told BEFORE what time it was."""
 
         def step(remote: Remote) -> str:
-            asked = root_command("server-log", RENDER_LOG, f"@{clocks[remote.node.id]}")
-            return find_error(remote.run(asked, keep=MIB)[1])
+            since = root_command("server-log", RENDER_LOG, f"@{before[remote.node.name].clock}")
+            return find_error(remote.run(since, keep=MIB)[1])
 
-        nodes = [node for node in self.running if node.id in clocks]
+        nodes = [node for node in self.running if node.name in before]
         outcomes = self.app.pool.each(nodes, step, limit=LOOK_LIMIT)
         return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
 
@@ -5795,12 +5781,6 @@ def mitsuba_address(app: App, head: Node, through_ssh: bool) -> Iterator[str]:
         port = free.getsockname()[1]
     with open_tunnel(head, app.settings, port):
         yield f"127.0.0.1:{port}"
-
-
-def serving_step(remote: Remote) -> tuple[Facts, int]:
-    """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
-    facts = fetch_facts(remote)
-    return facts, ask_server(remote, facts.build)
 
 
 def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
@@ -5824,7 +5804,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     reader.start()
     ended, heard = "", time.monotonic()
     try:
-        while True:
+        while not ended:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(RENDER_POLL)
                 break
@@ -5835,7 +5815,6 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
                 heard = time.monotonic()
             elif time.monotonic() - heard > RENDER_SILENCE:
                 ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
-                break
     finally:
         child.kill()
         code = child.wait()
@@ -5845,45 +5824,44 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     return Attempt(code, tail.decode("utf-8", "replace"), ended)
 
 
-def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) -> bool:
+def render_scene(
+    cluster: RenderCluster, scene: Path, target: Path, words: Sequence[str], tries: int, through_ssh: bool
+) -> bool:
     """Render one scene, as often as it is worth it; return whether its picture is there."""
     import tempfile
 
-    target = request.target(scene)
-    if "-x" in request.words:  # Mitsuba itself would look into the new folder that it writes to
-        for picture in filter(Path.exists, map(target.with_suffix, PICTURES)):
-            result(f"{picture}: there already")
-            return True
+    there = [picture for picture in map(target.with_suffix, PICTURES) if picture.exists()]
+    if there and "-x" in words:  # Mitsuba itself would look into the new folder that it writes to
+        result(f"{there[0]}: there already")
+        return True
     deaths = 0
-    for attempt_number in range(1, request.tries + 1):
+    for number in range(1, tries + 1):
         head, facts, cores = cluster.await_head()
         before = {name: one for name, one in cluster.ask_nodes(cluster.running).items() if isinstance(one, Facts)}
         nodes = [node for node in cluster.running if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
+            own = ["-o", f"{folder}/{target.name}", *words, str(scene)]
             try:
-                with mitsuba_address(cluster.app, head, request.tunnel) as address:
-                    attempt = run_mitsuba(cluster.app.pool, ["-c", address, *words], head, facts.started)
+                with mitsuba_address(cluster.app, head, through_ssh) as address:
+                    attempt = run_mitsuba(cluster.app.pool, ["-c", address, *own], head, facts.started)
             except ClusterError as error:
                 attempt = Attempt(-1, "", error.message)
-            took = time.monotonic() - began
+            took = format_duration(time.monotonic() - began)
             pictures = list(Path(folder).iterdir())
             if attempt.code == 0 and pictures and UNFINISHED not in attempt.output:
                 for picture in pictures:
-                    result(f"{picture.replace(target.parent / picture.name)}: rendered in {format_duration(took)}")
+                    result(f"{picture.replace(target.parent / picture.name)}: rendered in {took}")
                 return True
         cluster.refresh()
         cluster.await_head()
-        server_errors = cluster.server_errors({node.id: before[node.name].clock for node in nodes})
-        blame, reason = judge(attempt, before, cluster.ask_nodes(nodes), server_errors)
+        blame, reason = judge(attempt, before, cluster.ask_nodes(nodes), cluster.server_errors(before))
         deaths += blame == "server"
-        final = blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
-        what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
-        note(f"{scene}: {format_duration(took)} lost: {reason}; {what}")
-        if final:
+        if blame == "scene" or deaths == MOST_DEATHS or number == tries:
             break
+        note(f"{scene}: {took} lost: {reason}; trying again ({number + 1} of {tries})")
+    note(f"{scene}: {took} lost: {reason}; given up")
     return False
 
 
@@ -5893,47 +5871,49 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 )
 @click.option("-o", "output", type=click.Path(path_type=Path), help="The picture, as Mitsuba's -o; of one scene.")
 @click.option("--group", type=GroupName(), default="default", show_default=True)
-@click.option("--tunnel", is_flag=True, help="Through SSH, even where port 7554 is open.")
+@click.option("--tunnel", "through_ssh", is_flag=True, help="Through SSH, even where port 7554 is open.")
 @click.option("--tries", type=Number(1, 1000, whole=True), default=5, show_default=True, help="Of each scene.")
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
-def render(app: App, /, then_terminate: bool, **given: Any) -> None:
+def render(
+    app: App, /, scenes: tuple[Path, ...], output: Path | None, group: str, then_terminate: bool, **given: Any
+) -> None:
     """Render each SCENE with your mitsuba, again if nodes die.
 
     After -- come Mitsuba's own options; -x there skips a scene that has its picture.
     """
-    request = RenderRequest(**given)
-    if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
+    if any(word.startswith("-o") for word in given["words"]) or (output and len(scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
-    targets = [os.path.abspath(request.target(scene)) for scene in request.scenes]
-    if twice := [target for target in targets if targets.count(target) > 1]:
-        raise click.UsageError(f"two scenes would write the same picture, {Path(twice[0]).with_suffix('')}")
+    # The film puts its own extension in place of the last one.
+    targets = [(output or scene.with_suffix(".exr")).absolute() for scene in scenes]
+    whole = list(map(os.path.abspath, targets))
+    if twice := [Path(target) for target in whole if whole.count(target) > 1]:
+        raise click.UsageError(f"two scenes would write the same picture, {twice[0].with_suffix('')}")
     if not shutil.which("mitsuba"):
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
-    for scene in request.scenes:
-        if not os.access(folder := request.target(scene).parent, os.W_OK):
-            raise ClusterError(f"no picture can be written to {folder}")
-    find_head(app, request.group)
-    cluster = RenderCluster(app, request.group)
+    if refused := [target.parent for target in targets if not os.access(target.parent, os.W_OK)]:
+        raise ClusterError(f"no picture can be written to {refused[0]}")
+    find_head(app, group)
+    cluster = RenderCluster(app, group)
     app.left = f"Only the render has ended. {app.left}"
-    missing, failure = list(request.scenes), None
+    missing, failure = list(scenes), None
     try:
         nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
         if local and local != nodes_version:
             raise ClusterError(f"the mitsuba on this machine is {local}, and the nodes' {nodes_version} will refuse it")
-        for scene in request.scenes:
-            if render_scene(cluster, request, scene):
+        for scene, target in zip(scenes, targets):
+            if render_scene(cluster, scene, target, **given):
                 missing.remove(scene)
     except NodeError as error:
         note(f"Given up: {error}; {command('terminate', 'NODE')}, then up, replaces a node that stays silent")
     except Exception as error:  # whatever it is, the nodes must not run on unattended
         failure = error
     if then_terminate:
-        terminate_in(app, app.ec2, request.group, others=False)
+        terminate_in(app, app.ec2, group, others=False)
     if failure:
         raise failure
     if missing:
-        raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
+        raise ClusterError(f"{len(missing)} of {len(scenes)} pictures missing: {', '.join(map(str, missing))}")
 
 
 # --- status ------------------------------------------------------------------
@@ -5974,14 +5954,9 @@ def fetch_groups(group: str | None, ec2: Client) -> list[GroupState]:
         lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
     )
     present = [*(node for node in nodes if node.state in ALIVE), *live(requests), *security_groups]
+    kinds = (nodes, requests, security_groups)
     return [
-        GroupState(
-            name,
-            ec2.meta.region_name,
-            [node for node in nodes if node.group == name],
-            [request for request in requests if request.group == name],
-            [one for one in security_groups if one.group == name],
-        )
+        GroupState(name, ec2.meta.region_name, *([one for one in kind if one.group == name] for kind in kinds))
         for name in sorted({one.group for one in present})
     ]
 
@@ -5998,17 +5973,19 @@ class Asked(NamedTuple):
     restarts: int | None = None
 
 
-def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], above: dict[str, Node]) -> Asked:
+def judge_server(outcome: Outcome[tuple[Facts, int, str]], above: dict[str, Node]) -> Asked:
     """Say in words and numbers what one node's server does, ABOVE which those are that link it."""
     if not outcome.ok:
         return Asked("silent" if outcome.silent else "down", outcome.error)
-    facts, cores, why = outcome.value
-    word, text = ("serving", f"serves {format_count(cores, 'core')}") if cores is not None else ("down", why)
-    over = above.get(outcome.node.private_ip)
-    if facts.role == "worker" and cores is not None and not over:
-        word, text = "unlinked", f"up but not linked: run {command('start', outcome.node.group)}"
-    elif cores is not None and over and over.role != "head":
-        text += f", linked to {over.name}"
+    node, (facts, cores, problem) = outcome.node, outcome.value
+    over = above.get(node.private_ip)
+    if problem:
+        word, text = "down", problem
+    elif facts.role == "worker" and not over:
+        word, text = "unlinked", f"up but not linked: run {command('start', node.group)}"
+    else:
+        through = f", linked to {over.name}" if over and over.role != "head" else ""
+        word, text = "serving", f"serves {format_count(cores, 'core')}{through}"
     parts = [text, f"load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"]
     clients = facts.clients if facts.role == "head" else {}
     for peer, (connected, silent) in clients.items():
@@ -6019,45 +5996,46 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], above: dict[st
     if facts.restarts:
         parts.append(f"restarted {format_count(facts.restarts, 'time')}{facts.problem and f', after: {facts.problem}'}")
     listed = [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()]
-    return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
+    offered = None if problem else cores
+    return Asked(word, "; ".join(parts), facts.load, offered, facts.idle, listed, facts.restarts)
 
 
-def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
-    """Return (facts, cores that the server offers, or None, and why not)."""
+def server_step(remote: Remote) -> tuple[Facts, int, str]:
+    """Return what a node says of itself, the cores that its server offers, and, where it does not serve, why."""
     facts = fetch_facts(remote)
     try:
         return facts, ask_server(remote, facts.build), ""
     except NodeError as error:
-        return facts, None, str(error)
+        return facts, 0, str(error)
 
 
 def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[Outcome[T]]:
     """Run STEP on those of NODES that run; one that does not answer within a few seconds is given up."""
     running = [node for node in nodes if node.state == "running"]
+    futures = [app.pool.submit(node, step, limit=ANSWER_LIMIT) for node in running]
     progress = Progress("Asking", len(running))
-    futures = {node: app.pool.submit(node, step, limit=ANSWER_LIMIT) for node in running}
     deadline = time.monotonic() + ANSWER_LIMIT + len(running) / ANSWER_RATE
-    while (left := deadline - time.monotonic()) > 0 and not all(future.done() for future in futures.values()):
-        progress.done = sum(future.done() for future in futures.values())
+    while (left := deadline - time.monotonic()) > 0 and progress.done < len(running):
+        app.pool.wait(futures, min(0.2, left))
+        progress.done = sum(future.done() for future in futures)
         progress.redraw()
-        app.pool.wait(futures.values(), min(0.2, left))
     late = f"frozen or cut off: no answer within {ANSWER_LIMIT} s"
-    found = [future.result() if future.done() else Outcome(node, silent=True) for node, future in futures.items()]
-    return [Outcome(one.node, error=late, silent=True) if one.silent else one for one in found]
+    found = [future.result() if future.done() else Outcome(node, silent=True) for node, future in zip(running, futures)]
+    return [replace(one, error=late) if one.silent else one for one in found]
 
 
-def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
-    """Return node id -> what its server says, of the running NODES."""
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[Node, Asked]:
+    """Return what the servers of the running NODES say."""
     outcomes = ask_briefly(app, nodes, server_step)
     facts = {outcome.node: outcome.value[0] for outcome in outcomes if outcome.ok}
     above = {address: node for node, one in facts.items() if one.role == "head" for address in one.linked}
     # A sub-head's workers, unless the head links them itself; whom the head does not link, links nobody to it.
     for node in [node for node in facts if node.private_ip in above]:
         above = dict.fromkeys(facts[node].linked, node) | above
-    return {outcome.node.id: judge_server(outcome, above) for outcome in outcomes}
+    return {outcome.node: judge_server(outcome, above) for outcome in outcomes}
 
 
-def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
+def format_group(app: App, group: GroupState, wide: bool, asked: dict[Node, Asked] | None = None) -> str:
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
     nodes, present = group.nodes, group.present
     heading = f"Group {group.name} ({group.region}): {format_count(len(present), 'node')}"
@@ -6067,7 +6045,7 @@ def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked
     lines = [", ".join(filter(None, [heading, format_cost(present), idle, owner]))]
     more = []
     if asked is not None:
-        known = [asked.get(node.id, Asked("", "")) for node in nodes]
+        known = [asked.get(node, Asked("", "")) for node in nodes]
         more = [
             ["SERVER", *(one.server and paint(one.server, fg=SERVER_WORDS[one.server][0]) for one in known)],
             ["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)],
@@ -6105,20 +6083,24 @@ def node_json(node: Node) -> dict[str, Any]:
     }
 
 
-def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str, Any]:
-    """Return one group as `status --json` shows it."""
-    key = app.known_identity
-    return {
-        "nodes": [
-            node_json(node)
-            | {"launched_with_this_key": is_ours(node, key) if key else None}
-            | (asked[node.id]._asdict() if node.id in asked else {})
-            for node in group.nodes
-        ],
-        "spot_requests": [request._asdict() for request in group.requests],
-        "head": next((node.name for node in own_or_all(app, group.present) if node.role == "head"), None),
-        "totals": totals(group.present),
-    }
+def status_json(app: App, groups: Sequence[GroupState], asked: dict[Node, Asked], everywhere: bool) -> dict[str, Any]:
+    """Return what `status --json` shows."""
+    key, home = app.known_identity, app.settings.AWS_REGION
+    regions: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        regions.setdefault(group.region, {})[group.name] = {
+            "nodes": [
+                node_json(node)
+                | {"launched_with_this_key": is_ours(node, key) if key else None}
+                | (asked[node]._asdict() if node in asked else {})
+                for node in group.nodes
+            ],
+            "spot_requests": [request._asdict() for request in group.requests],
+            "head": next((node.name for node in own_or_all(app, group.present) if node.role == "head"), None),
+            "totals": totals(group.present),
+        }
+    shown = {"regions": regions} if everywhere else {"region": home, "groups": regions.get(home, {})}
+    return shown | {"totals": totals([node for group in groups for node in group.present])}
 
 
 def keep_showing(show: Callable[[], str]) -> NoReturn:
@@ -6132,37 +6114,9 @@ def keep_showing(show: Callable[[], str]) -> NoReturn:
         time.sleep(WATCH_SECONDS)
 
 
-def nothing_runs(app: App, group: str | None) -> str:
-    """Say that nothing is there to show, and what may have been meant."""
-    named = f" in group {group!r}" if group else ""
-    return f"Nothing is running in {app.settings.AWS_REGION}{named}{app.elsewhere(group)}"
-
-
-def show_watched(app: App, group: str | None, wide: bool) -> str:
-    """Return status with the servers, load and clients of the nodes as columns."""
-    groups = fetch_groups(group, app.ec2)
-    if not groups:
-        return nothing_runs(app, group)
-    asked = ask_servers(app, [node for one in groups for node in one.nodes])
-    return "\n\n".join(format_group(app, one, wide, asked) for one in groups)
-
-
-def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: bool) -> None:
-    """Print GROUPS, at once, and what their servers say below it."""
-    for group in groups:
-        put(format_group(app, group, wide))
-    nodes = [node for group in groups for node in group.nodes]
-    if len(groups) > 1 and (cost := format_cost(nodes)):
-        result(f"All groups: {cost}")
-    asked = ask_servers(app, nodes) if servers else {}
-    for node in nodes:
-        if one := asked.get(node.id):
-            put(f"{paint(node.name, fg=SERVER_WORDS[one.server][0])}: {printable_lines(one.server_text)}")
-
-
 @cli.command("status")
 @click.argument("group", type=GroupName(), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.option(
     "--servers",
     is_flag=True,
@@ -6171,37 +6125,49 @@ def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: boo
 )
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
-@click.option("--all-regions", is_flag=True, help="Show every region of the account.")
+@click.option("--all-regions", "everywhere", is_flag=True, help="Show every region of the account.")
 @click.pass_obj
 def show_status(
-    app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
+    app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, everywhere: bool, wide: bool
 ) -> None:
     """Show what is running, since when, and what it costs."""
-    everywhere, home, problems = where["all_regions"], app.settings.AWS_REGION, list[str]()
     if everywhere and (servers or watch):
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
+    home, problems = app.settings.AWS_REGION, list[str]()
+
+    def fetch() -> tuple[list[GroupState], list[Node]]:
+        call = functools.partial(fetch_groups, group)
+        regions = app.in_all_regions(call, problems) if everywhere else {home: call(app.ec2)}
+        groups = [one for found in regions.values() for one in found]
+        return groups, [node for one in groups for node in one.nodes]
+
+    def nothing() -> str:
+        where, advice = ("any region that answers", "") if everywhere else (home, app.elsewhere(group))
+        return f"Nothing is running in {where}{f' in group {group!r}' if group else ''}{advice}"
+
+    def watched() -> str:
+        groups, nodes = fetch()
+        asked = ask_servers(app, nodes)
+        return "\n\n".join(format_group(app, one, wide, asked) for one in groups) or nothing()
+
     if watch:
-        keep_showing(lambda: show_watched(app, group, wide))
-    fetch = functools.partial(fetch_groups, group)
-    regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
-    groups = [one for found in regions.values() for one in found]
+        keep_showing(watched)
+    groups, nodes = fetch()
     if as_json:
-        asked = ask_servers(app, [node for one in groups for node in one.nodes]) if servers else {}
-        shown = {region: {one.name: group_json(app, one, asked) for one in found} for region, found in regions.items()}
-        found = (
-            {"regions": {region: one for region, one in shown.items() if one}}
-            if everywhere
-            else {"region": home, "groups": shown[home]}
-        )
-        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.present])}, indent=2))
+        asked = ask_servers(app, nodes) if servers else {}
+        result(json.dumps(status_json(app, groups, asked, everywhere), indent=2))
     elif groups:
-        show_groups(app, groups, wide, servers)
-        guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
+        for one in groups:
+            put(format_group(app, one, wide))
+        if len(groups) > 1 and (cost := format_cost(nodes)):
+            result(f"All groups: {cost}")
+        for node, said in (ask_servers(app, nodes) if servers else {}).items():
+            put(f"{paint(node.name, fg=SERVER_WORDS[said.server][0])}: {printable_lines(said.server_text)}")
+        guarded = [rules for one in groups if one.region == home for rules in one.security_groups]
         if guarded and app.known_identity:
             warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
     else:
-        named = f" in group {group!r}" if group else ""
-        note(f"Nothing is running in any region that answers{named}" if everywhere else nothing_runs(app, group))
+        note(nothing())
     if problems:
         raise ClusterError("; ".join(problems))
 
@@ -6221,14 +6187,15 @@ def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
 @cli.command("systemLoad")
 @group_argument
 @click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_obj
 def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
+    ask = functools.partial(ask_briefly, app, nodes, fetch_facts)
     if watch:
-        keep_showing(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
-    outcomes = ask_briefly(app, nodes, fetch_facts)
+        keep_showing(lambda: format_loads(ask()))
+    outcomes = ask()
     if as_json:
         fields = ("load", "cores", "memory_mb")
         shown = {
