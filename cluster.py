@@ -196,9 +196,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes % 60:02}m" if not days else f"{days}d{hours % 24:02}h"
 
 
-def format_time(moment: datetime) -> str:
-    """Return "2026-11-30 21:05:09 (19:05:09 UTC)": this machine's time beside UTC, where they differ."""
-    here, utc = moment.astimezone(), moment.astimezone(timezone.utc)
+def format_time(seconds: float) -> str:
+    """Return "2026-11-30 21:05:09 (19:05:09 UTC)" for SECONDS after 1970: the time here, and UTC where that differs."""
+    utc = datetime.fromtimestamp(seconds, timezone.utc)
+    here = utc.astimezone()
     return f"{here:%F %T} ({utc:%T} UTC)" if here.utcoffset() else f"{utc:%F %T} UTC"
 
 
@@ -5791,11 +5792,9 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
 
     def show(output: Any) -> None:
         while block := output.read(RENDER_TAIL):
-            with OUTPUT:
-                click.echo(block, nl=False, err=True)
+            put(block, err=True)
             tail[:] = (tail + block)[-RENDER_TAIL:]
 
-    draw()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
         ["mitsuba", *words], env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
@@ -5876,13 +5875,13 @@ def render_scene(
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
 def render(
-    app: App, /, scenes: tuple[Path, ...], output: Path | None, group: str, then_terminate: bool, **given: Any
+    app: App, /, scenes: tuple[Path, ...], output: Path | None, group: str, then_terminate: bool, **options: Any
 ) -> None:
     """Render each SCENE with your mitsuba, again if nodes die.
 
     After -- come Mitsuba's own options; -x there skips a scene that has its picture.
     """
-    if any(word.startswith("-o") for word in given["words"]) or (output and len(scenes) > 1):
+    if any(word.startswith("-o") for word in options["words"]) or (output and len(scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
     # The film puts its own extension in place of the last one.
     targets = [(output or scene.with_suffix(".exr")).absolute() for scene in scenes]
@@ -5902,7 +5901,7 @@ def render(
         if local and local != nodes_version:
             raise ClusterError(f"the mitsuba on this machine is {local}, and the nodes' {nodes_version} will refuse it")
         for scene, target in zip(scenes, targets):
-            if render_scene(cluster, scene, target, **given):
+            if render_scene(cluster, scene, target, **options):
                 missing.remove(scene)
     except NodeError as error:
         note(f"Given up: {error}; {command('terminate', 'NODE')}, then up, replaces a node that stays silent")
@@ -6106,7 +6105,7 @@ def status_json(app: App, groups: Sequence[GroupState], asked: dict[Node, Asked]
 def keep_showing(show: Callable[[], str]) -> NoReturn:
     """SHOW a text alone on the terminal, as far as it has room, every few seconds until Ctrl-C."""
     while True:
-        text = f"{show()}\n\n{format_time(datetime.now(timezone.utc))}; every {WATCH_SECONDS} s until Ctrl-C"
+        text = f"{show()}\n\n{format_time(time.time())}; every {WATCH_SECONDS} s until Ctrl-C"
         if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
             height = shutil.get_terminal_size().lines - 1
             text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
@@ -6135,24 +6134,21 @@ def show_status(
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     home, problems = app.settings.AWS_REGION, list[str]()
 
-    def fetch() -> tuple[list[GroupState], list[Node]]:
-        call = functools.partial(fetch_groups, group)
-        regions = app.in_all_regions(call, problems) if everywhere else {home: call(app.ec2)}
-        groups = [one for found in regions.values() for one in found]
-        return groups, [node for one in groups for node in one.nodes]
-
     def nothing() -> str:
         where, advice = ("any region that answers", "") if everywhere else (home, app.elsewhere(group))
         return f"Nothing is running in {where}{f' in group {group!r}' if group else ''}{advice}"
 
     def watched() -> str:
-        groups, nodes = fetch()
-        asked = ask_servers(app, nodes)
+        groups = fetch_groups(group, app.ec2)
+        asked = ask_servers(app, [node for one in groups for node in one.nodes])
         return "\n\n".join(format_group(app, one, wide, asked) for one in groups) or nothing()
 
     if watch:
         keep_showing(watched)
-    groups, nodes = fetch()
+    fetch = functools.partial(fetch_groups, group)
+    regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
+    groups = [one for found in regions.values() for one in found]
+    nodes = [node for one in groups for node in one.nodes]
     if as_json:
         asked = ask_servers(app, nodes) if servers else {}
         result(json.dumps(status_json(app, groups, asked, everywhere), indent=2))
@@ -6999,22 +6995,18 @@ def show_lines(prefix: str, lines: bytes) -> None:
 def command_step(line: str, as_json: bool, prefixed: bool, remote: Remote) -> tuple[int, str]:
     """Run a command line on one node, as its shell reads it; print its output as it comes.
 
-    For JSON return (exit code, the output's first megabyte) instead; else another code than 0 is an error.
+    For JSON return (exit code, the output's last megabyte) instead; else another code than 0 is an error.
     """
     # So the node's guard sees that a command is at work, or was for a moment.
     mark = f"if [ -e {MARK_PATH} ]; then exec 9< {MARK_PATH}; sudo -n touch {MARK_PATH}; fi"
-    kept = bytearray()
-
-    def take(lines: bytes) -> None:
-        if as_json:
-            kept.extend(lines[: MIB - len(kept)])
-        else:
-            show_lines(f"{remote.node.short}: " if prefixed else "", lines)
-
-    code, _ = remote.run(user_command("run-command", f"{mark}; {line}"), limit=SYNC_LIMIT, sink=take)
-    if code and not as_json:
+    whole = user_command("run-command", f"{mark}; {line}")
+    if as_json:
+        return remote.run(whole, limit=SYNC_LIMIT, keep=MIB)
+    show = functools.partial(show_lines, f"{remote.node.short}: " if prefixed else "")
+    code, _ = remote.run(whole, limit=SYNC_LIMIT, sink=show)
+    if code:
         raise NodeError(format_exit(code))
-    return code, kept.decode("utf-8", "replace")
+    return 0, ""
 
 
 @cli.command("runCommand", cls=OwnWords)
@@ -7042,11 +7034,6 @@ def run_command(
     failed = [one.node.name for one in outcomes if not one.ok or one.value[0]]
     if failed:
         raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
-
-
-def to_moment(seconds: str) -> datetime:
-    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
-    return datetime.fromtimestamp(int(seconds), timezone.utc)
 
 
 # $1 how many lines are read, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
@@ -7087,7 +7074,7 @@ def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
             raise ClusterError(f"{node.name}: {outcome.error}")
         text, cursor = outcome.value
         if text:
-            show_lines("", re.sub(r"(?m)^(\d{10})\.\d+ \S+", lambda at: format_time(to_moment(at[1])), text).encode())
+            show_lines("", re.sub(r"(?m)^(\d{10})\.\d+ \S+", lambda at: format_time(int(at[1])), text).encode())
         if not follow:
             return None
         time.sleep(1)
@@ -7146,7 +7133,7 @@ def extend_step(hours: float, remote: Remote) -> str:
     seconds = first_line(remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))))
     if remote.node.max_hours and not seconds.isdigit():
         raise NodeError("has lost its time limit")
-    ends = f"ends at {format_time(to_moment(seconds))}" if seconds else "has no time limit"
+    ends = f"ends at {format_time(int(seconds))}" if seconds else "has no time limit"
     idle = remote.node.idle_minutes
     return f"{ends}, may be idle for {format_count(idle, 'minute')} from now on" if idle else ends
 
