@@ -5754,9 +5754,7 @@ class RenderCluster:
     def ask_nodes(self, nodes: Sequence[Node]) -> dict[str, Facts | str]:
         """Return, by name, what each of NODES says of itself, or what has become of it."""
         found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
-        wanted = {node.id for node in nodes}
-        running = [node for node in self.running if node.id in wanted]
-        for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
+        for outcome in self.app.pool.each(self.running, fetch_facts, limit=LOOK_LIMIT):
             found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
         return {node.name: found.get(node.id, "is gone") for node in nodes}  # EC2 knows no name of one that has ended
 
@@ -7177,15 +7175,15 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
     Spot launches: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ExamplePolicies_EC2.html
     """
 
-    def allow(name: str, actions: str, resources: str, condition: dict[str, Any] | None = None) -> dict[str, Any]:
-        service = "ec2:" if ":" not in actions else ""
-        arns = [one if one == "*" else f"arn:{partition}:{one}" for one in resources.split()]
-        statement = {"Sid": name, "Effect": "Allow", "Action": [service + one for one in actions.split()]}
-        return statement | {"Resource": arns} | ({"Condition": condition} if condition else {})
+    def allow(name: str, actions: str, resources: list[str], condition: dict[str, Any] | None = None) -> dict[str, Any]:
+        named = [one if ":" in one else f"ec2:{one}" for one in actions.split()]
+        statement = {"Sid": name, "Effect": "Allow", "Action": named, "Resource": resources}
+        return statement | ({"Condition": condition} if condition else {})
 
-    def kinds(names: str) -> str:
-        return " ".join(f"ec2:*:{'' if name == 'image' else '*'}:{name}/*" for name in names.split())
+    def kinds(names: str) -> list[str]:
+        return [f"{arn}:ec2:*:{'' if name == 'image' else '*'}:{name}/*" for name in names.split()]
 
+    arn = f"arn:{partition}"
     made = "instance volume spot-instances-request security-group"
     new, ours = ({"Null": {f"aws:{tag}/{TAG_GROUP}": "false"}} for tag in ("RequestTag", "ResourceTag"))
     made_by = {"StringEquals": {"ec2:CreateAction": ["RunInstances", "CreateSecurityGroup", "ImportKeyPair"]}}
@@ -7193,16 +7191,16 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
     return {
         "Version": "2012-10-17",
         "Statement": [
-            allow("Read", READS, "*"),
-            allow("ReadPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", "*"),
-            allow("FindUbuntu", "ssm:GetParameter", "ssm:*::parameter/aws/service/canonical/*"),
+            allow("Read", READS, ["*"]),
+            allow("ReadPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", ["*"]),
+            allow("FindUbuntu", "ssm:GetParameter", [f"{arn}:ssm:*::parameter/aws/service/canonical/*"]),
             allow("LaunchFrom", f"{launch} ImportKeyPair", kinds("image subnet network-interface key-pair vpc")),
             allow("LaunchWithTag", launch, kinds(made), new),
             allow("TagWhatIsBeingMade", "CreateTags", kinds(f"{made} key-pair"), made_by),
             allow("ChangeAndEndOnlyWhatIsOurs", CHANGES, kinds(made), ours),
             allow("AddRules", "AuthorizeSecurityGroupIngress", kinds("security-group-rule")),
-            allow("FindData", "s3:ListBucket", f"s3:::{bucket}"),
-            allow("MoveData", "s3:GetObject s3:PutObject s3:AbortMultipartUpload", f"s3:::{bucket}/*"),
+            allow("FindData", "s3:ListBucket", [f"{arn}:s3:::{bucket}"]),
+            allow("MoveData", "s3:GetObject s3:PutObject s3:AbortMultipartUpload", [f"{arn}:s3:::{bucket}/*"]),
         ],
     }
 
