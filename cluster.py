@@ -3563,7 +3563,7 @@ class Plan(NamedTuple):
     image: Image
     subnets: list[Subnet]  # in the order in which they are tried
     cidr: str  # who may connect
-    present: int  # nodes that the group has already
+    present: Sequence[Node]  # that the group has already
     on_demand: float | None  # $ an hour; None: not known, or not needed
     spot: dict[str, float]  # zone -> $ an hour
     package: str  # where Mitsuba comes from; "" where that is not known
@@ -3837,8 +3837,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         hours = max((node.max_hours for node in present if node.max_hours), default=settings.MAX_HOURS)
     if idle is None:
         idle = max((node.idle_minutes for node in present if node.idle_minutes), default=settings.IDLE_MINUTES)
-    count = len(present)
-    return Plan(request, instance_type, image, subnets, cidr, count, on_demand, spot, package, hours, idle, quota)
+    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3846,7 +3845,7 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     request, settings, cores = plan.request, app.settings, plan.type.cores * plan.request.number
     if plan.present:
         group = app.where(request.group)
-        yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
+        yield f"{group} has {format_count(len(plan.present), 'node')} already; adding {request.number} more"
     if plan.subnets[0].price is None:
         warn(f"the price of {request.type} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
     else:
@@ -4223,6 +4222,9 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
     late = "they cost money, and status may show them some seconds late"
     app.left = f"{launched} in {app.where(request.group)}; {late}: {ways}."
     note(f"{launched}; waiting until each answers")
+    zones = {node.zone for node in (*plan.present, *nodes)}
+    if len(zones) > 1:
+        note(f"In {' and '.join(sorted(zones))}: traffic between zones costs $0.01 a GB in each direction")
     return nodes, why, token
 
 
@@ -5633,7 +5635,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
         tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = (plan or look_up())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
+    plan = (plan or look_up())._replace(request=request._replace(number=count - len(nodes)), present=nodes)
     for line in describe(app, plan):
         tell(line)
     if dry_run:
