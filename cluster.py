@@ -497,6 +497,8 @@ SOURCES = {
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 NEW_LIMIT = 60  # for all of AWS to know what was just made
+BUSY_LIMIT = 120  # for the answer to a launch or an end; 100 instances are refilled at 2 a second
+BUSY_PAUSE = 10  # at most, between two tries
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
@@ -579,21 +581,28 @@ def explain_denial(text: str, call: str) -> str:
     return f"{denied}: ask for that permission; {command('policy')} prints all that this tool needs"
 
 
-def once_known(call: Callable[[], T]) -> T:
-    """Make a CALL that names what was just made: again, while the part of AWS that answers does not know it yet.
+def persist(call: Callable[[], T], name: str = "", new: Container[str] = NEW_CODES) -> T:
+    """Make a CALL until its answer is known: again where AWS does not know yet what was just made (the codes NEW).
 
+    One that may be sent twice has a NAME: again, too, where its answer is lost or AWS is busy.
     https://docs.aws.amazon.com/ec2/latest/devguide/eventual-consistency.html
     """
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.parsers import ResponseParserError
 
-    deadline = time.monotonic() + NEW_LIMIT
+    began, pause = time.monotonic(), POLL / 2
     while True:
         try:
             return call()
-        except ClientError as error:
-            if error_code(error) not in NEW_CODES or time.monotonic() > deadline:
+        except (ClientError, HTTPClientError, ResponseParserError) as error:
+            code, gone = error_code(error), time.monotonic() - began
+            busy = name and (code in RETRY_CODES or not isinstance(error, ClientError))
+            if not (busy and gone < BUSY_LIMIT) and not (code in new and gone < NEW_LIMIT):
                 raise
-        time.sleep(POLL / 2)
+            if busy:
+                note(f"{name}: {code or type(error).__name__}; trying again, the same request")
+        time.sleep(pause)
+        pause = min(2 * pause, BUSY_PAUSE)
 
 
 def clock_problem(error: Exception) -> str:
@@ -1050,36 +1059,12 @@ def sort_rules(
     return [rule for rule in wanted if rule.way not in present], stale, [r for r in others if r not in stale]
 
 
-def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
-    """Add what GROUP has to let in, then remove the owner's old rules; return whether those had another address."""
-    missing, stale, _ = sort_rules(group, settings, cidr, owner)
-    for rule in missing:
-        permission = rule.permission
-        if rule.owner:
-            permission[rule.kind][0]["Description"] = rule.owner
-        add = functools.partial(ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission])
-        with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
-            once_known(add)
-    for rule in stale:
-        with tolerate("InvalidPermission.NotFound"):
-            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
-    return any(rule.owner and rule.source != cidr for rule in stale)
-
-
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
     """Say what else RULES let into GROUP, and how to close it."""
     ways = ", ".join(f"{rule} ({rule.owner or 'no description'})" for rule in rules)
     permissions = shlex.quote(json.dumps([rule.permission for rule in rules]))
     close = f"aws ec2 revoke-security-group-ingress --region {ec2.meta.region_name} --group-id {group.id}"
     return f"security group {group.name} also lets in {ways}; to close that: {close} --ip-permissions {permissions}"
-
-
-def warn_of_rules(ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, owner: str) -> None:
-    """Name what security GROUPS let in beside this machine and their own nodes."""
-    for group in groups:
-        _, _, others = sort_rules(group, settings, cidr, owner)
-        if others:
-            warn(describe_rules(ec2, group, others))
 
 
 # --- SSH ---------------------------------------------------------------------
@@ -2534,10 +2519,28 @@ class App:
             )
         return ready
 
+    def warn_of_rules(self, groups: Sequence[SecurityGroup], cidr: str) -> None:
+        """Name what security GROUPS let in beside this machine, at CIDR, and their own nodes."""
+        for group in groups:
+            _, _, others = sort_rules(group, self.settings, cidr, self.rule_owner)
+            if others:
+                warn(describe_rules(self.ec2, group, others))
+
     def allow_access(self, groups: Sequence[SecurityGroup], cidr: str) -> None:
-        """Make sure that this machine, at CIDR, may connect to the nodes in these security GROUPS."""
-        for security_group in groups:
-            if repair_rules(self.ec2, security_group, self.settings, cidr, self.rule_owner):
+        """Let this machine, at CIDR ("": unknown), connect to the nodes in security GROUPS; then drop its old rules."""
+        for group in groups if cidr else ():
+            missing, stale, _ = sort_rules(group, self.settings, cidr, self.rule_owner)
+            for rule in missing:
+                permission = rule.permission
+                if rule.owner:
+                    permission[rule.kind][0]["Description"] = rule.owner
+                asked = {"GroupId": group.id, "IpPermissions": [permission]}
+                with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
+                    persist(functools.partial(self.ec2.authorize_security_group_ingress, **asked))
+            for rule in stale:
+                with tolerate("InvalidPermission.NotFound"):
+                    self.ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
+            if any(rule.owner and rule.source != cidr for rule in stale):
                 note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
 
     def open_group(self, group: str) -> list[Node]:
@@ -2556,9 +2559,8 @@ class App:
             lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
         )
         ready = self.choose_running(group, nodes)
-        if cidr:
-            self.allow_access(groups, cidr)
-        warn_of_rules(ec2, groups, self.settings, cidr, self.rule_owner)
+        self.allow_access(groups, cidr)
+        self.warn_of_rules(groups, cidr)
         return ready
 
     def has_key_pair(self, ec2: Client) -> bool:
@@ -3467,8 +3469,6 @@ QUOTAS = {
     "": ("L-1216C47A", "L-34B43A08"),
 }
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
-LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
-LAUNCH_PAUSE = 10  # at most, between two tries
 
 # https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
 KMS_HINT = (
@@ -3789,8 +3789,8 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         with tolerate("InvalidKeyPair.NotFound"):
             check_key_pair(app)
         for group in fetch_security_groups(ec2, request.group):
-            if rules := check_rules(app, group, cidr):
-                warn(describe_rules(ec2, group, rules))
+            check_rules(app, group, cidr)
+            app.warn_of_rules([group], cidr)
     present = [node for node in before if node.is_inside and node.state in ("pending", "running")]
     hours, idle = request.max_hours, request.idle_minutes
     if hours is None:  # a group's limit is meant for what is added to it, too
@@ -3906,7 +3906,7 @@ def ensure_key(app: App) -> None:
     with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; with the same key?
         app.ec2.import_key_pair(**pair, TagSpecifications=tags)
         return None
-    return once_known(lambda: check_key_pair(app))
+    return persist(lambda: check_key_pair(app))
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
@@ -3959,14 +3959,14 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
     settings, ec2, request = app.settings, app.ec2, plan.request
     ensure_key(app)
     group = ensure_security_group(ec2, request.group, plan.subnets[0].vpc)
-    if rules := check_rules(app, group, plan.cidr):
-        if plan.present:  # another machine of the user's may be at work with them
-            warn(describe_rules(ec2, group, rules))
-        else:  # anybody may have written the user's mark, which is no secret
-            with tolerate("InvalidPermission.NotFound"):
-                ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
-            note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
-    repair_rules(ec2, group, settings, plan.cidr, app.rule_owner)
+    rules = check_rules(app, group, plan.cidr)
+    if plan.present:  # another machine of the user's may be at work with them
+        app.warn_of_rules([group], plan.cidr)
+    elif rules:  # anybody may have written the user's mark, which is no secret
+        with tolerate("InvalidPermission.NotFound"):
+            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
+        note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
+    app.allow_access([group], plan.cidr)
     private, public = make_ed25519()
     tags = {TAG_GROUP: request.group, TAG_HOST_KEY: public} | sign_launch(app.identity, request.group, public)
     tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
@@ -4008,31 +4008,6 @@ def in_subnet(parameters: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
-    """Send one RunInstances request until its answer is known.
-
-    A lost answer, a throttle, or a security group or key that is not known yet: the same parameters and token, so that
-    EC2 launches once.
-    """
-    from botocore.exceptions import ClientError, HTTPClientError
-    from botocore.parsers import ResponseParserError
-
-    begun = time.monotonic()
-    pause = POLL / 2
-    while True:
-        try:
-            return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
-        except (HTTPClientError, ResponseParserError, ClientError) as error:
-            code = error_code(error)
-            passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
-            if not passing or time.monotonic() - begun > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
-                raise
-            if code not in NEW_CODES:
-                note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
-        time.sleep(pause)
-        pause = min(2 * pause, LAUNCH_PAUSE)
-
-
 def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -> tuple[list[Node], str]:
     """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
 
@@ -4046,9 +4021,10 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
         try:
             while (missing := request.number - len(nodes)) > 0:
                 size = min(missing, LAUNCH_BATCH)
-                sizes = {"MinCount": 1, "MaxCount": size, "ClientToken": token + os.urandom(8).hex()}
-                got = launch_batch(app.ec2, asked | sizes)
-                nodes += got
+                # The same token in each try, so that EC2 launches once.
+                asked |= {"MinCount": 1, "MaxCount": size, "ClientToken": token + os.urandom(8).hex()}
+                got = persist(functools.partial(app.ec2.run_instances, **asked), "RunInstances")["Instances"]
+                nodes += map(to_node, got)
                 if len(got) < size:
                     why = f"{zone} had no more"
                     break
@@ -4066,7 +4042,7 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
             dear = f"{zone} asks more than your maximum"
             what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.type} in {zone}"
             note(f"{what} ({code}); trying the next zone")
-    return nodes, why or "no zone had capacity"
+    return nodes, why
 
 
 def check_metadata_rules(remote: Remote) -> None:
@@ -5603,9 +5579,8 @@ def up(
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
     if not token:  # as a launch does
         groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
-        if cidr:
-            app.allow_access(groups, cidr)
-        warn_of_rules(app.ec2, groups, app.settings, cidr, app.rule_owner)
+        app.allow_access(groups, cidr)
+        app.warn_of_rules(groups, cidr)
     ended: set[str] = set()
     keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
     while True:
@@ -6201,7 +6176,7 @@ def show_status(
         show_groups(app, groups, wide, servers)
         guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
         if guarded and app.known_identity:
-            warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
+            app.warn_of_rules(guarded, try_client_cidr(app.settings))
     else:
         named = f" in group {group!r}" if group else ""
         note(f"Nothing is running in any region that answers{named}" if everywhere else nothing_runs(app, group))
@@ -6648,34 +6623,27 @@ def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], lis
     """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
     For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: such a
-    request is sent again without those that the refusal names, in halves where it names none. One that AWS is too busy
-    for is sent again as it is. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    request is sent again without those that the refusal names, in halves where it names none.
+    https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
     """
-    from botocore.exceptions import ClientError, HTTPClientError
-    from botocore.parsers import ResponseParserError
+    from botocore.exceptions import ClientError
 
     requests = [nodes[at : at + TERMINATE_BATCH] for at in range(0, len(nodes), TERMINATE_BATCH)]
     refused: dict[str, list[Node]] = {"OperationNotPermitted": [], "InvalidInstanceID.NotFound": []}
-    deadline = time.monotonic() + POLL_ERROR_LIMIT
     while requests:
         request = requests.pop()
+        end = functools.partial(ec2.terminate_instances, InstanceIds=[node.id for node in request])
         try:
-            ec2.terminate_instances(InstanceIds=[node.id for node in request])
-        except (HTTPClientError, ResponseParserError, ClientError) as error:
-            code = error_code(error)
-            if code in refused:
-                named = re.findall(r"i-\w+", str(error))
-                out = [node for node in request if node.id in named or len(request) == 1]
-                rest = [node for node in request if node not in out]
-                half = 0 if out else len(rest) // 2
-                refused[code] += out
-                requests += [part for part in (rest[:half], rest[half:]) if part]
-            elif time.monotonic() < deadline and (code in RETRY_CODES or not isinstance(error, ClientError)):
-                note(f"TerminateInstances: {code or type(error).__name__}; trying again")
-                requests.append(request)
-                time.sleep(POLL)
-            else:
+            persist(end, "TerminateInstances", new=())
+        except ClientError as error:
+            if (code := error_code(error)) not in refused:
                 raise
+            named = re.findall(r"i-\w+", str(error))
+            out = [node for node in request if node.id in named or len(request) == 1]
+            rest = [node for node in request if node not in out]
+            half = 0 if out else len(rest) // 2
+            refused[code] += out
+            requests += [part for part in (rest[:half], rest[half:]) if part]
     return refused["OperationNotPermitted"], refused["InvalidInstanceID.NotFound"]
 
 

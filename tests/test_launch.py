@@ -354,7 +354,7 @@ def test_a_new_security_group_that_stays_unknown_is_not_waited_for_as_a_lost_ans
 
     monkeypatch.setattr(cluster, "NEW_LIMIT", -1)
     with pytest.raises(ClientError):
-        cluster.launch_batch(Ec2(), {})
+        cluster.persist(Ec2().run_instances, "RunInstances")
 
 
 class Ec2:
@@ -394,11 +394,11 @@ def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -
 
 def prepared(monkeypatch: pytest.MonkeyPatch, **request: Any) -> dict[str, Any]:
     """Return what a request for one node asks EC2 for, where no key and no security group must be made."""
-    for name in ("ensure_key", "check_rules", "repair_rules"):
+    for name in ("ensure_key", "check_rules"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(cluster, "ensure_security_group", lambda *_: cluster.SecurityGroup("sg-1", "g", "n", "vpc-1"))
     monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
-    app: Any = SimpleNamespace(ec2=Ec2(), settings=cluster.Settings(), identity=None, rule_owner="")
+    app: Any = MagicMock(ec2=Ec2(), settings=cluster.Settings())
     whole = plan(1)
     return cluster.prepare(app, whole._replace(request=whole.request._replace(**request), hours=1.5))
 

@@ -328,7 +328,7 @@ def test_a_planted_security_group(cloud: LocalCloud, group: str) -> None:
     planted = make_group(cloud, group, f"mitsuba-{group}")
     make_group(cloud, group, "of-another-name")
     everything = [permission("-1", "0.0.0.0/0")]
-    cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=everything))
+    cluster.persist(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=everything))
     wait_until(lambda: ingress(cloud, group))
     for words in (("--dry-run",), ()):
         refused = cloud.cluster("createNodes", "c1.xlarge", "1", group, *words)
@@ -357,7 +357,7 @@ def test_a_rule_with_a_forged_mark_does_not_outlive_the_launch(cloud: LocalCloud
     mark = f"mitsuba-cluster {cluster.load_identity(key).fingerprint} me@elsewhere"
     rule = permission("tcp", "0.0.0.0/0", mark, FromPort=22, ToPort=22)
     ec2 = cloud.client("ec2")
-    cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=[rule]))
+    cluster.persist(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=[rule]))
     wait_until(lambda: ingress(cloud, group))
     dry = cloud.cluster("createNodes", "c1.xlarge", "1", group, "--dry-run")
     assert dry.code == 0, dry.err
