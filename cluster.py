@@ -3493,18 +3493,20 @@ class Image(NamedTuple):
     name: str
 
 
-class LaunchRequest(NamedTuple):
-    """What the user asked createNodes for."""
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What the user asked createNodes for: its arguments and options, under their names."""
 
-    type: str
-    number: int
+    instance_type: str
+    count: int
     group: str
     spot: bool = False
     max_price: float | None = None
-    max_hours: float | None = None
-    idle_minutes: float | None = None
+    max_hours: float | None = None  # in a plan: after which the nodes end themselves; 0: never
+    idle_minutes: float | None = None  # in a plan: without use after which they do; 0: never
     without_mitsuba: bool = False
     others: bool = False  # even into somebody else's group
+    dry_run: bool = False  # say more, make nothing
 
 
 class Subnet(NamedTuple):
@@ -3529,8 +3531,6 @@ class Plan(NamedTuple):
     on_demand: float | None  # $ an hour; None: not known, or not needed
     spot: dict[str, float]  # zone -> $ an hour
     package: str  # where Mitsuba comes from; "" where that is not known
-    hours: float  # after which the nodes end themselves; 0: never
-    idle: float  # minutes without use after which they do; 0: never
     quota: str | None  # of vCPUs; None: not asked for
 
 
@@ -3717,14 +3717,6 @@ def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
     return ""
 
 
-def format_price(instance_type: str, count: int, price: float, public: bool = True) -> str:
-    """Return what COUNT nodes cost, as createNodes says it before the launch."""
-    addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
-    more = f", and {format_money(addresses)} for public addresses" if public else ""
-    day = format_money(24 * (count * price + addresses))
-    return f"{count} × {instance_type}: {format_money(count * price)} an hour{more}; {day} a day"
-
-
 def check_key_pair(app: App) -> None:
     """Refuse another key than the user's under KEYPAIR_NAME in EC2; InvalidKeyPair.NotFound where there is none."""
     name, path = app.settings.KEYPAIR_NAME, app.settings.key_file
@@ -3748,20 +3740,20 @@ def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
     return rules
 
 
-def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
-    """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
+def make_plan(app: App, request: LaunchRequest) -> Plan:
+    """Look up all that can be known before a launch, and refuse what can't work; a dry run asks for more prices."""
     settings, ec2 = app.settings, app.ec2
     app.left = "Nothing was launched."
     instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
-        lambda: fetch_instance_type(ec2, request.type),
+        lambda: fetch_instance_type(ec2, request.instance_type),
         lambda: fetch_image(ec2, settings),
-        lambda: fetch_subnets(ec2, settings, request.type),
+        lambda: fetch_subnets(ec2, settings, request.instance_type),
         lambda: fetch_client_cidr(settings),
         lambda: fetch_nodes(ec2, request.group),
-        lambda: fetch_on_demand_price(settings, request.type) if dry_run or not request.spot else None,
-        lambda: fetch_spot_prices(ec2, request.type) if dry_run or request.spot else {},
+        lambda: fetch_on_demand_price(settings, request.instance_type) if request.dry_run or not request.spot else None,
+        lambda: fetch_spot_prices(ec2, request.instance_type) if request.dry_run or request.spot else {},
         lambda: check_package(settings, request.without_mitsuba),
-        lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
+        lambda: fetch_quota(settings, request.instance_type, request.spot) if request.dry_run else None,
     )
     app.check_owner(request.group, before, request.others)
     check_image(instance_type, image)
@@ -3770,10 +3762,10 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     lowest = subnets[0].price
     if request.max_price is not None and lowest is not None and request.max_price < lowest:
         raise ClusterError(
-            f"the spot price of {request.type} is {format_money(lowest)} an hour now, above your maximum of "
-            f"{format_money(request.max_price)}; see {command('spotPrices', request.type)}"
+            f"the spot price of {request.instance_type} is {format_money(lowest)} an hour now, above your maximum of "
+            f"{format_money(request.max_price)}; see {command('spotPrices', request.instance_type)}"
         )
-    if dry_run:  # what a launch would refuse or say once it begins to make what it needs
+    if request.dry_run:  # what a launch would refuse or say once it begins to make what it needs
         with tolerate("InvalidKeyPair.NotFound"):
             check_key_pair(app)
         for group in fetch_security_groups(ec2, request.group):
@@ -3785,31 +3777,35 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         hours = max((node.max_hours for node in present if node.max_hours), default=settings.MAX_HOURS)
     if idle is None:
         idle = max((node.idle_minutes for node in present if node.idle_minutes), default=settings.IDLE_MINUTES)
-    count = len(present)
-    return Plan(request, instance_type, image, subnets, cidr, count, on_demand, spot, package, hours, idle, quota)
+    request = replace(request, max_hours=hours, idle_minutes=idle)
+    return Plan(request, instance_type, image, subnets, cidr, len(present), on_demand, spot, package, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
     """Yield, line by line, what a launch makes and what it costs: createNodes says it, --dry-run says nothing else."""
-    request, settings, cores = plan.request, app.settings, plan.type.cores * plan.request.number
+    request, settings, price = plan.request, app.settings, plan.subnets[0].price
+    count, kind, cores = request.count, request.instance_type, plan.type.cores * request.count
     if plan.present:
         group = app.where(request.group)
-        yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
-    if plan.subnets[0].price is None:
-        warn(f"the price of {request.type} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
+        yield f"{group} has {format_count(plan.present, 'node')} already; adding {count} more"
+    if price is None:
+        warn(f"the price of {kind} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
     else:
-        yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
+        addresses = 0 if settings.PRIVATE_NODES else count * PUBLIC_ADDRESS_PRICE
+        more = f", and {format_money(addresses)} for public addresses" if addresses else ""
+        day = format_money(24 * (count * price + addresses))
+        yield f"{count} × {kind}: {format_money(count * price)} an hour{more}; {day} a day"
     if plan.spot:
         shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
         yield f"An hour of a spot node, now: {shown}{beside}"
     if plan.spot and find_partition(settings.AWS_REGION)[0] == "aws-cn":
         yield "Spot prices in China are in yuan (CNY), also where a $ is shown"
-    if plan.type.burstable and request.type.startswith("t2."):
-        yield f"{request.type} is burstable: after some minutes of full load it falls to a fraction of its speed"
+    if plan.type.burstable and kind.startswith("t2."):
+        yield f"{kind} is burstable: after some minutes of full load it falls to a fraction of its speed"
     elif plan.type.burstable:
         most = f"up to {format_money(SURPLUS_PRICE * cores)} an hour more for all"
-        yield f"{request.type} is burstable: full load costs a surcharge, {most}; a c type has none"
+        yield f"{kind} is burstable: full load costs a surcharge, {most}; a c type has none"
     zones = ", ".join(dict.fromkeys(subnet.zone for subnet in plan.subnets))
     yield f"Image: {plan.image.id} ({plan.image.name})"
     yield f"Zones, in the order in which they are tried: {zones}"
@@ -3820,15 +3816,14 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         )
     elif closed := [subnet.id for subnet in plan.subnets if not subnet.gives_addresses]:
         yield f"Without public addresses of its own: {', '.join(closed)}; the nodes ask for one each"
-    ends = [format_count(plan.hours, "hour")] if plan.hours else []
-    ends += [f"{format_count(plan.idle, 'minute')} without use"] if plan.idle else []
+    ends = [format_count(request.max_hours, "hour")] if request.max_hours else []
+    ends += [f"{format_count(request.idle_minutes, 'minute')} without use"] if request.idle_minutes else []
     for_ever = f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
     yield f"Each ends itself after {', or '.join(ends)}." if ends else for_ever
     if plan.package:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
         quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
-        price = plan.subnets[0].price
         each = f", {format_money(price / plan.type.cores)} an hour each" if price is not None and cores else ""
         yield f"vCPUs: {cores} asked{each}; your quota, for all your instances together: {quota}"
 
@@ -3850,14 +3845,12 @@ def write_secret(path: Path, text: str) -> None:
 
 def make_ed25519() -> tuple[str, str]:
     """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
     key = Ed25519PrivateKey.generate()
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    form = serialization.PublicFormat.OpenSSH
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return private.decode(), public.decode()
 
 
@@ -3957,15 +3950,15 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
     app.allow_access([group], plan.cidr)
     private, public = make_ed25519()
     tags = {TAG_GROUP: request.group, TAG_HOST_KEY: public} | sign_launch(app.identity, request.group, public)
-    tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
-    tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
+    tags |= {TAG_HOURS: f"{request.max_hours:g}"} if request.max_hours else {}
+    tags |= {TAG_IDLE: f"{request.idle_minutes:g}"} if request.idle_minutes else {}
     size = max(settings.ROOT_VOLUME_GB, plan.image.root_gb)
     disk = {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True}
     parameters: dict[str, Any] = {
         "ImageId": plan.image.id,
-        "InstanceType": request.type,
+        "InstanceType": request.instance_type,
         "KeyName": settings.KEYPAIR_NAME,
-        "UserData": make_user_data(private, public, plan.hours, plan.idle),
+        "UserData": make_user_data(private, public, request.max_hours or 0, request.idle_minutes or 0),
         "NetworkInterfaces": [
             {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
         ],
@@ -4007,8 +4000,8 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
     for subnet in plan.subnets:
         zone, asked = subnet.zone, in_subnet(parameters, subnet)
         try:
-            while (missing := request.number - len(nodes)) > 0:
-                size = min(missing, LAUNCH_BATCH)
+            while len(nodes) < request.count:
+                size = min(request.count - len(nodes), LAUNCH_BATCH)
                 # The same token in each try, so that EC2 launches once.
                 asked |= {"MinCount": 1, "MaxCount": size, "ClientToken": token + os.urandom(8).hex()}
                 got = persist(functools.partial(app.ec2.run_instances, **asked), "RunInstances")["Instances"]
@@ -4016,19 +4009,19 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
                 if len(got) < size:
                     why = f"{zone} had no more"
                     break
-            if len(nodes) == request.number:
+            if len(nodes) == request.count:
                 return nodes, ""
-            note(f"{zone} gave {len(nodes)} of {format_count(request.number, 'node')}")
+            note(f"{zone} gave {len(nodes)} of {format_count(request.count, 'node')}")
         except (BotoCoreError, ClientError) as error:
             code, why = error_code(error), f"{zone}: {explain(error)}"
-            if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
-                note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+            if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.instance_type, request.spot)):
+                note(f"{plan.type.cores * request.count} vCPUs asked, your quota is {quota}")
             if code not in CAPACITY_CODES:
                 if not nodes:
                     raise
                 break
             dear = f"{zone} asks more than your maximum"
-            what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.type} in {zone}"
+            what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.instance_type} in {zone}"
             note(f"{what} ({code}); trying the next zone")
     return nodes, why
 
@@ -4123,20 +4116,20 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
             app.left = ""  # a plain refusal: nothing runs
         raise
     if not nodes:
-        raise ClusterError(f"EC2 gave no {request.type}: {why}")
-    launched = f"{len(nodes)} of {format_count(request.number, 'node')} launched"
+        raise ClusterError(f"EC2 gave no {request.instance_type}: {why}")
+    launched = f"{len(nodes)} of {format_count(request.count, 'node')} launched"
     late = "they cost money, and status may show them some seconds late"
     app.left = f"{launched} in {app.where(request.group)}; {late}: {ways}."
     note(f"{launched}; waiting until each answers")
     return nodes, why, token
 
 
-def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
-    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
-    plan = make_plan(app, request, dry_run)
+def create(app: App, request: LaunchRequest) -> None:
+    """Do what createNodes and addSpotNodes have in common."""
+    plan = make_plan(app, request)
     for line in describe(app, plan):
-        (result if dry_run else note)(line)
-    if dry_run:
+        (result if request.dry_run else note)(line)
+    if request.dry_run:
         return
     where = app.where(request.group)
     ways = (
@@ -4150,7 +4143,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
-        good = f"{len(outcomes) - len(failed)} of {format_count(request.number, 'node')}"
+        good = f"{len(outcomes) - len(failed)} of {format_count(request.count, 'node')}"
         raise ClusterError(f"{good} ready in {where}{f' ({why})' if why else ''}; {ways}")
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
@@ -4184,17 +4177,17 @@ spot_option = click.option("--spot", is_flag=True, help="Spot nodes: cheaper, an
 @cli.command("createNodes")
 @launch_options(spot_option)
 @click.pass_obj
-def create_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def create_nodes(app: App, /, **asked: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
-    create(app, LaunchRequest(instance_type, count, group, **options), dry_run)
+    create(app, LaunchRequest(**asked))
 
 
 @cli.command("addSpotNodes")
 @launch_options(click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True)))
 @click.pass_obj
-def add_spot_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def add_spot_nodes(app: App, /, **asked: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(instance_type, count, group, spot=True, **options), dry_run)
+    create(app, LaunchRequest(**asked, spot=True))
 
 
 # --- install -----------------------------------------------------------------
@@ -5515,28 +5508,29 @@ def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Se
     raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
 
 
-def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
+def find_or_launch(app: App, request: LaunchRequest, again: str) -> tuple[list[Node], str, str]:
     """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    where, group, count = app.where(request.group), request.group, request.number
-    tell = result if dry_run else note
-    look_up = functools.partial(make_plan, app, request, dry_run)
+    where, group, count = app.where(request.group), request.group, request.count
+    tell = result if request.dry_run else note
+    look_up = functools.partial(make_plan, app, request)
     count_all = functools.partial(count_nodes, app.ec2, group)
     incomplete = len(count_all(limit=0)) < count
     nodes, plan = side_by_side(count_all, look_up) if incomplete else (count_all(), None)
     app.check_owner(group, nodes, request.others)
-    if others := [node for node in nodes if node.type != request.type]:
+    if others := [node for node in nodes if node.type != request.instance_type]:
         types = ", ".join(sorted({node.type for node in others}))
         tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
     if len(nodes) >= count:
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
         tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = (plan or look_up())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
+    plan = plan or look_up()
+    plan = plan._replace(request=replace(plan.request, count=count - len(nodes)), present=len(nodes))
     for line in describe(app, plan):
         tell(line)
-    if dry_run:
+    if request.dry_run:
         return [], "", ""
     ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
     try:
@@ -5552,17 +5546,17 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 @launch_options(spot_option)
 @tree_option
 @click.pass_obj
-def up(
-    app: App, /, instance_type: str, count: int, group: str, dry_run: bool, tree: bool | None, **options: Any
-) -> None:
+def up(app: App, /, tree: bool | None, **asked: Any) -> None:
     """Create, install and start what GROUP lacks of COUNT nodes.
 
     Run it again to complete or mend the group, whatever became of the first run.
     """
     again = f"{Call.program} {shlex.join(sys.argv[1:])}"  # with its options, which a second run needs, too
     package = plan_package(app.settings)
-    nodes, why, token = find_or_launch(app, LaunchRequest(instance_type, count, group, **options), again, dry_run)
-    if dry_run:
+    request = LaunchRequest(**asked)
+    group, count = request.group, request.count
+    nodes, why, token = find_or_launch(app, request, again)
+    if request.dry_run:
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
     if not token:  # as a launch does

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -370,7 +371,7 @@ def plan(count: int) -> cluster.Plan:
     image = cluster.Image("ami-1", "x86_64", "legacy-bios", "hvm", "/dev/sda1", 8, "ubuntu")
     subnets = [cluster.Subnet("us-east-1a", "subnet-1", "vpc-1", True)]
     request = cluster.LaunchRequest("c1.xlarge", count, "default")
-    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", 0, None, {}, "", 0, 0, None)
+    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", 0, None, {}, "", None)
 
 
 def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -> None:
@@ -390,7 +391,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch, **request: Any) -> dict[str, Any]:
     monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
     app: Any = MagicMock(ec2=Ec2(), settings=cluster.Settings())
     whole = plan(1)
-    return cluster.prepare(app, whole._replace(request=whole.request._replace(**request), hours=1.5))
+    return cluster.prepare(app, whole._replace(request=replace(whole.request, max_hours=1.5, **request)))
 
 
 def test_nodes_give_their_metadata_to_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
