@@ -3502,8 +3502,8 @@ class LaunchRequest:
     group: str
     spot: bool = False
     max_price: float | None = None
-    max_hours: float | None = None  # in a plan: after which the nodes end themselves; 0: never
-    idle_minutes: float | None = None  # in a plan: without use after which they do; 0: never
+    max_hours: float | None = None  # after which the nodes end themselves; 0: never; None: make_plan decides
+    idle_minutes: float | None = None  # the same, without use
     without_mitsuba: bool = False
     others: bool = False  # even into somebody else's group
     dry_run: bool = False  # say more, make nothing
@@ -3796,7 +3796,7 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         day = format_money(24 * (count * price + addresses))
         yield f"{count} × {kind}: {format_money(count * price)} an hour{more}; {day} a day"
     if plan.spot:
-        shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
+        shown = ", ".join(f"{format_money(now)} in {zone}" for zone, now in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
         yield f"An hour of a spot node, now: {shown}{beside}"
     if plan.spot and find_partition(settings.AWS_REGION)[0] == "aws-cn":
@@ -6598,7 +6598,6 @@ class Ended(NamedTuple):
     left: list[Node]  # that have the group's tag, and are not the user's to end
     cancelled: int  # spot requests
     removed: bool  # whether its security group was there to remove
-    found: bool  # whether there was anything of the group
 
 
 def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
@@ -6644,8 +6643,9 @@ def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
     return protected
 
 
-def with_untagged(requests: Sequence[SpotRequest], nodes: Sequence[Node]) -> list[SpotRequest]:
-    """Return REQUESTS, and those of NODES that lack our tag: each node names the request that it came by."""
+def fetch_all_requests(ec2: Client, nodes: Sequence[Node], group: str | None = None) -> list[SpotRequest]:
+    """Return the spot requests of GROUP (None: of all), and those without our tag that NODES say they came by."""
+    requests = fetch_spot_requests(ec2, group)
     known = {"", *(request.id for request in requests)}
     untagged = [node for node in nodes if node.spot_request not in known and node.state in ALIVE]
     return [*requests, *(SpotRequest(one.spot_request, one.group, "active", "", None, one.id) for one in untagged)]
@@ -6668,21 +6668,22 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
+def end_group(app: App, ec2: Client, group: str, others: bool) -> Ended | None:
     """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
 
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
-    ends whatever runs by then. ClusterError where something remains.
+    ends whatever runs by then. None where there was nothing of the group; ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 
+    progress = Progress(f"Terminating in {ec2.meta.region_name}", 0)
     seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
-    before: Any = None
+    before: set[str] | None = None  # ids of the nodes that had not ended at the last poll
     removed = False
-    since = good = time.monotonic()
+    changed = good = time.monotonic()
     while True:
         try:
             listed = fetch_nodes(ec2, group)
@@ -6691,13 +6692,13 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
             targets = inside if others else app.launched(inside, ec2)
             running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
             protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
-            living = [node for node in targets if node.id not in protected]
-            seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+            living = {node.id: node for node in targets if node.id not in protected}
+            seen |= {name: node for name, node in living.items() if name not in seen or node.public_ip}
             if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
                 with tolerate(loss="their spot requests are not cancelled"):
-                    cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
-            present = (len(seen), {node.id for node in living})
-            since, before = (since if present == before else time.monotonic()), present
+                    cancelled = cancel_spot_requests(ec2, fetch_all_requests(ec2, targets, group))
+            if living.keys() != before:
+                before, changed = set(living), time.monotonic()
             held = len(protected) + len(inside) > len(targets)
             groups = [] if living or held else fetch_security_groups(ec2, group)
             waiting = [one for one in groups if not remove_security_group(ec2, one)]
@@ -6709,22 +6710,22 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
                 raise
             time.sleep(POLL)
             continue
-        waited = time.monotonic() - since
+        waited = time.monotonic() - changed
         something = bool(seen or groups or len(listed) > len(nodes))
         if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
             left = [node for node in nodes if node not in targets]
-            found = something or bool(nodes)
-            return Ended(list(seen.values()), list(protected.values()), left, len(cancelled), removed, found)
+            ended = Ended(list(seen.values()), list(protected.values()), left, len(cancelled), removed)
+            return ended if something or nodes else None
         again = f"run {command('terminateAll', group)} again"
         if living and waited > TERMINATE_LIMIT:
-            raise ClusterError(f"EC2 does not say terminated of {', '.join(n.id for n in living)} yet; {again}")
+            raise ClusterError(f"EC2 does not say terminated of {', '.join(living)} yet; {again}")
         if waiting and waited > HOLD_LIMIT:
             raise ClusterError(
                 f"security group {waiting[0].id} is still in use by something that EC2 does not list as a node of "
                 f"{group!r}; {again}, and look at it in the EC2 console"
             )
         held_up = "; the security group is still in use" if waiting else ""
-        show(f"{len(seen) - len(living)} of {format_count(len(seen), 'node')} ended{held_up}")
+        progress.show(f"{len(seen) - len(living)} of {format_count(len(seen), 'node')} ended{held_up}")
         time.sleep(POLL)
 
 
@@ -6739,58 +6740,47 @@ def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
 
 def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
-    region = ec2.meta.region_name
-    progress = Progress(f"Terminating in {region}", 0)
-    done = end_group(app, ec2, group, others, progress.show)
+    region, done = ec2.meta.region_name, end_group(app, ec2, group, others)
+    if not done:
+        return False
     for node in done.nodes:
         result(f"{node.name}: terminated")
     for node in done.left:
         why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
         note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
-    parts = [f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"]
+    said = f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"
     if done.cancelled:
-        parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
+        said += f", {format_count(done.cancelled, 'spot request')} cancelled"
     if done.protected:
-        note(f"{', '.join(parts)} in {region}")
+        note(f"{said} in {region}")
         raise protected_error(ec2, done.protected)
-    if done.found:
-        cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
-        paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
-        parts += ["security group removed"] if done.removed else []
-        end = "" if done.left else f": nothing of group {group!r} is left in {region}"
-        note(f"{', '.join(parts)}{end}.{paid}")
-    return done.found
+    said += ", security group removed" if done.removed else ""
+    said += "" if done.left else f": nothing of group {group!r} is left in {region}"
+    cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
+    paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
+    note(f"{said}.{paid}")
+    return True
 
 
-class Present(NamedTuple):
+class RegionState(NamedTuple):
     """What terminateAll finds in a region."""
 
     ec2: Client
     nodes: list[Node]  # not terminated, of all groups
-    security_groups: list[SecurityGroup]
+    chosen: list[str]  # groups that are to end
 
 
-def fetch_present(ec2: Client) -> Present:
-    """Return all that could be ended in a region."""
-    nodes, groups = side_by_side(lambda: fetch_nodes(ec2), lambda: fetch_security_groups(ec2))
-    return Present(ec2, [node for node in nodes if node.state in ALIVE], groups)
-
-
-def own_groups(app: App, present: Present) -> list[str]:
-    """Return the groups in which the user has nodes, or that a launch of the user's left behind empty."""
-    taken = {node.group for node in present.nodes}
-    key = app.fingerprint
-    empty = [one for one in present.security_groups if one.group not in taken]
-    mine = {one.group for one in empty if any(key in rule.owner.split() for rule in one.rules)}
-    return sorted(mine | {node.group for node in app.launched(present.nodes, present.ec2) if node.is_inside})
-
-
-def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
-    """Name the user's other groups that run on, with their cost."""
-    region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
-    for group, about in app.running_groups(present.nodes, present.ec2).items():
-        if group not in ended:
-            note(f"Group {group} runs on{region}: {about}")
+def choose_groups(app: App, group: str | None, ec2: Client) -> RegionState:
+    """Look at a region. What is to end there is GROUP, or (None) each group of the user's: with nodes, or left behind."""
+    found, security_groups = side_by_side(lambda: fetch_nodes(ec2), lambda: fetch_security_groups(ec2))
+    nodes = [node for node in found if node.state in ALIVE]
+    taken = {node.group for node in nodes}
+    if group:
+        there = ec2 is app.ec2 or group in taken | {one.group for one in security_groups}  # here lists may lag
+        return RegionState(ec2, nodes, [group] if there else [])
+    mine = {node.group for node in app.launched(nodes, ec2) if node.is_inside}
+    marked = {one.group for one in security_groups for rule in one.rules if app.fingerprint in rule.owner.split()}
+    return RegionState(ec2, nodes, sorted(mine | (marked - taken)))
 
 
 @cli.command("terminateAll")
@@ -6812,36 +6802,36 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     problems: list[str] = []
     found: list[str] = []
 
-    def end(region: str, present: Present, name: str) -> None:
-        nodes = [node for node in present.nodes if node.group == name]
+    def end(region: str, state: RegionState, name: str) -> None:
+        nodes = [node for node in state.nodes if node.group == name]
         try:
-            app.check_owner(name, nodes, others, present.ec2)
+            app.check_owner(name, nodes, others, state.ec2)
             client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
-            found.extend([name] if terminate_in(app, present.ec2, name, others) else [])
+            found.extend([name] if terminate_in(app, state.ec2, name, others) else [])
             if client:
                 note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
             problem = explain(error) if isinstance(error, ClusterError) else app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
-    regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
-    chosen: dict[str, list[str]] = {}
-    for region, present in regions.items():
-        there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
-        chosen[region] = own_groups(app, present) if all_groups else [group] if region == home or group in there else []
-    ends = [functools.partial(end, name, regions[name], one) for name, groups in chosen.items() for one in groups]
+    look = functools.partial(choose_groups, app, None if all_groups else group)
+    regions = app.in_all_regions(look, problems) if all_regions else {home: look(app.ec2)}
+    ends = [functools.partial(end, name, state, one) for name, state in regions.items() for one in state.chosen]
     if ends:
         side_by_side(*ends)  # no group waits for another's end
-    for region, present in regions.items():
-        name_running(app, present, chosen[region])
-    if all_groups and app.key_problem and any(present.nodes for present in regions.values()):
+    for region, state in regions.items():
+        where = f" in {region}" if region != home else ""
+        for name, about in app.running_groups(state.nodes, state.ec2).items():
+            if name not in state.chosen:
+                note(f"Group {name} runs on{where}: {about}")
+    if all_groups and app.key_problem and any(state.nodes for state in regions.values()):
         ways = f"end a group of yours with {command('terminateAll', 'GROUP', '--others')}"
         problems.append(f"{app.key_problem}. So nothing tells which groups are yours; {ways}")
     if not found and not problems:
         where = "any region" if all_regions else home
         if not all_groups:
-            look = "" if all_regions else f"; {command('status', '--all-regions')} looks in every region"
-            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{look}")
+            more = "" if all_regions else f"; {command('status', '--all-regions')} looks in every region"
+            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{more}")
         note(f"Nothing to terminate: you have no group in {where}")
     if problems:
         raise ClusterError("; ".join(problems))
@@ -6905,11 +6895,17 @@ def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
     return result(format_table(rows, terminal_width()))
 
 
-def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
-    """Cancel REQUESTS and say what that leaves running."""
+def cancel_requests(app: App, name: str | None = None) -> None:
+    """Cancel the spot request of this NAME (None: all that this tool made); say what that leaves running."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.is_inside]
+    requests = [one for one in fetch_all_requests(app.ec2, nodes) if name in (None, one.id)]
+    if name is not None and not requests:
+        raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
+    if name is not None and not live(requests):
+        raise ClusterError(f"spot request {name} is {requests[0].state} already")
     cancelled = cancel_spot_requests(app.ec2, requests)
-    for name in cancelled:
-        result(f"Cancelled {name}")
+    for one in cancelled:
+        result(f"Cancelled {one}")
     running = [request.node_id for request in requests if request.node_id and request.id in cancelled]
     if running:
         note(f"Their nodes keep running and cost money: {', '.join(running)}; terminate or terminateAll ends them")
@@ -6917,30 +6913,19 @@ def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
         note("No spot request is open")
 
 
-def our_requests(app: App) -> list[SpotRequest]:
-    """Return all spot requests that this tool made."""
-    nodes = [node for node in fetch_nodes(app.ec2) if node.is_inside]
-    return with_untagged(fetch_spot_requests(app.ec2), nodes)
-
-
 @cli.command("cancelSpot")
 @click.argument("name", metavar="ID")
 @click.pass_obj
 def cancel_spot(app: App, name: str) -> None:
     """Cancel one spot request."""
-    found = [request for request in our_requests(app) if request.id == name]
-    if not found:
-        raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
-    if found[0].state not in ("open", "active"):
-        raise ClusterError(f"spot request {name} is {found[0].state} already")
-    cancel_requests(app, found)
+    cancel_requests(app, name)
 
 
 @cli.command("cancelAllSpot")
 @click.pass_obj
 def cancel_all_spot(app: App) -> None:
     """Cancel all spot requests that this tool made."""
-    cancel_requests(app, our_requests(app))
+    cancel_requests(app)
 
 
 # --- Small commands ----------------------------------------------------------
