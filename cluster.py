@@ -3450,7 +3450,8 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 UBUNTU = {"22.04": "hvm-ssd/ubuntu-jammy", "24.04": "hvm-ssd-gp3/ubuntu-noble", "26.04": "hvm-ssd-gp3/ubuntu-resolute"}
 CANONICAL = {"aws": "099720109477", "aws-us-gov": "513442679011", "aws-cn": "837727238323"}  # partition -> owner
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
-PRICE_LIMIT = 5  # the look-up of a price, or of a quota
+# botocore's patience for what is only said: a price, a quota.
+QUICK: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 2}}
 SURPLUS_PRICE = 0.05  # $ a vCPU-hour above the baseline of T3 and T3a (https://aws.amazon.com/ec2/pricing/on-demand/)
 
 # What a type begins with -> its quota of vCPUs, on demand and spot; "" is all others: A, C, D, H, I, M, R, T, Z.
@@ -3600,9 +3601,8 @@ nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
 
 def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[Subnet]:
     """Return the subnets of SUBNET_ID, else the default ones, wherever INSTANCE_TYPE can be launched, by zone."""
-    wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
-    if not settings.SUBNET_ID:
-        wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
+    default = [{"Name": "default-for-az", "Values": ["true"]}]
+    wanted = {"SubnetIds": [settings.SUBNET_ID]} if settings.SUBNET_ID else {"Filters": default}
     kind = [{"Name": "instance-type", "Values": [instance_type]}]
     found, offerings = side_by_side(
         lambda: ec2.describe_subnets(**wanted)["Subnets"],
@@ -3683,9 +3683,8 @@ def fetch_on_demand_price(settings: Settings, instance_type: str) -> float | Non
         "capacitystatus": "Used",
     }
     filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
-    quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
     with tolerate(loss="the price is unknown"), contextlib.suppress(KeyError, ValueError):
-        pricing = open_client(settings, "pricing", "us-east-1", **quick)
+        pricing = open_client(settings, "pricing", "us-east-1", **QUICK)
         products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
         terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
         rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
@@ -3708,10 +3707,9 @@ def quota_code(instance_type: str, spot: bool) -> str:
 
 
 def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
-    """Return the account's quota of vCPUs in words; "" where it can't be had in a moment."""
-    quick: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 3, "retries": {"total_max_attempts": 1}}
+    """Return the account's quota of vCPUs in words; "" where it can't be had."""
     with tolerate():
-        quotas = open_client(settings, "service-quotas", **quick)
+        quotas = open_client(settings, "service-quotas", **QUICK)
         quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(instance_type, spot))["Quota"]
         return f"{quota['Value']:g} ({printable(quota['QuotaName'])})"
     return ""
@@ -3734,8 +3732,8 @@ def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
     """Return what GROUP lets in for other machines with the user's key; refuse what others have added."""
     _, _, rules = sort_rules(group, app.settings, cidr, app.rule_owner)
     key = app.rule_owner.rpartition(" ")[0]
-    one_port = [r for r in rules if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
-    if len([rule for rule in one_port if rule.owner.startswith(f"{key} ")]) < len(rules):
+    ours = [one for one in rules if one.owner.startswith(f"{key} ")]
+    if [one for one in ours if one.way == ("tcp", one.first, one.first, "IpRanges", one.source)] != rules:
         raise ClusterError(f"nothing is launched: {describe_rules(app.ec2, group, rules)}")
     return rules
 
@@ -4017,9 +4015,11 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
             if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.instance_type, request.spot)):
                 note(f"{plan.type.cores * request.count} vCPUs asked, your quota is {quota}")
             if code not in CAPACITY_CODES:
-                if not nodes:
-                    raise
-                break
+                if nodes:
+                    break
+                if code and code not in RETRY_CODES:  # a plain refusal: nothing runs
+                    app.left = ""
+                raise
             dear = f"{zone} asks more than your maximum"
             what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.instance_type} in {zone}"
             note(f"{what} ({code}); trying the next zone")
@@ -4073,14 +4073,12 @@ def await_nodes(
     began = good = time.monotonic()
     while waiting:
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
+            waiting |= {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
-            seen = {}
             if time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
-        waiting |= seen
-        for node in seen.values():
+        for node in waiting.values():
             reachable = node.address and node.state in ("pending", "running") and not app.awaits_address(node)
             if reachable and node.id not in begun:
                 boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
@@ -4104,17 +4102,10 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
 
     Ctrl-C says in WAYS what can be done with nodes that may be there.
     """
-    from botocore.exceptions import ClientError
-
     request, token = plan.request, os.urandom(16).hex()
     parameters = prepare(app, plan)
     app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
-    try:
-        nodes, why = launch_nodes(app, plan, parameters, token)
-    except ClientError as error:
-        if error_code(error) not in RETRY_CODES:
-            app.left = ""  # a plain refusal: nothing runs
-        raise
+    nodes, why = launch_nodes(app, plan, parameters, token)
     if not nodes:
         raise ClusterError(f"EC2 gave no {request.instance_type}: {why}")
     launched = f"{len(nodes)} of {format_count(request.count, 'node')} launched"
