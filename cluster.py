@@ -4111,12 +4111,14 @@ def await_nodes(
     began = good = time.monotonic()
     while waiting:
         try:
-            waiting |= {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
+            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
             good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
+            seen = {}
             if time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
-        for node in waiting.values():
+        waiting |= seen
+        for node in seen.values():
             reachable = node.address and node.state in ("pending", "running") and not app.awaits_address(node)
             if reachable and node.id not in begun:
                 boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
