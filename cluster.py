@@ -33,6 +33,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import gc
 import glob
@@ -51,7 +52,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
@@ -680,9 +681,9 @@ def tolerate(*codes: str, loss: str = "") -> Iterator[None]:
             warn(f"{loss}: {explain(error)}")
 
 
-def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
-    """Make several calls at once; return their results in order, or raise the first error."""
-    pool = concurrent.futures.ThreadPoolExecutor(len(calls))
+def side_by_side(*calls: Callable[[], Any], limit: int = 0) -> list[Any]:
+    """Make calls, all or LIMIT of them at once; return their results in order, or raise the first error."""
+    pool = concurrent.futures.ThreadPoolExecutor(limit or len(calls))
     try:
         return [future.result() for future in [pool.submit(call) for call in calls]]
     finally:
@@ -1091,35 +1092,9 @@ SESSION_LIMIT = 5  # for sshd, which refuses one session more, to end the one be
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 
 
-def fingerprint(public: str) -> str:
-    """Return the SHA256:… of a public key, as ssh-keygen -l does."""
-    import base64
-    import hashlib
-
-    digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
-    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
-
-
-class Identity(NamedTuple):
-    """The user's SSH key: what logs in, and its public half as one line."""
-
-    key: paramiko.PKey
-    public: str
-
-    @property
-    def fingerprint(self) -> str:
-        """The key's fingerprint."""
-        return fingerprint(self.public)
-
-
 def clean_environment() -> dict[str, str]:
     """Return the environment for child processes: without AWS credentials."""
     return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-
-
-def to_identity(key: paramiko.PKey) -> Identity:
-    """Return a key with its public half."""
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
 
 @functools.cache
@@ -1127,20 +1102,21 @@ def read_fingerprint(path: Path) -> str:
     """Return the fingerprint of a key file, of an encrypted one too; "" where ssh-keygen can't tell it."""
     import subprocess
 
+    if not shutil.which("ssh-keygen"):
+        return ""
     words = ["ssh-keygen", "-l", "-E", "sha256", "-f", str(path)]
-    with contextlib.suppress(FileNotFoundError):
-        shown = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False).stdout
-        return next((word for word in shown.split() if word.startswith("SHA256:")), "")
-    return ""
+    done = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False)
+    found = re.search(r"SHA256:\S+", done.stdout)
+    return found[0] if found else ""
 
 
-def from_agent(path: Path) -> Identity | None:
+def from_agent(path: Path) -> paramiko.PKey | None:
     """Return the ssh-agent's key that a file holds the public half of, or encrypted."""
     import paramiko
 
     shown = read_fingerprint(path)
     held = paramiko.Agent().get_keys() if shown else ()
-    key: Any = next((key for key in held if key.fingerprint == shown), None)
+    key: paramiko.PKey | None = next((key for key in held if key.fingerprint == shown), None)
     if not key:
         return None
     signs, signing = key.sign_ssh_data, threading.Lock()
@@ -1149,43 +1125,55 @@ def from_agent(path: Path) -> Identity | None:
         with signing:  # the nodes' threads share one connection: each takes the next answer for its own
             return signs(*what)
 
-    key.sign_ssh_data = sign_alone
-    return to_identity(key)
+    key.sign_ssh_data = sign_alone  # type: ignore[assignment,method-assign]
+    return key
 
 
-def load_identity(path: Path, may_ask: bool = True) -> Identity:
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key, or its public half: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or bool(re.match(r"(ssh-\w+|ecdsa-\S+) [A-Za-z0-9+/=]+", text))
+
+
+def load_identity(path: Path, may_ask: bool = True) -> paramiko.PKey:
     """Load the user's SSH key; ClusterError says what is wrong with the file."""
     import paramiko
 
     text = path.read_text("latin-1") if path.exists() else ""
-    if re.search(r"^(ssh-\w+|ecdsa-\S+) [A-Za-z0-9+/=]+", text):
-        if identity := from_agent(path):
-            return identity
-        raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
-    if "PRIVATE KEY" not in text:
+    if not has_key(path):
         if not text or "placeholder" in text:
             raise ClusterError(
                 f"there is no SSH key {path}: copy it from the machine that launched the nodes; for nodes of this "
                 "machine's own, createNodes makes one (choose another KEYPAIR_NAME)"
             )
         raise ClusterError(f"{path} is no SSH private key: copy it from the machine that launched the nodes")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
-    try:
-        return to_identity(paramiko.PKey.from_path(path))
-    except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
-        if identity := from_agent(path):
-            return identity
-    except (paramiko.SSHException, ValueError) as error:
-        raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
+    is_private = "PRIVATE KEY" in text
+    if is_private:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
+        try:
+            return paramiko.PKey.from_path(path)
+        except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
+            pass
+        except (paramiko.SSHException, ValueError) as error:
+            raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
+    if held := from_agent(path):
+        return held
+    if not is_private:
+        raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
     if not (may_ask and sys.stdin.isatty()):
         raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
     passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
     try:
         # Bytes, whatever the annotation says: cryptography, which paramiko hands it to, takes nothing else.
-        return to_identity(paramiko.PKey.from_path(path, passphrase.encode()))  # type: ignore[arg-type]
+        return paramiko.PKey.from_path(path, passphrase.encode())  # type: ignore[arg-type]
     except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
+
+
+def public_line(key: paramiko.PKey) -> str:
+    """Return a key's public half, as a line of authorized_keys has it."""
+    return f"{key.get_name()} {key.get_base64()}"
 
 
 def signed_text(group: str, host_key: str) -> bytes:
@@ -1208,9 +1196,9 @@ def is_signed(public: str, group: str, host_key: str, signature: str) -> bool:
     return False
 
 
-def is_ours(node: Node, identity: Identity) -> bool:
+def is_ours(node: Node, identity: paramiko.PKey) -> bool:
     """Tell whether NODE was launched with the user's key: anybody in the account may write tags, but not sign them."""
-    return is_signed(identity.public, node.group, node.host_key, node.signature)
+    return is_signed(public_line(identity), node.group, node.host_key, node.signature)
 
 
 def describe_owner(nodes: Sequence[Node], groups: Sequence[SecurityGroup]) -> str:
@@ -1253,17 +1241,10 @@ def hide_from_git(path: Path) -> str:
         return "" if "not a git repository" in listed.stderr else first_line(listed.stderr)
     if not listed.stdout:
         return "" if git("check-ignore", "--quiet").returncode == 0 else "it is not in .gitignore"
-    if not listed.stdout.startswith("S"):
-        why = first_line(git("update-index", "--skip-worktree").stderr)
-        if not git("ls-files", "-v").stdout.startswith("S"):  # S: skip-worktree holds
-            return why or "git update-index --skip-worktree had no effect"
-    return ""
-
-
-def has_key(path: Path) -> bool:
-    """Tell whether a file is there and holds a key: not the placeholder."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+    if listed.stdout.startswith("S"):  # skip-worktree holds
+        return ""
+    done = git("update-index", "--skip-worktree")
+    return first_line(done.stderr) or format_exit(done.returncode) if done.returncode else ""
 
 
 def user_command(name: str, script: str, *arguments: str) -> str:
@@ -1278,12 +1259,13 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, glob, json, os, re, socket, stat, subprocess, sys, threading, time
+import concurrent.futures, contextlib, errno, glob, json, os, re, signal, socket, stat, subprocess, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
 
+@functools.cache
 def node_program(entry: Callable[[list[str]], object]) -> str:
     """Return a Python program for a node: ENTRY, and the functions, classes and CONSTANTS that it needs, to the letter.
 
@@ -1325,25 +1307,37 @@ class Outcome(Generic[T]):
         return not self.error
 
 
-class Facts(NamedTuple):
-    """What a node says of itself."""
+def fact(form: str, read: Callable[[str], Any] = str) -> Any:
+    """Return a field of Facts: the FORM in which a node may say it, and what it is READ as."""
+    return field(default=read(""), metadata={"form": form, "read": read})
 
-    cores: int
-    build: str = ""  # of Mitsuba: its version, SPECTRUM_SAMPLES, and 1 if of double precision; empty: not installed
-    role: str = ""  # of its server: head, worker, or none yet
-    linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
-    idle: float | None = None  # seconds since its last use; None: no guard is there
-    idle_limit: float = 0  # seconds after which it ends; 0: never
-    clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
-    boot: str = ""  # changes with each boot of the node
-    started: str = ""  # changes with each start of its server
-    clock: str = ""  # seconds since 1970
-    load: tuple[float, ...] = ()
-    memory_mb: tuple[int, ...] = ()  # used, total
-    restarts: int = 0  # of its server by systemd, since it was started
-    problem: str = ""  # what the server's log said last of an error, if it was restarted
-    relays: str = ""  # "yes": it is a sub-head, maybe of no workers any more
-    replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
+
+@dataclass(frozen=True)
+class Facts:
+    """What a node says of itself, in strict forms: units and tables are made of it, and renderers can write to some of
+    its sources.
+    """
+
+    cores: int = fact(r"[1-9][0-9]{0,4}", lambda text: int(text or 0))
+    # Of Mitsuba: its version, SPECTRUM_SAMPLES, and 1 if of double precision; empty: not installed.
+    build: str = fact(r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?")
+    role: str = fact(r"(head|worker)?")  # of its server; empty: none yet
+    # Private addresses that the running head is linked to.
+    linked: tuple[str, ...] = fact(r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*", lambda text: tuple(text.split()))
+    relays: str = fact(r"(yes)?")  # it is a sub-head, maybe of no workers any more
+    replaced: str = fact(r"(yes)?")  # install has replaced Mitsuba under the server, which wants a restart
+    boot: str = fact(r"[0-9A-Za-z-]{0,64}")  # changes with each boot of the node
+    started: str = fact(r"[0-9A-Za-z-]{0,64}")  # changes with each start of its server
+    clock: str = fact(r"([0-9]{1,12}(\.[0-9]{1,9})?)?")  # seconds since 1970
+    load: tuple[float, ...] = fact(r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}", lambda text: tuple(map(float, text.split())))
+    memory_mb: tuple[int, ...] = fact(r"[0-9]{1,9} [0-9]{1,9}", lambda text: tuple(map(int, text.split())))  # used, all
+    restarts: int = fact(r"[0-9]{0,9}", lambda text: int(text or 0))  # of its server by systemd, since it was started
+    problem: str = fact(r".*", printable)  # what the server's log said last of an error, if it was restarted
+
+    # What its guard says: all of it in seconds.
+    idle: float | None = None  # since its last use; None: no guard is there
+    idle_limit: float = 0  # after which it ends; 0: never
+    clients: dict[str, tuple[float, float]] = field(default_factory=dict)  # address and port -> (connected, silent)
 
     @property
     def version(self) -> str:
@@ -1391,13 +1385,20 @@ esac
 """
 
 
+@functools.cache
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return what paramiko raises where a connection breaks; its import takes long."""
+    import paramiko
+
+    return paramiko.SSHException, EOFError, OSError
+
+
 class Remote:
     """A connected node: runs commands on it."""
 
     def __init__(self, node: Node, transport: paramiko.Transport) -> None:
         self.node = node
         self.transport = transport
-        self.reply_by: float | None = None  # when the node must have replied
 
     def run(
         self,
@@ -1413,10 +1414,7 @@ class Remote:
         seconds (None: STEP_LIMIT), when the node does not answer any more, or when the connection breaks.
         """
         deadline = time.monotonic() + (STEP_LIMIT if limit is None else limit)
-        with self.session() as channel:
-            channel.set_combine_stderr(True)
-            channel.settimeout(SILENCE_LIMIT)
-            self.execute(channel, line)
+        with self.session(line) as channel:
             self.feed(channel, stdin)
             tail = rest = b""
             try:
@@ -1437,19 +1435,21 @@ class Remote:
             return code, tail.decode("utf-8", "replace")
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[paramiko.Channel]:
-        """Open a session, close it in the end, and turn what breaks it into a NodeError."""
-        import paramiko
-
+    def session(self, line: str) -> Iterator[paramiko.Channel]:
+        """Start a command LINE, stderr merged into its output, and turn what breaks the body into a NodeError."""
         try:
             channel = self.open_session()
             try:
+                channel.set_combine_stderr(True)
+                channel.settimeout(SILENCE_LIMIT)
+                with self.awaiting_reply():
+                    channel.exec_command(line)
                 yield channel
             finally:
                 channel.close()
         except TimeoutError:
             raise SilentNode("does not answer any more") from None
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except connection_errors() as error:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
     def open_session(self) -> paramiko.Channel:
@@ -1465,19 +1465,16 @@ class Remote:
                     raise
                 time.sleep(0.1)
 
-    def execute(self, channel: paramiko.Channel, line: str) -> None:
-        """Start a command LINE."""
-        with self.awaiting_reply():
-            channel.exec_command(line)
-
     @contextlib.contextmanager
     def awaiting_reply(self) -> Iterator[None]:
-        """Bound the body, in which paramiko itself would wait for ever for the node's reply."""
-        self.reply_by = time.monotonic() + LIVENESS_LIMIT
+        """Give up the node if the body, in which paramiko itself would wait for ever for its reply, takes too long."""
+        timer = threading.Timer(LIVENESS_LIMIT, self.transport.close)
+        timer.daemon = True
+        timer.start()
         try:
             yield
         finally:
-            self.reply_by = None
+            timer.cancel()
 
     @staticmethod
     def feed(channel: paramiko.Channel, stdin: Iterable[bytes]) -> None:
@@ -1490,11 +1487,6 @@ class Remote:
             raise
         except OSError:
             pass
-
-    def close_if_overdue(self) -> None:
-        """Give up a node that does not reply in time; the pool's main thread asks now and then."""
-        if self.reply_by and time.monotonic() > self.reply_by:
-            self.transport.close()
 
     def receive(self, channel: paramiko.Channel, deadline: float) -> bytes:
         """Return the next output, b"" at its end; a node that is silent must open another session to show its life."""
@@ -1510,7 +1502,7 @@ class Remote:
                         self.transport.open_session(timeout=LIVENESS_LIMIT).close()
                 except paramiko.ChannelException:
                     pass  # sshd allows one only, and shows its life by saying so
-                except (paramiko.SSHException, EOFError):
+                except connection_errors():
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
 
@@ -1522,53 +1514,34 @@ class Remote:
         return output
 
 
-def to_seconds(value: Any) -> float:
-    """Return a report's number as seconds that can be shown, whatever it is."""
-    return min(1e9, max(0.0, float(value)))
-
-
-# Fact -> what a node may say (units and tables are made of it, and renderers can write to some of its sources), and
-# what it is read as.
-FACT_FORMS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "cores": (r"[1-9][0-9]{0,4}", int),
-    "build": (r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?", str),
-    "role": (r"(head|worker)?", str),
-    "linked": (r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*", lambda text: tuple(text.split())),
-    "relays": (r"(yes)?", str),
-    "boot": (r"[0-9A-Za-z-]{0,64}", str),
-    "started": (r"[0-9A-Za-z-]{0,64}", str),
-    "clock": (r"([0-9]{1,12}(\.[0-9]{1,9})?)?", str),
-    "replaced": (r"(yes)?", str),
-    "load": (r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}", lambda text: tuple(map(float, text.split()))),
-    "memory_mb": (r"[0-9]{1,9} [0-9]{1,9}", lambda text: tuple(map(int, text.split()))),
-    "restarts": (r"[0-9]{0,9}", lambda text: int(text or 0)),
-    "problem": (r".*", printable),
-}
-
-
 def fetch_facts(remote: Remote) -> Facts:
     """Ask a node about itself."""
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     said: dict[str, Any] = {}
-    for name, (pattern, read) in FACT_FORMS.items():
-        text = pairs.get(name, "")
-        if not re.fullmatch(pattern, text):
-            raise NodeError(f"reports {name!r} as {text[:60]!r}, which can't be")
-        said[name] = read(text)
+    for one in fields(Facts):
+        if one.metadata:
+            text = pairs.get(one.name, "")
+            if not re.fullmatch(one.metadata["form"], text):
+                raise NodeError(f"reports {one.name!r} as {text[:60]!r}, which can't be")
+            said[one.name] = one.metadata["read"](text)
+
+    def seconds(value: Any) -> float:
+        return min(1e9, max(0.0, float(value)))  # what can be shown, whatever it is
+
     try:
         guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             **said,
-            idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
-            idle_limit=to_seconds(guard["limit"]),
-            clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
+            idle=None if guard["idle"] is None else seconds(guard["idle"]),
+            idle_limit=seconds(guard["limit"]),
+            clients={printable(peer): (seconds(a), seconds(b)) for peer, (a, b) in guard["clients"].items()},
         )
     except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
-def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
+def connect(node: Node, settings: Settings, identity: paramiko.PKey) -> Remote:
     """Connect once: exchange keys, check the host key, log in."""
     import paramiko
 
@@ -1582,14 +1555,13 @@ def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
         # AES-GCM first: its check is native, the other ciphers' is in Python.
         options.ciphers = tuple(sorted(options.ciphers, key=lambda cipher: "gcm" not in cipher))
         transport.start_client(timeout=EXCHANGE_LIMIT)
-        shown = transport.get_remote_server_key()
-        if f"{shown.get_name()} {shown.get_base64()}" != node.host_key:
+        if public_line(transport.get_remote_server_key()) != node.host_key:
             raise Unusable(
                 "shows another host key than the one it was launched with: something else answers at this address, "
                 "or somebody is in between; nothing was sent to it"
             )
         try:
-            transport.auth_publickey(settings.SSH_USER, identity.key)
+            transport.auth_publickey(settings.SSH_USER, identity)
         except paramiko.AuthenticationException as error:
             raise Unusable(f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}") from error
         transport.set_keepalive(15)
@@ -1621,14 +1593,14 @@ def ssh_command(node: Node, settings: Settings, *options: str) -> Iterator[list[
         yield [*words, *options, f"{settings.SSH_USER}@{node.address}"]
 
 
-def open_remote(node: Node, settings: Settings, identity: Identity, limit: float, first_boot: bool = False) -> Remote:
+def open_remote(
+    node: Node, settings: Settings, identity: paramiko.PKey, limit: float, first_boot: bool = False
+) -> Remote:
     """Connect to a node, trying again for LIMIT seconds while it is silent, refuses or resets.
 
     A wrong host key or a refused login fails at once; at the FIRST_BOOT only after a while, since
     sshd may be up with the image's own keys before cloud-init has put ours in their place.
     """
-    import paramiko
-
     if not is_ours(node, identity):
         raise NodeError(not_ours(node))
     deadline = time.monotonic() + limit
@@ -1642,7 +1614,7 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
             pause = min(2 * pause, REFUSED_PAUSE)
             if not first_boot or time.monotonic() - answered > FIRST_KEY_LIMIT:
                 raise
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except connection_errors() as error:
             if time.monotonic() > deadline:
                 raise SilentNode(
                     f"port {settings.SSH_PORT} of {node.address} does not answer from here "
@@ -1729,7 +1701,7 @@ class NodePool:
     The threads are daemons, not a ThreadPoolExecutor's: the program's end must not wait for a node that is dead.
     """
 
-    def __init__(self, settings: Settings, identity: Identity) -> None:
+    def __init__(self, settings: Settings, identity: paramiko.PKey) -> None:
         self.settings = settings
         self.identity = identity
         self.remotes: dict[str, Remote] = {}
@@ -1766,19 +1738,8 @@ class NodePool:
                 remote = open_remote(node, self.settings, self.identity, limit, first_boot)
                 self.remotes[node.id] = remote
             return Outcome(node, step(remote))
-        except NodeError as error:
+        except (NodeError, ClusterError) as error:
             return Outcome(node, error=str(error), silent=isinstance(error, SilentNode))
-        except ClusterError as error:
-            return Outcome(node, error=error.message)
-
-    def wait(self, futures: Iterable[Future[Outcome[T]]], seconds: float) -> None:
-        """Wait for FUTURES, for at most SECONDS; give up the nodes that do not reply in time."""
-        if waiting := list(futures):
-            concurrent.futures.wait(waiting, seconds)
-        else:
-            time.sleep(seconds)
-        for remote in list(self.remotes.values()):
-            remote.close_if_overdue()
 
     def each(
         self,
@@ -1789,8 +1750,7 @@ class NodePool:
     ) -> list[Outcome[T]]:
         """Run STEP on all NODES at once; return their outcomes in the order of NODES."""
         futures = [self.submit(node, step, progress, limit) for node in nodes]
-        while not all(future.done() for future in futures):
-            self.wait(futures, 0.5)
+        while concurrent.futures.wait(futures, 0.5).not_done:
             if progress:
                 progress.redraw()
         return [future.result() for future in futures]
@@ -1838,8 +1798,6 @@ def open_below(folder: int, path: str) -> int:
 
     OSError where a component is a link or not our own: its owner could put a link in its place.
     """
-    import errno
-
     here = os.dup(folder)
     try:
         for name in filter(None, path.split("/")):
@@ -1864,7 +1822,7 @@ class Fetcher:
     def __init__(self, folder: str, tries: int = RANGE_TRIES, timeout: int = RANGE_TIMEOUT) -> None:
         import subprocess
 
-        self.tries, self.timeout = tries, timeout
+        self.tries, self.timeout, self.name = tries, timeout, os.path.abspath(folder)
         self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
@@ -1901,8 +1859,6 @@ class Fetcher:
 
     def open_target(self, one: Wanted) -> tuple[int, str]:
         """Open the folder that a file belongs into; return it, and the file's name in it."""
-        import errno
-
         folder, _, name = one.path.rpartition("/")
         if name in ("", ".", "..") or one.path.split("/")[0] == FETCH_FOLDER:
             raise OSError(errno.EINVAL, "is not a name for a file")
@@ -1926,7 +1882,6 @@ class Fetcher:
 
     def fetch_range(self, one: Wanted, part: int, begin: int, end: int) -> None:
         """Bring the bytes from BEGIN to END into the open PART; what came before an error is kept."""
-        import errno
         import http.client
         import urllib.error
         import urllib.request
@@ -2001,7 +1956,7 @@ class Fetcher:
         disk = os.fstatvfs(self.folder)
         need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
         if need > free:
-            raise FetchFailed(f"{format_size(need)} needed, {format_size(free)} free")
+            raise FetchFailed(f"{format_size(need)} needed, {format_size(free)} free in {self.name}", OWN_FAULT)
         return need
 
     def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
@@ -2064,18 +2019,16 @@ def fetch_files(arguments: list[str]) -> None:
     threading.Thread(target=report, daemon=True).start()
     try:
         say(**fetcher.fetch_all(wanted))
-    except FetchFailed as error:
+    except (FetchFailed, OSError) as error:
+        if isinstance(error, OSError):
+            error = FetchFailed(f"{error.filename or arguments[0]}: {error.strerror or error}", OWN_FAULT)
         say(error=str(error), status=error.status, **fetcher.bytes)
         os._exit(1)  # at once: other threads are in the midst of their ranges
-    except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
-        os._exit(1)
 
 
-@functools.cache
-def fetch_program() -> str:
-    """Return fetch_files as a program of its own."""
-    return node_program(fetch_files)
+def python_command(entry: Callable[[list[str]], object], *arguments: str) -> str:
+    """Return the command line that runs a function of this file as the SSH user."""
+    return shlex.join(["python3", "-I", "-c", node_program(entry), *arguments])
 
 
 class Fetched(NamedTuple):
@@ -2086,14 +2039,6 @@ class Fetched(NamedTuple):
     missing: int  # have no source yet
     moved: int  # bytes
     lacking: int  # bytes that were not here before, not even from an earlier try
-
-
-class FetchError(NodeError):
-    """A node's FetchFailed, as it has told it."""
-
-    def __init__(self, text: str, status: int = 0) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 def read_report(line: bytes) -> dict[str, Any]:
@@ -2111,45 +2056,43 @@ def read_report(line: bytes) -> dict[str, Any]:
 
 
 @dataclass
-class Tally:
-    """Adds up what several tries bring to a node; SHOW hears the bytes that have come, and of how many."""
+class Delivery:
+    """What comes to one node's FOLDER, in several tries; SHOW hears how many bytes have come, and of how many."""
 
+    remote: Remote
+    folder: str
     show: Callable[[int, int], object]
-    before: int = 0  # bytes of earlier tries
-    moved: int = 0
+    moved: int = 0  # bytes
+    status: int = 0  # of the FetchFailed by which the last try ended
 
-    def count(self, moved: int, lacking: int) -> None:
-        """Take a report of the present try."""
-        self.moved = self.before + moved
-        self.show(self.moved, self.before + lacking)
+    def fetch(self, wanted: Sequence[Wanted], *patience: int) -> Fetched:
+        """Let the node fetch files, once more. PATIENCE: other tries of a range, and timeout."""
+        before, self.status = self.moved, 0
+        last: dict[str, Any] = {}
 
+        def hear(lines: bytes) -> None:
+            for line in lines.splitlines():
+                last.update(read_report(line))
+                if last.keys() >= {"moved", "lacking"}:
+                    self.moved = before + last["moved"]
+                    self.show(self.moved, before + last["lacking"])
 
-def fetch_step(folder: str, wanted: Sequence[Wanted], tally: Tally, remote: Remote, *patience: int) -> Fetched:
-    """Let a node fetch files into FOLDER, once more. PATIENCE: other tries of a range, and timeout."""
-    last: dict[str, Any] = {}
-
-    def hear(lines: bytes) -> None:
-        for line in lines.splitlines():
-            last.update(read_report(line))
-            if last.keys() >= {"moved", "lacking"}:
-                tally.count(last["moved"], last["lacking"])
-
-    tally.before = tally.moved
-    job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
-    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
-    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
-    if "error" in last:
-        raise FetchError(last["error"], last.get("status", 0))
-    if code or not last.keys() >= set(Fetched._fields):
-        raise NodeError(f"{format_exit(code)}{format_tail(output)}")
-    return Fetched(**{name: last[name] for name in Fetched._fields} | {"moved": tally.moved})
+        job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
+        line = python_command(fetch_files, self.folder, *map(str, patience))
+        code, output = self.remote.run(line, limit=SYNC_LIMIT, stdin=[job], sink=hear)
+        if "error" in last:
+            self.status = last.get("status", 0)
+            raise NodeError(last["error"])
+        if code or not last.keys() >= set(Fetched._fields):
+            raise NodeError(f"{format_exit(code)}{format_tail(output)}")
+        return Fetched(**{name: last[name] for name in Fetched._fields} | {"moved": self.moved})
 
 
 class FileServer:
     """Answers whoever knows a token HTTP requests for ranges of files, by their numbers; runs on a node, and here."""
 
-    def __init__(self, token: str, sizes: Sequence[int], open_file: Callable[[int], int]) -> None:
-        self.token, self.sizes, self.open_file = token, sizes, open_file
+    def __init__(self, token: str, sizes: Sequence[int], paths: Sequence[str | Path]) -> None:
+        self.token, self.sizes, self.paths = token, sizes, paths
         self.counting = threading.Lock()
         self.receivers: list[str] = []  # one for each request that is being answered
 
@@ -2171,7 +2114,7 @@ class FileServer:
                 head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
                 stream.sendall(head.encode())
                 if status == 206:
-                    with open(self.open_file(number), "rb") as file:
+                    with open(self.paths[number], "rb") as file:
                         while begin < end and (block := os.pread(file.fileno(), min(MIB, end - begin), begin)):
                             stream.sendall(block)
                             begin += len(block)
@@ -2197,8 +2140,6 @@ class FileServer:
 
 def end_predecessor(address: str, port: str) -> None:
     """End the program that serves at this address for an earlier run, whose client may have lost its network."""
-    import signal
-
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         number = int(path.split("/")[2])
         with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -2220,15 +2161,15 @@ def serve_files(arguments: list[str]) -> None:
     wanted = [Wanted(**one) for one in job["wanted"]]
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    fetcher, handles = Fetcher(folder), []
+    fetcher, paths = Fetcher(folder), []
     record = fetcher.load("record.json") or {}
     for one in wanted:
         if not fetcher.is_here(one, record):
             sys.exit(f"{one.path} is not complete here")
-        below, name = fetcher.open_target(one)
-        handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
+        below, name = fetcher.open_target(one)  # opened now: what may stand there later is not served
+        paths.append(f"/proc/self/fd/{os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below)}")
         os.close(below)
-    server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
+    server = FileServer(job["token"], [one.size for one in wanted], paths)
     end_predecessor(address, port)
     for pause in (0.01, 0.1, 1, 0):  # its end may take a moment
         try:
@@ -2251,17 +2192,12 @@ def serve_files(arguments: list[str]) -> None:
     os._exit(0)
 
 
-@functools.cache
-def serve_program() -> str:
-    """Return serve_files as a program of its own."""
-    return node_program(serve_files)
-
-
 @dataclass(eq=False)
 class Source:
     """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
 
     remote: Remote | None = None
+    folder: str = ""
     starting: threading.Lock = field(default_factory=threading.Lock)  # held while the node's program starts
     channel: paramiko.Channel | None = None
     session: contextlib.ExitStack | None = None  # its end closes the channel, and ends the program
@@ -2271,7 +2207,9 @@ class Source:
     @property
     def is_free(self) -> bool:
         """Tell whether one more node may fetch from here; this machine's uplink is scarce."""
-        return self.receivers < (RECEIVERS if self.remote else 1)
+        if not self.remote:
+            return not self.receivers
+        return self.receivers < RECEIVERS and self.failures < PEERS_TRIED and self.remote.transport.is_active()
 
 
 class Spread:
@@ -2281,15 +2219,14 @@ class Spread:
     Nothing runs beside the nodes' own steps: a step waits for its source, fetches, and is a source itself.
     """
 
-    def __init__(self, folder: str, wanted: Sequence[Wanted], paths: Sequence[Path], nodes: int) -> None:
+    def __init__(self, wanted: Sequence[Wanted], paths: Sequence[Path], nodes: int) -> None:
         import secrets
 
-        self.folder, self.wanted, self.paths = folder, wanted, paths
+        self.wanted, self.paths = wanted, paths
         self.token = secrets.token_hex(16)
         self.changed = threading.Condition()
         self.here = Source()
         self.sources = [self.here]
-        self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
 
@@ -2304,15 +2241,16 @@ class Spread:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
         peers = [source for source in self.sources if source.remote and source.is_free and source not in tried]
         if len(tried) >= PEERS_TRIED:
-            peers = [self.here]
-        elif not peers and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until):
-            # Nobody else has it, or will have it soon. The node that lacks least comes first.
-            peers = [self.here] if lacking <= min(self.waiting, default=lacking) else []
+            peers = []
+        elif not peers:  # from here only where nobody has it, or will have it soon; who lacks least comes first
+            all_heard = self.unheard <= 0 or time.monotonic() > self.until
+            fetching = any(source.receivers for source in self.sources)
+            if not all_heard or fetching or lacking > min(self.waiting, default=lacking):
+                return None
         source = min(peers, key=lambda peer: peer.receivers, default=self.here)
-        if not (peers and source.is_free):
+        if not source.is_free:
             return None
         source.receivers += 1
-        self.fetching += 1
         return source
 
     def take(self, tried: Sequence[Source], lacking: int) -> Source:
@@ -2325,20 +2263,15 @@ class Spread:
         return source
 
     def give_back(self, source: Source, failed: bool = False) -> None:
-        """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
+        """Let the next node have a SOURCE; one that failed twice is none any more."""
         with self.changed:
-            self.fetching -= 1
             source.receivers -= 1
             source.failures += failed
-            if (remote := source.remote) and (source.failures >= PEERS_TRIED or not remote.transport.is_active()):
-                self.sources = [one for one in self.sources if one is not source]
             self.changed.notify()
 
     @contextlib.contextmanager
     def address(self, source: Source, remote: Remote) -> Iterator[str]:
         """Yield the address at which REMOTE reaches a SOURCE: a node's private one, or a port that leads here."""
-        import paramiko
-
         if source.remote:
             with source.starting:
                 if not source.channel or source.channel.exit_status_ready():
@@ -2348,8 +2281,7 @@ class Spread:
                         raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
             return
-        sizes = [one.size for one in self.wanted]
-        server = FileServer(self.token, sizes, lambda number: os.open(self.paths[number], os.O_RDONLY))
+        server = FileServer(self.token, [one.size for one in self.wanted], self.paths)
 
         def accept(channel: paramiko.Channel, *_: object) -> None:
             threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
@@ -2357,33 +2289,30 @@ class Spread:
         try:
             with remote.awaiting_reply():
                 port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except connection_errors() as error:
             raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            with contextlib.suppress(paramiko.SSHException, OSError, EOFError), remote.awaiting_reply():
+            with contextlib.suppress(*connection_errors()), remote.awaiting_reply():
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
     def begin(self, source: Source, remote: Remote) -> None:
         """Start a SOURCE's program, which serves the files."""
         job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
-        words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        line = python_command(serve_files, source.folder, remote.node.private_ip, str(PASS_ON_PORT))
         with contextlib.ExitStack() as stack:
-            channel = stack.enter_context(remote.session())
-            channel.settimeout(LIVENESS_LIMIT)
-            channel.set_combine_stderr(True)
-            remote.execute(channel, shlex.join(words))
+            channel = stack.enter_context(remote.session(line))
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             source.channel, source.session = channel, stack.pop_all()
 
-    def bring(self, show: Callable[[int, int], object], remote: Remote) -> Fetched:
-        """Bring the files to a node, as far as it lacks them; SHOW hears what a Tally says."""
-        tally = Tally(show)
+    def bring(self, delivery: Delivery) -> Fetched:
+        """Bring the files to a node, as far as it lacks them."""
+        remote = delivery.remote
         try:
-            done = fetch_step(self.folder, self.wanted, tally, remote)
+            done = delivery.fetch(self.wanted)
         finally:
             self.hear()
         tried: list[Source] = []
@@ -2397,18 +2326,17 @@ class Spread:
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
-                    done = fetch_step(self.folder, wanted, tally, remote, *patience)
+                    done = delivery.fetch(wanted, *patience)
             except NodeError as error:
-                full = isinstance(error, FetchError) and error.status == OWN_FAULT
-                if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
+                own_fault = delivery.status == OWN_FAULT or isinstance(error, SilentNode)
+                if own_fault or not source.remote or not remote.transport.is_active():
                     raise
-                time_was_up = channel and channel.exit_status_ready() and channel.recv_exit_status() == 0
-                failed = not time_was_up
+                failed = not (channel and channel.exit_status_ready() and channel.recv_exit_status() == 0)  # 0: time up
                 tried += [source] if failed else []
             finally:
                 self.give_back(source, failed)
         with self.changed:
-            self.sources.append(Source(remote))
+            self.sources.append(Source(remote, delivery.folder))
             self.changed.notify(RECEIVERS)
         return done
 
@@ -2430,6 +2358,15 @@ def warn_of_secrets(path: Path, settings: Settings) -> None:
     for secret in [path] * bool(settings.AWS_SECRET_ACCESS_KEY) + [s3cfg] * bool(with_key):
         if why := hide_from_git(secret):
             warn(f"git may pick up the secrets in {secret} ({why})")
+
+
+def fingerprint(public: str) -> str:
+    """Return the SHA256:… of a public key, as ssh-keygen -l does."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 class App:
@@ -2455,13 +2392,13 @@ class App:
         return open_client(self.settings, "ec2")
 
     @functools.cached_property
-    def identity(self) -> Identity:
+    def identity(self) -> paramiko.PKey:
         """The user's SSH key."""
         self.known_identity = found = load_identity(self.settings.key_file)
         return found
 
     @functools.cached_property
-    def known_identity(self) -> Identity | None:
+    def known_identity(self) -> paramiko.PKey | None:
         """The user's SSH key, or None where it can't be had without asking for a passphrase."""
         try:
             return load_identity(self.settings.key_file, may_ask=False)
@@ -3760,7 +3697,7 @@ def check_key_pair(app: App) -> None:
     name, path = app.settings.KEYPAIR_NAME, app.settings.key_file
     pair = app.ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"][0]
     has_file = has_key(path)
-    if not has_file or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+    if not has_file or pair.get("PublicKey", "").split()[:2] != public_line(app.identity).split()[:2]:
         missing = "" if has_file else f"there is no key in {path}, and "
         raise ClusterError(
             f"{missing}EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or "
@@ -3921,7 +3858,7 @@ def ensure_key(app: App) -> None:
         return check_key_pair(app)
     ensure_key_file(app.settings.key_file)
     tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": app.identity.fingerprint}]}]
-    pair = {"KeyName": app.settings.KEYPAIR_NAME, "PublicKeyMaterial": app.identity.public.encode()}
+    pair = {"KeyName": app.settings.KEYPAIR_NAME, "PublicKeyMaterial": public_line(app.identity).encode()}
     with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; with the same key?
         app.ec2.import_key_pair(**pair, TagSpecifications=tags)
         return None
@@ -3962,15 +3899,15 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
     return "#cloud-config\n" + json.dumps(config)
 
 
-def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]:
+def sign_launch(identity: paramiko.PKey, group: str, host_key: str) -> dict[str, str]:
     """Return the tags of nodes that the user's key (or ssh-agent) vouches for."""
     import base64
 
     import paramiko
 
-    algorithm = "rsa-sha2-512" if identity.public.startswith("ssh-rsa ") else None
+    algorithm = "rsa-sha2-512" if public_line(identity).startswith("ssh-rsa ") else None
     try:
-        signed = identity.key.sign_ssh_data(signed_text(group, host_key), algorithm)
+        signed = identity.sign_ssh_data(signed_text(group, host_key), algorithm)
     except paramiko.SSHException as error:
         raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
     text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
@@ -4149,7 +4086,10 @@ def await_nodes(
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running")
         at_work = [begun[name] for name in waiting if name in begun]
-        app.pool.wait(at_work, POLL if len(at_work) == len(waiting) else POLL / 3)
+        if at_work:
+            concurrent.futures.wait(at_work, POLL if len(at_work) == len(waiting) else POLL / 3)
+        else:
+            time.sleep(POLL / 3)
         for node in list(waiting.values()):
             if outcome := decide(app, node, begun.get(node.id), time.monotonic() - began):
                 done[node.id] = outcome
@@ -4790,7 +4730,7 @@ def make_spread(package: Package, nodes: int) -> Spread | None:
         return None
     path = Path(package.source)
     name = f"{PACKAGE_FOLDER}/{package.sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
-    return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
+    return Spread([Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
 
 
 def install_step(
@@ -4811,6 +4751,10 @@ def install_step(
         for step in re.findall(rb"^step: (.{0,24})", lines, re.M):
             tell(printable(step.decode("utf-8", "replace")))
 
+    def show(moved: int, whole: int) -> None:
+        if moved:
+            tell(f"sending {10 * moved // (whole or 1) * 10} %")
+
     try:
         with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
             os.fchmod(log.fileno(), 0o600)  # one of an older version
@@ -4821,10 +4765,7 @@ def install_step(
             if spread:
                 tell("waiting")
                 try:
-                    spread.bring(
-                        lambda moved, whole: tell(f"sending {10 * moved // (whole or 1) * 10} %") if moved else None,
-                        remote,
-                    )
+                    spread.bring(Delivery(remote, ".", show))
                 except NodeError as error:
                     raise type(error)(f"the package can't be brought to its home folder: {error}") from error
             source = spread.wanted[0].path if spread else package.source
@@ -5061,7 +5002,7 @@ def ask_server(remote: Remote, build: str) -> int:
         raise NodeError("its mtssrv accepts connections, but stays silent") from None
     except ValueError as error:
         raise NodeError(str(error)) from None
-    except (paramiko.SSHException, OSError, EOFError) as error:
+    except connection_errors() as error:
         if isinstance(error, paramiko.ChannelException) and error.code == PROHIBITED:
             raise ClusterError(  # no NodeError: another try does not help
                 "its sshd forbids forwarding (AllowTcpForwarding in /etc/ssh/sshd_config), which this tool needs"
@@ -5136,7 +5077,7 @@ def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
     heads = [node for node in nodes if node.role == "head" and node.state == "running"]
     for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
         future = app.pool.submit(head, fetch_facts, limit=limit)
-        app.pool.wait([future], limit)
+        concurrent.futures.wait([future], limit)
         if future.done() and future.result().ok:
             return future.result().value
     return Facts(0)
@@ -5176,7 +5117,7 @@ def worker_step(plan: StartPlan, remote: Remote) -> Served:
         if node.private_ip in plan.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
         configure_node(remote, plan.guard, guard_plan, server_unit("worker", node.private_ip, facts.cores, plan.data))
-        cores, facts = await_server(remote, facts.build), facts._replace(linked=(), relays="")
+        cores, facts = await_server(remote, facts.build), replace(facts, linked=(), relays="")
     elif facts.relays:
         return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
@@ -6032,7 +5973,7 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
     progress = Progress("Asking", len(running))
     deadline = time.monotonic() + ANSWER_LIMIT + len(running) / ANSWER_RATE
     while (left := deadline - time.monotonic()) > 0 and progress.done < len(running):
-        app.pool.wait(futures, min(0.2, left))
+        concurrent.futures.wait(futures, min(0.2, left))
         progress.done = sum(future.done() for future in futures)
         progress.redraw()
     late = f"frozen or cut off: no answer within {ANSWER_LIMIT} s"
@@ -6232,6 +6173,7 @@ NEVER_SENT = {".aws", ".git", ".s3cfg", ".ssh"}
 PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File)")
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
 READERS = 4  # files that are hashed at once
+DIGEST_CALLS = 32  # of S3, at once
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
 
@@ -6351,33 +6293,35 @@ def plan_files(name: str, settings: Settings, config: Path) -> dict[str, Path]:
 
     ClusterError where that would send what nobody can have meant: an unset variable makes NAME empty.
     """
-    source, base = Path(name), os.path.basename(os.path.abspath(name))
-    top = Path(os.path.realpath(source))
     if not name.strip():
         raise ClusterError("NAME is empty: is a variable unset?")
+    source, base = Path(name), os.path.basename(os.path.abspath(name))
+    top = Path(os.path.realpath(source))
     if source.is_file():
         if why := why_left_out(source, top.parent, settings, config):
             raise ClusterError(f"{name}: {why}")
         return {base: source}
+    if not source.is_dir():
+        return {}
     dear = {
         "the tool's folder": HERE,
         "your home folder": Path.home(),
         "the SSH key's folder": settings.key_file.parent,
     }
     for what, home in dear.items():
-        if source.is_dir() and home.resolve().is_relative_to(top):
+        if home.resolve().is_relative_to(top):
             raise ClusterError(f"{name} is {what}, or contains it: nothing is sent; name a folder that holds data only")
     files: dict[str, Path] = {}
     for folder, folders, names in os.walk(source):
-        links = [one for one in folders if one in NEVER_SENT or Path(folder, one).is_symlink()]
-        folders[:] = sorted(set(folders) - set(links))
-        for one in sorted(links + names):
+        not_entered = {one for one in folders if one in NEVER_SENT or Path(folder, one).is_symlink()}
+        folders[:] = sorted(set(folders) - not_entered)
+        for one in sorted([*not_entered, *names]):
             path = Path(folder, one)
             if why := why_left_out(path, top, settings, config):
                 note(f"Left out: {path} ({why})")
             else:
                 files[f"{base}/{path.relative_to(source).as_posix()}"] = path
-    if source.is_dir() and not files:
+    if not files:
         raise ClusterError(f"there is no file to send in {name}")
     return files
 
@@ -6392,16 +6336,6 @@ def confirm_size(name: str, files: dict[str, Path]) -> None:
         raise ClusterError(f"{what}; add --yes to send so much without being asked")
     if not click.confirm(f"{what}. Send all of it?", err=True):
         raise ClusterError("nothing was sent")
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
-    """Yield COUNT threads for which nobody waits in the end: Ctrl-C must not wait for a large file."""
-    pool = concurrent.futures.ThreadPoolExecutor(count)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -6447,8 +6381,9 @@ def upload(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None
     there = list_objects(s3, bucket, os.path.commonprefix(list(keys)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     size, sent = sum(path.stat().st_size for path in files.values()), 0
+    hasher = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        with counted("Uploading", size) as count, threads(1) as hasher:
+        with counted("Uploading", size) as count:
             read = functools.partial(count, 0)
             hashes = hasher.map(lambda path: digest_file(path, "sha256", read), keys.values())
             for (key, path), sha256 in zip(keys.items(), hashes):
@@ -6460,6 +6395,8 @@ def upload(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None
                 sent += 1
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
+    finally:
+        hasher.shutdown(wait=False, cancel_futures=True)
     where = "/".join(filter(None, ["s3:/", bucket, prefix]))
     note(f"Uploaded {sent} of {format_count(len(keys), 'file')} to {where} ({len(keys) - sent} there already)")
 
@@ -6469,8 +6406,9 @@ def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[dict[
     found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
-    with threads(32) as pool:
-        digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
+    digests = side_by_side(
+        *(functools.partial(fetch_digest, s3, bucket, key, found[key][1]) for key in good), limit=DIGEST_CALLS
+    )
     objects = {}
     for key, digest in zip(good, digests):
         size, etag = found[key]
@@ -6490,39 +6428,27 @@ def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
     return [one._replace(url=address(key)) for key, one in objects.items()]
 
 
-def bring_from_s3(
-    data: str,
-    wanted: list[Wanted],
-    sign_again: Callable[[], list[Wanted]],
-    show: Callable[[int, int], object],
-    remote: Remote,
-) -> Fetched:
+def bring_from_s3(wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], delivery: Delivery) -> Fetched:
     """Let a node fetch WANTED by signed addresses; they die with the session's credentials: boto3 may have new ones."""
-    tally = Tally(show)
     while True:
+        before = delivery.moved
         try:
-            return fetch_step(data, wanted, tally, remote)
-        except FetchError as error:
+            return delivery.fetch(wanted)
+        except NodeError as error:
             if "InvalidObjectState" in str(error):
                 raise NodeError(f"{error}; the object is archived: restore it in S3, then run this again") from error
-            if error.status not in (401, 403):
+            if delivery.status not in (401, 403):
                 raise
-            if tally.moved == tally.before:
+            if delivery.moved == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted = sign_again()
 
 
-def sync_nodes(
-    app: App,
-    nodes: Sequence[Node],
-    wanted: Sequence[Wanted],
-    bring: Callable[[Callable[[int, int], object], Remote], Fetched],
-) -> None:
+def sync_nodes(app: App, nodes: Sequence[Node], wanted: Sequence[Wanted], bring: Callable[[Delivery], Fetched]) -> None:
     """Let BRING bring the files to all NODES, with a bar, and report."""
     size = sum(one.size for one in wanted)
     note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
-
     whole = {node.id: size for node in nodes}  # bytes that each lacks, as far as known
 
     def step(remote: Remote) -> str:
@@ -6530,7 +6456,7 @@ def sync_nodes(
             progress.moved[remote.node.id], whole[remote.node.id] = moved, of
             progress.size = sum(whole.values())
 
-        done = bring(show, remote)
+        done = bring(Delivery(remote, app.settings.DATA_DIR, show))
         there = f"; {done.present} there already" if done.present else ""
         fetched = f"fetched {format_count(done.fetched, 'file')}, {format_size(done.moved)}{there}"
         return fetched if done.fetched else "has everything already"
@@ -6541,16 +6467,10 @@ def sync_nodes(
 def read_files(files: dict[str, Path]) -> list[Wanted]:
     """Return FILES as what the nodes shall have, once all are hashed."""
     sizes = [path.stat().st_size for path in files.values()]
-    with counted("Reading", sum(sizes)) as count, threads(READERS) as pool:
-        digests = pool.map(lambda path: digest_file(path, "sha256", count), files.values())
-        return [Wanted(name, size, sha256, sha256, "", {}) for name, size, sha256 in zip(files, sizes, digests)]
-
-
-def sync_from_here(app: App, group: str, files: dict[str, Path]) -> None:
-    """Send FILES once, to a node, and from node to node."""
-    nodes = app.open_group(group)
-    wanted = read_files(files)
-    sync_nodes(app, nodes, wanted, Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes)).bring)
+    with counted("Reading", sum(sizes)) as count:
+        reads = (functools.partial(digest_file, path, "sha256", count) for path in files.values())
+        digests = side_by_side(*reads, limit=READERS)
+    return [Wanted(name, size, sha256, sha256, "", {}) for name, size, sha256 in zip(files, sizes, digests)]
 
 
 def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
@@ -6577,7 +6497,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
             f"fetch, up to {size} in all, at $0.02 a GB (from some regions more)"
         )
     sign_all = functools.partial(sign, s3, bucket, objects)
-    bring = functools.partial(bring_from_s3, app.settings.DATA_DIR, sign_all(), sign_all)
+    bring = functools.partial(bring_from_s3, sign_all(), sign_all)
     sync_nodes(app, nodes, list(objects.values()), bring)
     if refused:
         raise ClusterError(f"{format_count(len(refused), 'object')} left out")
@@ -6600,10 +6520,12 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
         confirm_size(name, files)
     if app.settings.bucket[0]:
         sync_by_s3(app, name, group, files)
-    elif files:
-        sync_from_here(app, group, files)
-    else:
+        return
+    if not files:
         raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in {Call.settings}")
+    nodes = app.open_group(group)
+    wanted = read_files(files)
+    sync_nodes(app, nodes, wanted, Spread(wanted, list(files.values()), len(nodes)).bring)
 
 
 # --- terminateAll ------------------------------------------------------------

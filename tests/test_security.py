@@ -281,16 +281,16 @@ def test_an_rsa_key_in_the_agent_signs(cloud: LocalCloud, tmp_path: Path) -> Non
 def test_a_signature_that_is_none(tmp_path: Path, signature: str) -> None:
     cluster.ensure_key_file(tmp_path / "key")
     identity = cluster.load_identity(tmp_path / "key")
-    assert not cluster.is_signed(identity.public, "default", "ssh-ed25519 AAAA", signature)
+    assert not cluster.is_signed(cluster.public_line(identity), "default", "ssh-ed25519 AAAA", signature)
 
 
 def test_a_signature_is_for_one_group_and_one_host_key(tmp_path: Path) -> None:
     cluster.ensure_key_file(tmp_path / "key")
     identity = cluster.load_identity(tmp_path / "key")
     signature = "".join(cluster.sign_launch(identity, "default", "ssh-ed25519 AAAA").values())
-    assert cluster.is_signed(identity.public, "default", "ssh-ed25519 AAAA", signature)
-    assert not cluster.is_signed(identity.public, "other", "ssh-ed25519 AAAA", signature)
-    assert not cluster.is_signed(identity.public, "default", "ssh-ed25519 BBBB", signature)
+    assert cluster.is_signed(cluster.public_line(identity), "default", "ssh-ed25519 AAAA", signature)
+    assert not cluster.is_signed(cluster.public_line(identity), "other", "ssh-ed25519 AAAA", signature)
+    assert not cluster.is_signed(cluster.public_line(identity), "default", "ssh-ed25519 BBBB", signature)
 
 
 # Security groups that others have changed
