@@ -3000,8 +3000,9 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 # links nodes that come back, and ends idle nodes (node_program sends its functions). All times are monotonic.
 
 HELLO = b"\x1b\xcd"
+REFUSAL = b"\x00\x0d"
 QUIT = b"\x00\x0c"
-NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
+ANSWER_BYTES = 256  # of what a server answers, at most: hello, its cores, its node's name
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
@@ -3026,23 +3027,11 @@ PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, o
 IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
 LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which a head or sub-head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
-STATE_PATH = "/run/mitsuba-cluster/state.json"
+STATE_PATH = "/run/mitsuba-cluster/state.json"  # what status shows: the seconds of idleness, its limit, the clients
 
 
 class AnotherBuild(Exception):
     """The server is a Mitsuba of another version, or with other spectrum samples or precision."""
-
-
-def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
-    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
-    data = b""
-    while len(data) < size:
-        stream.settimeout(max(0.001, deadline - time.monotonic()))
-        part = stream.recv(size - len(data))
-        if not part:
-            raise EOFError("the server closed the connection")
-        data += part
-    return data
 
 
 def handshake(
@@ -3053,29 +3042,32 @@ def handshake(
     AnotherBuild where it refuses. The end is an ordinary one, read to the last byte (but of a server that talks on and
     on): a reset that comes before the server has accepted ends it, and its head with it.
     """
+    version, samples, double = build.split()
     deadline = time.monotonic() + limit
     with open_stream(limit) as stream:
-        version, samples, double = build.split()
-        stream.settimeout(max(0.001, deadline - time.monotonic()))
+
+        def read(size: int) -> bytes:
+            stream.settimeout(max(0.001, deadline - time.monotonic()))
+            return stream.recv(size)
+
+        stream.settimeout(limit)
         stream.sendall(HELLO + version.encode() + b"\0" + bytes([int(samples), int(double)]))
-        answer = receive_exactly(stream, 2, deadline)
-        if answer == b"\x00\x0d":
-            raise AnotherBuild
-        if answer != HELLO:
-            raise ValueError("what answers is not mtssrv")
-        cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-        name = b""
-        while not name.endswith(b"\0"):
-            if len(name) > NAME_BYTES:
-                raise ValueError("its node's name does not end")
-            name += receive_exactly(stream, 1, deadline)
-        try:
+        answer = b""
+        while len(answer) < 5 or not answer.endswith(b"\0"):  # hello, two bytes of cores, the name and its end
+            byte = read(1)
+            answer += byte
+            if not byte:
+                raise EOFError("the server closed the connection")
+            if answer == REFUSAL:
+                raise AnotherBuild
+            if (len(answer) == 2 and answer != HELLO) or len(answer) > ANSWER_BYTES:
+                raise ValueError("what answers is not mtssrv")
+        with contextlib.suppress(OSError):
             stream.sendall(QUIT)
             stream.shutdown(socket.SHUT_WR)
-            receive_exactly(stream, NAME_BYTES, deadline)
-        except (OSError, EOFError):
-            pass
-        return cores, name[:-1].decode("utf-8", "replace")
+            while time.monotonic() < deadline and read(ANSWER_BYTES):
+                pass
+        return int.from_bytes(answer[2:4], "big", signed=True), answer[4:-1].decode("utf-8", "replace")
 
 
 class Answer(NamedTuple):
@@ -3128,15 +3120,14 @@ def write_file(path: str, text: str) -> None:
 
 def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
     """Return whom to link of those that gave ANSWERS: each that can be, but for the workers of sub-heads that serve."""
-    branches = plan.get("branches", {}).items()
-    below = {one for head, workers in branches if answers[head].relays for one in workers}
+    below = {one for head, workers in plan.get("branches", {}).items() if answers[head].relays for one in workers}
     return [one for one in plan["workers"] if not answers[one].problem and one not in below]
 
 
 def filter_workers(plan: dict[str, Any]) -> None:
     """Before each start of a head or sub-head: note those of its workers that answer, and name the others."""
-    plan = {"workers": {}} | plan  # a sub-head may have lost them all
-    heads = {one: plan["workers"][one] for one in plan.get("branches", ())}
+    plan = {"workers": {}, "branches": {}} | plan  # a sub-head may have lost them all
+    heads = {one: plan["workers"][one] for one in plan["branches"]}
     deadline = time.monotonic() + RELAY_LIMIT
     while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
         time.sleep(WATCH_PAUSE)
@@ -3210,22 +3201,21 @@ class Look(NamedTuple):
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
     left: bool  # of a head: a client has left since the look before
-    servers: dict[str, int]  # of a head: peer -> bytes moved, of the connections to mtssrv
-    logins: dict[str, int]  # the same of those to sshd
+    servers: dict[str, float]  # of a head: peer -> seconds of silence, of the connections to mtssrv
+    logins: dict[str, int]  # peer -> bytes moved, of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
-    working: bool = False  # a command of cluster.py is at work
 
 
-def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from ss, which leaves out what is 0."""
+def read_connections(text: str) -> tuple[dict[str, float], dict[str, int]]:
+    """Return mtssrv's connections (peer -> seconds of silence) and sshd's (peer -> bytes), from ss, which omits a 0."""
     servers, logins = {}, {}
     for line in text.splitlines():
         _, _, own, peer, *_ = line.split()
-        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", line)))
+        found = {name: int(value) for name, value in re.findall(r"\b(\w+):(\d+)", line)}
         if own.endswith(f":{SERVER_PORT}"):
-            servers[peer] = moved
+            servers[peer] = min(found.get("lastsnd", 0), found.get("lastrcv", 0)) / 1000
         elif '"sshd' in line:
-            logins[peer] = moved
+            logins[peer] = found.get("bytes_acked", 0) + found.get("bytes_received", 0)
     return servers, logins
 
 
@@ -3260,30 +3250,18 @@ def run_quietly(*words: str) -> str:
 
 
 def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
-    """Look at this node; ENDS: of a head, see watch_ends."""
+    """Look at this node; ENDS: of a head, see watch_ends. A command at work, which holds the mark, touches it so."""
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
+    if is_held(MARK_PATH):
+        os.utime(MARK_PATH)
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
         with contextlib.suppress(OSError):
             touched[path] = os.stat(path).st_atime_ns  # of a terminal: its input; its mtime is its output
-    return Look(
-        time.monotonic(),
-        int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        ends is not None and has_left(ends),
-        servers if ends else {},
-        logins,
-        touched,
-        is_held(MARK_PATH),
-    )
-
-
-class Connection(NamedTuple):
-    """A connection to mtssrv."""
-
-    since: float
-    moved: float  # when it last moved bytes
-    total: int  # of those
+    computed = int(cpu) / 1e9 if cpu.isdigit() else 0.0
+    left = ends is not None and has_left(ends)
+    return Look(time.monotonic(), computed, left, servers if ends else {}, logins, touched)
 
 
 class Memory(NamedTuple):
@@ -3294,21 +3272,22 @@ class Memory(NamedTuple):
     used: float  # when the node was last used, and
     how: str  # by what
     quiet: float  # since when nobody has connected to mtssrv, as far as is known
-    connections: dict[str, Connection]
+    connections: dict[str, list[float]]  # to mtssrv: peer -> [when it was first seen, seconds of silence]
 
 
-def find_clients(memory: Memory) -> dict[str, Connection]:
-    """Return the clients: connections to mtssrv that two looks have seen; a probe's is short."""
-    return {peer: one for peer, one in memory.connections.items() if memory.at - one.since >= CLIENT_LOOK}
+def find_clients(memory: Memory) -> dict[str, list[float]]:
+    """Return the clients, peer -> seconds [connected, silent]: two looks have seen them, and a probe is short."""
+    ages = {peer: [memory.at - since, silent] for peer, (since, silent) in memory.connections.items()}
+    return {peer: age for peer, age in ages.items() if age[0] >= CLIENT_LOOK}
 
 
-def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int) -> str:
-    """Say by what a node was used between two looks; "" if by nothing that counts."""
+def find_use(base: Look, look: Look, silences: Iterable[float], workers: int) -> str:
+    """Say by what a node was used between two looks, by clients with these SILENCES, too; "" if by nothing."""
     if look.computed - base.computed > BUSY_CORES * (look.at - base.at):
         return "mtssrv computed"
     if any(base.touched.get(path) != when for path, when in look.touched.items()):
         return "a terminal had input, or a command of cluster.py was at work"
-    if any(one.moved > base.at for one in clients):
+    if any(look.at - silent > base.at for silent in silences):
         return "a client moved bytes"
     most = LOGIN_BYTES + LINK_BYTES * workers
     if any(count - base.logins.get(peer, 0) > most for peer, count in look.logins.items()):
@@ -3320,18 +3299,13 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     """Carry MEMORY on with one more LOOK."""
     if not memory:
         memory = Memory(look.at, look, look.at, "the node booted", look.at, {})
-    seen = {}
-    for peer, count in look.servers.items():
-        old = memory.connections.get(peer)
-        if not old or count < old.total:
-            old = Connection(look.at, look.at, count)
-        seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
+    seen = {peer: [memory.connections.get(peer, [look.at])[0], silent] for peer, silent in look.servers.items()}
     left = look.left or find_clients(memory).keys() - seen.keys()
-    quiet = look.at if seen or left else memory.quiet
-    how = "a command of cluster.py is at work" if look.working else "a client left" if left else ""
-    memory = memory._replace(at=look.at, quiet=quiet, connections=seen)
+    how = "a client left" if left else ""
+    memory = memory._replace(at=look.at, quiet=look.at if seen or left else memory.quiet, connections=seen)
     if look.at - memory.base.at >= USE_LOOK:
-        how = find_use(memory.base, look, find_clients(memory).values(), workers) or how
+        silences = [silent for _, silent in find_clients(memory).values()]
+        how = find_use(memory.base, look, silences, workers) or how
         memory = memory._replace(base=look)
     return memory._replace(used=look.at, how=how) if how else memory
 
@@ -3340,25 +3314,16 @@ def is_idle(memory: Memory, limit: float) -> bool:
     """Tell whether a node has been unused for LIMIT seconds (0: there is no limit), or far longer under a client."""
     clients = find_clients(memory)
     patience = max(limit, CLIENT_SILENCE) if clients else limit
-    arrived = clients != memory.connections  # somebody has, who may become a client
+    arrived = clients.keys() != memory.connections.keys()  # somebody has, who may become a client
     return limit > 0 and memory.at - memory.used >= patience and not arrived
 
 
 def restore_memory(text: str) -> Memory | None:
     """Return what an earlier guard of this boot knew; None where there is nothing of use."""
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         kept = json.loads(text)
-        kept["base"] = Look(*kept["base"])
-        kept["connections"] = {peer: Connection(*one) for peer, one in kept["connections"].items()}
-        return Memory(**kept)
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def node_state(memory: Memory, limit: float) -> dict[str, Any]:
-    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
-    clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
-    return {"idle": memory.at - memory.used, "limit": limit, "clients": clients}
+        return Memory(**kept | {"base": Look(*kept["base"])})
+    return None
 
 
 def restart_head(why: str) -> None:
@@ -3380,10 +3345,10 @@ def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     seen = {one: answer for one, answer in answers.items() if one in wanted or answer.problem}
     links = renew_links(links, time.monotonic(), own, linked, seen)
     if not answers[own].alive and run_quietly("systemctl", "is-active", "mtssrv.service").strip() == "activating":
-        links = links._replace(missed={})  # its filter, which may wait for sub-heads, chooses anew whom to link
+        return links._replace(missed={})  # its filter, which may wait for sub-heads, chooses anew whom to link
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
-        links = links._replace(missed={})
+        return links._replace(missed={})
     return links
 
 
@@ -3412,7 +3377,8 @@ def guard_node(arguments: list[str]) -> None:
                 restart_head(f"to link {' '.join(joining)}")
                 links = links._replace(missed={}, answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
-            write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
+            state = {"idle": memory.at - memory.used, "limit": limit, "clients": find_clients(memory)}
+            write_file(STATE_PATH, json.dumps(state))
             if memory.at == memory.base.at:  # use is known up to now
                 idle = is_idle(memory, limit)
                 unused = f"unused for {format_duration(memory.at - memory.used)} (before that: {memory.how})"
