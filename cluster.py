@@ -3120,13 +3120,12 @@ def write_file(path: str, text: str) -> None:
 
 def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
     """Return whom to link of those that gave ANSWERS: each that can be, but for the workers of sub-heads that serve."""
-    below = {one for head, workers in plan.get("branches", {}).items() if answers[head].relays for one in workers}
+    below = {one for head, workers in plan["branches"].items() if answers[head].relays for one in workers}
     return [one for one in plan["workers"] if not answers[one].problem and one not in below]
 
 
 def filter_workers(plan: dict[str, Any]) -> None:
     """Before each start of a head or sub-head: note those of its workers that answer, and name the others."""
-    plan = {"workers": {}, "branches": {}} | plan  # a sub-head may have lost them all
     heads = {one: plan["workers"][one] for one in plan["branches"]}
     deadline = time.monotonic() + RELAY_LIMIT
     while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
@@ -4880,8 +4879,6 @@ LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the
 TREE_WORTH = 30  # workers for each Gbit/s of the head, from which on two levels are worth two cores a sub-head
 SCENE_GBITS = 4  # of 500 MB
 HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
-
-
 PROHIBITED = 1  # why sshd opens no channel: SSH_OPEN_ADMINISTRATIVELY_PROHIBITED of RFC 4254
 NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
@@ -4915,7 +4912,6 @@ START_SERVER = r"""
 set -euo pipefail
 role=$1 server=$2 guard=$3 program=$4 relay=$5
 IFS= read -r plan
-command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
 units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster relays=/run/systemd/system/mtssrv.service.d
 mkdir -p /etc/mitsuba-cluster $library /run/mitsuba-cluster
 printf '%s\n' "$plan" > /etc/mitsuba-cluster/plan.json
@@ -4972,12 +4968,13 @@ ProtectKernelModules=yes
 ProtectControlGroups=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 IPAddressDeny=169.254.169.254 fd00:ec2::254
-{links}
+
 [Install]
 WantedBy=multi-user.target
 """
 
-# The filter runs as root, so that nothing of the renderer's can stand in the place of what it writes.
+# What makes it link workers. The filter runs as root, so that nothing of the renderer's can stand in the place of what
+# it writes.
 LINKS_UNIT = """
 [Service]
 ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter
@@ -4986,62 +4983,29 @@ ExecStart=/usr/bin/env mtssrv -i {address} -l {port} -n {name} -p {cores} -s {li
 """
 
 
-def links_unit(name: str, address: str, cores: int) -> str:
-    """Return what makes mtssrv.service link workers; CORES are the node's own."""
-    cores = plan_head_cores(cores)
-    return LINKS_UNIT.format(name=name, address=address, port=SERVER_PORT, cores=cores, linked=LINKED_PATH)
-
-
-def server_unit(role: str, address: str, cores: int, data: str) -> str:
-    """Return the text of mtssrv.service; CORES are the node's own."""
-    links = links_unit("%H", address, cores) if role == "head" else ""
-    return SERVER_UNIT.format(role=role, data=data, address=address, port=SERVER_PORT, links=links)
-
-
-def local_mitsuba() -> str:
-    """Return the version of this machine's own mitsuba, or ""."""
-    import subprocess
-
-    program = shutil.which("mitsuba")
-    if not program:
-        return ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        words = [program, "-h"]
-        done = subprocess.run(words, env=clean_environment(), capture_output=True, timeout=10, check=False)
-        found = re.search(rb"version (\d[\d.]*\d)", done.stdout + done.stderr, re.I)
-        return found[1].decode() if found else ""
-    return ""
-
-
 class StartPlan(NamedTuple):
     """What start wants of every node."""
 
     head: Node
     data: str  # directory
-    types: dict[str, InstanceType]  # those of the nodes, by name
+    most: dict[str, int]  # private address -> the cores that the node's own server may announce, by its type
     guard: str  # the program
+    gbits: float = 0  # a second that the head sends, where that is known
     client: str = ""  # the head has one, whom no restart may end
-    linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
+    linked: frozenset[str] = frozenset()  # private addresses of the workers that would serve it
     force: bool = False  # whatever client there is
     tree: bool = False  # link in two levels
+    levels: bool = False  # in two now, or until now: a worker's line waits for its branch
 
-    def most_cores(self, worker: Outcome[Served]) -> int:
-        """Return how many cores a worker's own server may announce: its type's, or more where it says to have more."""
-        kind, own = worker.node.type, worker.value.facts.cores if worker.ok else 0
-        return max(own, (kind in self.types and self.types[kind].cores) or MOST_CORES)
-
-    def node_plan(self, role: str, node: Node, build: str, **more: Any) -> dict[str, Any]:
-        """Return the plan for a node's guard."""
-        return {"role": role, "build": build, "own": node.private_ip, "head": self.head.private_ip} | more
-
-    def head_plan(
-        self, build: str, workers: Iterable[Outcome[Served]], branches: dict[str, list[str]]
+    def guard_plan(
+        self, role: str, own: str, build: str, workers: Iterable[str] = (), branches: dict[str, list[str]] | None = None
     ) -> dict[str, Any]:
-        """Return the plan for the head's guard: these WORKERS, each with the most cores that it may announce."""
-        most = {one.node.private_ip: self.most_cores(one) for one in workers}
-        for one in branches:
-            most[one] = min(MOST_CORES, most[one] + sum(most.get(worker, MOST_CORES) for worker in branches[one]))
-        return self.node_plan("head", self.head, build, workers=most, branches=branches)
+        """Return the plan for a node's guard: WORKERS, each with the most cores that it may announce, and BRANCHES."""
+        most = {one: self.most.get(one, MOST_CORES) for one in workers}
+        for one, branch in (branches or {}).items():
+            most[one] = min(MOST_CORES, most[one] + sum(self.most.get(worker, MOST_CORES) for worker in branch))
+        plan = {"role": role, "build": build, "own": own, "head": self.head.private_ip}
+        return plan | {"workers": most, "branches": branches or {}}
 
 
 class Served(NamedTuple):
@@ -5050,26 +5014,23 @@ class Served(NamedTuple):
     facts: Facts
     cores: int
     action: str
-    waiting: str = ""  # what start has left to the guard, and why
-
-
-@contextlib.contextmanager
-def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
-    """Connect to a node's mtssrv, from the node itself."""
-    target = (remote.node.private_ip, SERVER_PORT)
-    channel = remote.transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=limit)
-    try:
-        yield channel
-    finally:
-        channel.close()
+    client: str = ""  # for whom start has left the head as it is
 
 
 def ask_server(remote: Remote, build: str) -> int:
-    """Return the cores that a node's server offers; NodeError where it does not answer, ClusterError if none can."""
+    """Return the cores that a node's server offers, asked from the node itself.
+
+    NodeError where it does not answer, ClusterError if none can.
+    """
     import paramiko
 
+    target, source = (remote.node.private_ip, SERVER_PORT), ("127.0.0.1", 0)
     try:
-        return handshake(functools.partial(server_stream, remote), build, HANDSHAKE_LIMIT)[0]
+        return handshake(
+            lambda limit: remote.transport.open_channel("direct-tcpip", target, source, timeout=limit),
+            build,
+            HANDSHAKE_LIMIT,
+        )[0]
     except AnotherBuild:
         raise NodeError("its mtssrv is another build of Mitsuba than what is installed there") from None
     except TimeoutError:
@@ -5084,85 +5045,58 @@ def ask_server(remote: Remote, build: str) -> int:
         raise NodeError("its mtssrv does not answer") from error
 
 
-def await_server(remote: Remote, build: str, cores: int | None = None, workers: int = 0) -> int:
-    """Wait until a node's server answers, with CORES cores if they are given; return its cores."""
-    deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
-    while True:
-        try:
-            offered = ask_server(remote, build)
-            if cores in (None, offered):
-                return offered
-            problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
-        except NodeError as error:
-            problem = str(error)
-        if time.monotonic() > deadline:
-            log = remote.run(root_command("server-log", SERVER_LOG))[1]
-            raise NodeError(f"{problem}{format_tail(log)}")
-        time.sleep(0.1)
+def find_offer(remote: Remote, facts: Facts, role: str) -> int:
+    """Return the cores that a node's server of this ROLE offers; 0 where it has none that answers."""
+    if facts.role == role:
+        with contextlib.suppress(NodeError):
+            return ask_server(remote, facts.build)
+    return 0
 
 
-def say_how_to_connect(app: App, group: str, head: Node, served: Served, branches: int) -> None:
+def refused_mitsuba(version: str) -> str:
+    """Say so where the mitsuba on this machine is of another VERSION than the nodes'; else ""."""
+    import subprocess
+
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        words = ["mitsuba", "-h"]
+        done = subprocess.run(words, env=clean_environment(), capture_output=True, timeout=10, check=False)
+        found = re.search(rb"version (\d[\d.]*\d)", done.stdout + done.stderr, re.I)
+        if found and found[1].decode() != version:
+            return f"the mitsuba on this machine is {found[1].decode()}, and the nodes' {version} will refuse it"
+    return ""
+
+
+def say_how_to_connect(app: App, head: Node, served: Served, branches: int) -> None:
     """Tell the user what to type into Mitsuba; the head's name comes last."""
-    version, local = served.facts.version, local_mitsuba()
+    version, own = served.facts.version, served.facts.cores
     result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
-    own = served.facts.cores
     if relaying := own - plan_head_cores(own):
         too = f", and so does each of {format_count(branches, 'worker')} with workers of its own" if branches else ""
         note(f"The head keeps {relaying} of its own {format_count(own, 'core')} free to relay{too}")
-    if local and local != version:
-        warn(f"the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
+    if problem := refused_mitsuba(version):
+        warn(problem)
     if app.settings.PUBLIC_SERVER_PORT:
         result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
         result(f"On the command line: mitsuba -c {head.name} scene.xml")
     else:
         result(
-            f"Port {SERVER_PORT} is closed. Run {command('tunnel', group)} and connect Mitsuba {version} to localhost"
+            f"Port {SERVER_PORT} is closed. Run {command('tunnel', head.group)} and connect Mitsuba {version} to "
+            "localhost"
         )
     result(f"Head node: {head.name}")
 
 
-def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
-    """Note in EC2 who is head and who is worker, where that has changed."""
-    if head and head.role != "head":
-        tag_nodes(ec2, [head], TAG_ROLE, "head")
-    tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
-
-
 def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
-    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last.
+    """Return "client 203.0.113.9, silent for 41m" of the client of a head that moved bytes last.
 
-    "" where there is none, or it has been SILENT_FOR longer.
+    "" where there is none, or it has been SILENT_FOR longer. A worker's only client is its head, which may be gone.
     """
-    silent, peer = min(((silent, peer) for peer, (_, silent) in facts.clients.items()), default=(float("inf"), ""))
-    if not peer or silent > silent_for:
+    if facts.role != "head" or not facts.clients:
         return ""
+    silent, peer = min((silent, peer) for peer, (_, silent) in facts.clients.items())
     more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
-    return f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
-
-
-def head_client(facts: Facts) -> str:
-    """Describe the client of a node that is a head."""
-    return describe_client(facts) if facts.role == "head" else ""
-
-
-def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
-    """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
-    identity = app.known_identity
-    heads = [node for node in nodes if node.role == "head" and node.state == "running"]
-    for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
-        future = app.pool.submit(head, fetch_facts, limit=limit)
-        app.pool.wait([future], limit)
-        if future.done() and future.result().ok:
-            return future.result().value
-    return Facts(0)
-
-
-def fetch_types(ec2: Client, nodes: Sequence[Node]) -> dict[str, InstanceType]:
-    """Return the NODES' instance types by name, as far as EC2 tells."""
-    with tolerate(loss="the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
-        types = sorted({node.type for node in nodes})
-        return dict(zip(types, side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))))
-    return {}
+    text = f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
+    return text if silent <= silent_for else ""
 
 
 def configure_node(remote: Remote, program: str, guard_plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
@@ -5179,101 +5113,99 @@ def look_step(remote: Remote) -> Facts:
     return facts
 
 
+def restart_server(
+    plan: StartPlan, remote: Remote, facts: Facts, guard_plan: dict[str, Any], cores: int | None = None
+) -> int:
+    """(Re)start a node's server, which links the workers of its guard's plan, and wait until it answers.
+
+    Return the cores that it offers, which are to be so many CORES if they are given.
+    """
+    role, own, workers = guard_plan["role"], guard_plan["own"], guard_plan["workers"]
+    place = {"address": own, "port": SERVER_PORT}
+    unit, links = SERVER_UNIT.format(role=role, data=plan.data, **place), ""
+    if role == "head" or workers:
+        name, used = "%H" if role == "head" else f"{RELAY}{own}", plan_head_cores(facts.cores)
+        links = LINKS_UNIT.format(name=name, cores=used, linked=LINKED_PATH, **place)
+    if role == "head":
+        unit, links = unit + links, ""
+    configure_node(remote, plan.guard, guard_plan, unit, links)
+    deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * len(workers)
+    while True:
+        try:
+            offered = ask_server(remote, facts.build)
+            if cores in (None, offered):
+                return offered
+            problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
+        except NodeError as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            log = remote.run(root_command("server-log", SERVER_LOG))[1]
+            raise NodeError(f"{problem}{format_tail(log)}")
+        time.sleep(0.1)
+
+
 def worker_step(plan: StartPlan, remote: Remote) -> Served:
-    """Make a worker serve, unless it does."""
-    facts, node, cores = look_step(remote), remote.node, None
-    guard_plan = plan.node_plan("worker", node, facts.build)
-    if facts.role == "worker" and not facts.replaced:
-        with contextlib.suppress(NodeError):
-            cores = ask_server(remote, facts.build)
-    action = "started" if cores is None else "serves already"
-    if cores is None:
-        if node.private_ip in plan.linked:
-            raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
-        configure_node(remote, plan.guard, guard_plan, server_unit("worker", node.private_ip, facts.cores, plan.data))
-        cores, facts = await_server(remote, facts.build), facts._replace(linked=(), relays="")
-    elif facts.relays:
-        return Served(facts, cores, action)  # a sub-head, see branch_step
+    """Make a worker serve, unless it does; a sub-head that serves goes on linking whom it links."""
+    facts, own = look_step(remote), remote.node.private_ip
+    cores = 0 if facts.replaced else find_offer(remote, facts, "worker")
+    action = "serves already" if cores else "started"
+    if cores:
+        configure_node(remote, plan.guard, plan.guard_plan("worker", own, facts.build, facts.linked))
+    elif plan.client and own in plan.linked:
+        raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
     else:
-        configure_node(remote, plan.guard, guard_plan)
-    served = Outcome(node, Served(facts, cores, action))
-    if not 0 < cores <= (most := plan.most_cores(served)):
+        facts = facts._replace(linked=(), relays="")
+        cores = restart_server(plan, remote, facts, plan.guard_plan("worker", own, facts.build))
+    most = max(facts.cores, plan.most.get(own, MOST_CORES))
+    if not (0 < cores <= most or facts.relays):
         raise NodeError(f"its mtssrv announces {format_count(cores, 'core')}, and the node has {most}")
-    return served.value
+    return Served(facts, cores, action)
 
 
-def branch_step(
-    plan: StartPlan, good: dict[str, Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+def link_step(
+    plan: StartPlan, workers: Iterable[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
 ) -> Served:
-    """Make a worker that serves link the workers of its branch and no others, unless it does."""
-    node, address = remote.node, remote.node.private_ip
-    (facts, offered, *_), cores, relay = good[address].value, None, ""
-    # Under a client a branch keeps those of its workers that SSH can't reach.
-    workers = [one for one in branches.get(address, ()) if plan.client or good[one].ok]
-    guard_plan = plan.node_plan("worker", node, facts.build)
-    action = f"with {format_count(len(workers), 'worker')} of its own, " if workers else ""
-    if workers:
-        guard_plan["workers"] = {one: plan.most_cores(good[one]) if one in good else MOST_CORES for one in workers}
-        cores = plan_head_cores(facts.cores) + sum(good[one].value.cores for one in workers if one in good)
-        relay = links_unit(f"{RELAY}{address}", address, facts.cores)
-    if plan.client or (offered == cores and set(facts.linked) == set(workers)):
-        configure_node(remote, plan.guard, guard_plan)
-        return Served(facts, offered, f"{action}serves already")
-    configure_node(remote, plan.guard, guard_plan, server_unit("worker", address, facts.cores, plan.data), relay)
-    return Served(facts, await_server(remote, facts.build, cores, len(workers)), f"{action}started")
+    """Make the head, or a worker, link its own of those WORKERS that serve, unless it does, or a client would lose it.
 
-
-def head_step(
-    plan: StartPlan, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
-) -> Served:
-    """Make the head serve with those WORKERS that do, but for branches, unless it does, or a client would lose it."""
+    A worker's own are those of its branch, the head's are those of none.
+    """
     facts = fetch_facts(remote)  # since the first look minutes of installing and another link may have passed
-    good = [one for one in workers if one.ok]
-    mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
-    if mismatches:
+    own, good = remote.node.private_ip, {one.node.private_ip: one for one in workers if one.ok}
+    if mismatches := [one.node.name for one in good.values() if one.value.facts.build != facts.build]:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another build: {', '.join(mismatches)}; run install again"
         )
-    below = {one for branch in branches.values() for one in branch}
-    wanted = {one.node.private_ip: one.value.cores for one in good if one.node.private_ip not in below}
-    cores = sum(wanted.values()) + plan_head_cores(facts.cores)
-    if cores > MOST_CORES:
-        raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
-    own, offered = remote.node.private_ip, None
-    guard_plan = plan.head_plan(facts.build, good, branches)
-    serving = facts.role == "head"
-    if serving:
-        with contextlib.suppress(NodeError):
-            offered = ask_server(remote, facts.build)
-    if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
+    if own == plan.head.private_ip:
+        wanted = good.keys() - {one for branch in branches.values() for one in branch}
+        guard_plan = plan.guard_plan("head", own, facts.build, good, branches)
+    else:
+        wanted = good.keys() & branches.get(own, ())
+        guard_plan = plan.guard_plan("worker", own, facts.build, wanted)
+    cores = None
+    if wanted or own == plan.head.private_ip:
+        cores = plan_head_cores(facts.cores) + sum(good[one].value.cores for one in wanted)
+        if cores > MOST_CORES:
+            raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
+    offered, client = find_offer(remote, facts, guard_plan["role"]), describe_client(facts)
+    if offered == cores and set(facts.linked) == wanted and not facts.replaced:
         configure_node(remote, plan.guard, guard_plan)
-        return Served(facts, cores, "serves already")
-    if offered is not None and not plan.force and (client := describe_client(facts)):
+        return Served(facts, offered, "serves already")
+    if offered and client and not plan.force:
         # A linked worker that SSH can't reach is still the guard's to watch.
-        kept = [one for one in workers if one.ok or one.node.private_ip in facts.linked]
-        configure_node(remote, plan.guard, plan.head_plan(facts.build, kept, branches))
-        count = len(wanted.keys() - set(facts.linked))
-        waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
-        what = waiting if count else "the head waits to be restarted"
-        return Served(facts, offered, "serves already", f"{what}: {client}")
-    configure_node(remote, plan.guard, guard_plan, server_unit("head", own, facts.cores, plan.data))
-    lost = ": a render that was running is lost" if head_client(facts) else ""
-    action = f"restarted{lost}" if serving else "started"
-    return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
+        kept = {one: plan.most.get(one, MOST_CORES) for one in facts.linked} | guard_plan["workers"]
+        configure_node(remote, plan.guard, guard_plan | {"workers": kept})
+        return Served(facts, offered, "serves already", client)
+    action = "restarted" if facts.role == "head" else "started"
+    lost = ": a render that was running is lost" if client else ""
+    cores = restart_server(plan, remote, facts, guard_plan, cores)
+    return Served(facts._replace(linked=tuple(wanted)), cores, f"{action}{lost}")
 
 
 def describe_server(outcome: Outcome[Served]) -> str:
     """Return the line of one worker in start's output."""
     served = outcome.value
-    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.action}"
-
-
-def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -> str:
-    """Say what to do where the head does not serve."""
-    if head.error == NOT_INSTALLED:
-        return f"Mitsuba is not installed on {', '.join(failed)}: {command('install', group)} comes first"
-    ways = f"{command('terminate', head.node.id)}, then {command('start', group)}, makes another node the head"
-    return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
+    own = f"with {format_count(len(served.facts.linked), 'worker')} of its own, " if served.facts.linked else ""
+    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {own}{served.action}"
 
 
 def plan_start(
@@ -5281,15 +5213,21 @@ def plan_start(
 ) -> StartPlan:
     """Return what every node's server needs; no restart may end the client of a head that was LOOKED at, but by FORCE.
 
-    A worker's only client is its head, which may be gone. TREE: None to stay with what was chosen before.
+    TREE: None to stay with what was chosen before.
     """
-    is_tree = any(node.tree for node in nodes)
-    plan = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_types(app.ec2, nodes), node_program(guard_node))
-    plan = plan._replace(force=force, tree=is_tree if tree is None else tree)
-    if not force and looked and looked.ok and (client := head_client(looked.value)):
-        linked = [node.private_ip for node in nodes] if is_tree else looked.value.linked
-        plan = plan._replace(client=client, linked=frozenset(linked))
-    return plan
+    head, was_tree = plan_head(nodes), any(node.tree for node in nodes)
+    types: dict[str, InstanceType] = {}
+    with tolerate(loss="the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
+        names = sorted({node.type for node in nodes})
+        types = dict(zip(names, side_by_side(*(functools.partial(fetch_instance_type, app.ec2, one) for one in names))))
+    most = {node.private_ip: types[node.type].cores or MOST_CORES for node in nodes if node.type in types}
+    gbits = types[head.type].gbits if head.type in types else 0
+    facts = looked.value if looked and looked.ok else Facts(0)
+    client = "" if force else describe_client(facts)
+    linked = frozenset(node.private_ip for node in nodes) if was_tree else frozenset(facts.linked)
+    tree = was_tree if tree is None else tree
+    program = node_program(guard_node)
+    return StartPlan(head, app.settings.DATA_DIR, most, program, gbits, client, linked, force, tree, tree or was_tree)
 
 
 def link_branches(
@@ -5297,94 +5235,111 @@ def link_branches(
 ) -> tuple[dict[str, list[str]], Sequence[Outcome[Served]], str]:
     """Make the sub-heads of a tree link their workers, and former ones none, unless a client would lose its render.
 
-    Return the branches that there are now, what has become of the WORKERS, and what waits for which client.
+    Return the branches that there are now, what has become of the WORKERS, and for which client other branches wait.
     """
     build = looked.value.build
     good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.build == build}
     now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.relays}
-    branches, waiting = plan_branches([one.node for one in good.values()]) if plan.tree else {}, ""
+    branches = plan_branches([one.node for one in good.values()]) if plan.tree else {}
     if not now and not branches:
         return {}, workers, ""
     (asked,) = app.pool.each([looked.node], fetch_facts)
-    plan = plan._replace(client=head_client(asked.value) if asked.ok and not plan.force else "")
-    if plan.client:
-        if {own: set(branch) for own, branch in now.items()} != {own: set(one) for own, one in branches.items()}:
-            waiting = f"the nodes wait to be linked in another way: {plan.client}"
-        branches = now
-    elif asked.ok and asked.value.role == "head":
+    if asked.ok and not plan.force and (client := describe_client(asked.value)):
+        same = {own: set(branch) for own, branch in now.items()} == {own: set(one) for own, one in branches.items()}
+        return now, workers, "" if same else client
+    if asked.ok and asked.value.role == "head":
         # First, since it loses its links to them, and its guard is to link nobody twice then.
-        guard_plan = plan.head_plan(build, good.values(), branches)
+        guard_plan = plan.guard_plan("head", looked.node.private_ip, build, good, branches)
         app.pool.each([looked.node], lambda remote: configure_node(remote, plan.guard, guard_plan))
     for some in (now.keys() - branches.keys(), branches.keys()):  # a former sub-head may be another's worker
         heads = [good[own].node for own in some]
-        step = functools.partial(branch_step, plan, good, branches)
-        progress = Progress("Linking branches", len(heads), describe_server)
-        good |= {one.node.private_ip: one for one in app.pool.each(heads, step, progress)}
+        step = functools.partial(link_step, plan, list(good.values()), branches)
+        good |= {one.node.private_ip: one for one in app.pool.each(heads, step, Progress("Linking", len(heads)))}
     branches = {own: branch for own, branch in branches.items() if good[own].ok}
-    return branches, [good.get(one.node.private_ip, one) for one in workers], waiting
+    return branches, [good.get(one.node.private_ip, one) for one in workers], ""
 
 
-def suggest_tree(group: str, plan: StartPlan, workers: int) -> None:
+def suggest_tree(plan: StartPlan, workers: int) -> None:
     """Name --tree where the head alone would send a big scene to its WORKERS for long."""
-    gbits = plan.head.type in plan.types and plan.types[plan.head.type].gbits
-    if gbits and not plan.tree and workers / gbits >= TREE_WORTH:
+    if plan.gbits and not plan.tree and workers / plan.gbits >= TREE_WORTH:
         heads = round(workers**0.5)
-        flat, tree = (format_duration(SCENE_GBITS * copies / gbits) for copies in (workers, heads + workers / heads))
+        copies = (workers, heads + workers / heads)
+        flat, tree = (format_duration(SCENE_GBITS * count / plan.gbits) for count in copies)
         note(
-            f"A scene of 500 MB takes the head {flat} to send to {workers} workers at {gbits:g} Gbit/s, and in two "
-            f"levels about {tree}: {command('start', group, '--tree')}"
+            f"A scene of 500 MB takes the head {flat} to send to {workers} workers at {plan.gbits:g} Gbit/s, and in "
+            f"two levels about {tree}: {command('start', plan.head.group, '--tree')}"
         )
 
 
-def link_group(
-    app: App, group: str, plan: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
-) -> None:
+def explain_failed_head(head: Outcome[Any], failed: Sequence[str]) -> str:
+    """Say what to do where the head does not serve."""
+    group = head.node.group
+    if head.error == NOT_INSTALLED:
+        return f"Mitsuba is not installed on {', '.join(failed)}: {command('install', group)} comes first"
+    ways = f"{command('terminate', head.node.id)}, then {command('start', group)}, makes another node the head"
+    return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
+
+
+def explain_waiting(plan: StartPlan, client: str, alone: int, other_branches: bool) -> str:
+    """Say what waits for CLIENT to leave (ALONE workers without links, OTHER_BRANCHES, or the head), and what to do."""
+    levels = ["--tree" if plan.tree else "--flat"] if other_branches else []
+    again = command("start", plan.head.group, *levels)
+    what, does, later = "the head waits to be restarted", "does that", f"{again} once it has left"
+    if other_branches:
+        what = "the nodes wait to be linked in another way"
+    elif alone:  # the guard links nodes by itself, and does nothing else
+        what = f"{format_count(alone, 'node')} {'waits' if alone == 1 else 'wait'} to be linked"
+        does, later = "links them", "they join when it leaves"
+    return f"{what}: {client}; {again} --force {does} now and ends that client, else {later}"
+
+
+def link_group(app: App, plan: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]) -> None:
     """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
-    head, waiting = looked.node, ""
+    head, waits_for = looked.node, ""  # it knows its public name by now
+    own = {one.node.private_ip: one.value.facts.cores for one in workers if one.ok}  # which may exceed the types'
+    most = {one: max(cores, plan.most.get(one, MOST_CORES)) for one, cores in own.items()}
+    plan = plan._replace(most=plan.most | most)
     branches: dict[str, list[str]] = {}
     ready: Outcome[Any] = looked
     if looked.ok:
-        branches, workers, waiting = link_branches(app, plan, looked, workers)
-        step = functools.partial(head_step, plan, workers, branches)
-        (ready,) = app.pool.each([head], step, Progress("Linking", 1))
-    else:
-        note(f"{head.name}: {looked.error}")
-    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in workers if outcome.ok])
-    if not waiting:
+        branches, workers, waits_for = link_branches(app, plan, looked, workers)
+    for one in workers if plan.levels else ():
+        if one.ok:
+            result(describe_server(one))
+    if looked.ok:
+        (ready,) = app.pool.each([head], functools.partial(link_step, plan, workers, branches), Progress("Linking", 1))
+    good = [one.node for one in workers if one.ok]
+    tag_nodes(app.ec2, [head] if ready.ok and head.role != "head" else [], TAG_ROLE, "head")
+    tag_nodes(app.ec2, [node for node in good if node.role != "worker"], TAG_ROLE, "worker")
+    if not waits_for:
         others = [node for node in (head, *(one.node for one in workers)) if node.tree != plan.tree]
         tag_nodes(app.ec2, others, TAG_TREE, "yes" if plan.tree else "no")
-    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
+    failed = [one.node.name for one in [*workers, ready] if not one.ok]
     if not ready.ok:
-        raise ClusterError(explain_failed_head(group, ready, failed))
-    suggest_tree(group, plan, len(workers))
-    say_how_to_connect(app, group, head, ready.value, len(branches))
-    problems, what = [], waiting or ready.value.waiting
+        raise ClusterError(explain_failed_head(ready, failed))
+    suggest_tree(plan, len(workers))
+    say_how_to_connect(app, head, ready.value, len(branches))
+    problems, client = [], waits_for or ready.value.client
     linked = {*ready.value.facts.linked, *(one for branch in branches.values() for one in branch)}
-    alone = sum(one.ok and one.node.private_ip not in linked for one in workers) if what else 0
+    alone = sum(node.private_ip not in linked for node in good) if client else 0
     if failed:
         count = len(workers) + 1
         serving = f"{count - len(failed) - alone} of {format_count(count, 'node')} serving"
         problems.append(f"{serving}; failed: {', '.join(failed)}")
-    if what:
-        again = [group, "--tree" if plan.tree else "--flat"] if waiting else [group]
-        does, later = "does that", f"{command('start', *again)} once it has left"
-        if alone and not waiting:  # the guard links nodes by itself, and does nothing else
-            does, later = "links them", "they join when it leaves"
-        problems.append(f"{what}; {command('start', *again, '--force')} {does} now and ends that client, else {later}")
+    if client:
+        problems.append(explain_waiting(plan, client, alone, bool(waits_for)))
     if problems:
         raise ClusterError("; ".join(problems))
 
 
-def start_group(app: App, group: str, nodes: Sequence[Node], force: bool, tree: bool | None = None) -> None:
+def start_group(app: App, nodes: Sequence[Node], force: bool, tree: bool | None = None) -> None:
     """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
-    (looked,) = app.pool.each([head], look_step)
+    (looked,) = app.pool.each([head], look_step, Progress("Looking", 1))
     plan = plan_start(app, nodes, looked, tree, force)
-    workers = app.pool.each(
-        others, functools.partial(worker_step, plan), Progress("Starting", len(others), describe_server)
-    )
-    link_group(app, group, plan, looked, workers)
+    progress = Progress("Starting", len(others), None if plan.levels else describe_server)
+    link_group(app, plan, looked, app.pool.each(others, functools.partial(worker_step, plan), progress))
 
 
 tree_option = click.option(
@@ -5401,17 +5356,7 @@ tree_option = click.option(
 @click.pass_obj
 def start(app: App, group: str, tree: bool | None, force: bool) -> None:
     """Start Mitsuba's servers; the last line names the head node."""
-    start_group(app, group, app.open_group(group), force, tree)
-
-
-def check_local_port(port: int) -> None:
-    """Refuse a port of this machine that is taken."""
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        raise ClusterError(
-            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
-        ) from error
+    start_group(app, app.open_group(group), force, tree)
 
 
 @contextlib.contextmanager
@@ -5419,11 +5364,10 @@ def open_tunnel(head: Node, settings: Settings, port: int) -> Iterator[subproces
     """Forward a PORT of this machine to HEAD's server inside the with block; ClusterError where ssh can't."""
     import subprocess
 
-    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
+    options = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}", "-o", "ExitOnForwardFailure=yes"]
     # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
-    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
-    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    with ssh_command(head, settings, *forward) as words:
+    options += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo listening"]
+    with ssh_command(head, settings, *options) as words:
         ssh = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
         try:
             if not (ssh.stdout and ssh.stdout.readline()):
@@ -5448,7 +5392,11 @@ def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
     app.open_group(group)
     head = find_head(app, group)
-    check_local_port(port)
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        problem = f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
+        raise ClusterError(problem) from error
     app.left = f"The tunnel is closed. {app.left}"
     with open_tunnel(head, app.settings, port) as ssh:
         result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
@@ -5564,21 +5512,22 @@ def bring_up(
     spread = make_spread(package, 1)  # whoever comes first need not wait for the others
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
     plan = plan_start(app, nodes, looked, tree)
-    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
+    line = lambda outcome: "" if plan.levels or outcome.node.id == head.id else describe_server(outcome)  # noqa: E731
+    board = Board(nodes, line, ended)
     install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
     outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
     return plan, outcomes
 
 
-def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
+def link_up(app: App, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
     """Link the nodes that serve; ClusterError for what has failed. Any of them can be a new group's head."""
     head = next(outcome for outcome in outcomes if outcome.node.id == plan.head.id)
     workers = [outcome for outcome in outcomes if outcome is not head]
     good = [outcome.node for outcome in workers if outcome.ok]
     if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
         looked = Outcome(head.node, head.value.facts) if head.ok else Outcome[Facts](head.node, error=head.error)
-        return link_group(app, group, plan, looked, workers)
-    start_group(app, group, good, force=False, tree=plan.tree)
+        return link_group(app, plan, looked, workers)
+    start_group(app, good, force=False, tree=plan.tree)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
     raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
 
@@ -5653,7 +5602,7 @@ def up(
             break
     outcomes = [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
     try:
-        link_up(app, group, plan, outcomes)
+        link_up(app, plan, outcomes)
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
@@ -5770,7 +5719,7 @@ class RenderCluster:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
-                    start_group(self.app, self.group, self.running, force=False)
+                    start_group(self.app, self.running, force=False)
             if waited > HEAL_LIMIT or not self.running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
@@ -5782,7 +5731,7 @@ class RenderCluster:
         if any(isinstance(facts, Facts) for facts in self.ask_nodes(self.running).values()):
             note(f"{head.name} is frozen; it costs money until {command('terminate', head.id)}")
             with tolerate():
-                tag_roles(self.app.ec2, None, [head])
+                tag_nodes(self.app.ec2, [head], TAG_ROLE, "worker")
                 self.frozen.add(head.id)
 
     def ask_nodes(self, nodes: Sequence[Node]) -> dict[str, Facts | str]:
@@ -5929,9 +5878,8 @@ def render(
     app.left = f"Only the render has ended. {app.left}"
     missing, failure = list(scenes), None
     try:
-        nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
-        if local and local != nodes_version:
-            raise ClusterError(f"the mitsuba on this machine is {local}, and the nodes' {nodes_version} will refuse it")
+        if problem := refused_mitsuba(cluster.await_head()[1].version):
+            raise ClusterError(problem)
         for scene, target in zip(scenes, targets):
             if render_scene(cluster, scene, target, **options):
                 missing.remove(scene)
@@ -6841,6 +6789,18 @@ def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
     for group, about in app.running_groups(present.nodes, present.ec2).items():
         if group not in ended:
             note(f"Group {group} runs on{region}: {about}")
+
+
+def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
+    """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
+    identity = app.known_identity
+    heads = [node for node in nodes if node.role == "head" and node.state == "running"]
+    for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
+        future = app.pool.submit(head, fetch_facts, limit=limit)
+        app.pool.wait([future], limit)
+        if future.done() and future.result().ok:
+            return future.result().value
+    return Facts(0)
 
 
 @cli.command("terminateAll")
