@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +78,7 @@ def test_the_client_that_moved_bytes_last_counts() -> None:
     facts = cluster.Facts(4, role="head", clients={"203.0.113.9:2": (9000, 20), "203.0.113.9:1": (9000, 5000)})
     assert cluster.describe_client(facts, 600) == "client 203.0.113.9 (and 1 more), silent for 20s"
     assert cluster.describe_client(facts, 10) == cluster.describe_client(cluster.Facts(4, role="head")) == ""
-    assert cluster.describe_client(facts._replace(role="worker")) == ""
+    assert cluster.describe_client(replace(facts, role="worker")) == ""
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_a_head_is_asked_again_just_before_its_restart(
         return cluster.Node(f"i-{number}", "g", "c1.xlarge", "running", when, private_ip=f"10.0.0.{number}")
 
     looked = cluster.Facts(4, "0.6.0", "head", ("10.0.0.2", "10.0.0.3"))
-    now = looked._replace(clients={"203.0.113.9:1": (60, 5)} if clients else {})
+    now = replace(looked, clients={"203.0.113.9:1": (60, 5)} if clients else {})
     given: list[tuple[set[str], bool]] = []
     monkeypatch.setattr(cluster, "ask_server", ask_server)
     monkeypatch.setattr(cluster, "restart_server", restart_server)
