@@ -396,6 +396,11 @@ def is_images(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) and text(ami) for key, ami in value.items())
 
 
+# mtssrv's unit hides or protects them, and their owner must not change.
+SYSTEM_FOLDERS = (
+    r"/(bin|boot|dev|etc|home|lib(32|64|x32)?|proc|root|run|sbin|sys|tmp|usr|var/(lock|run|tmp))(/|$)|/var(/lib)?$"
+)
+
 # name -> (check, what is expected)
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "AWS_ACCESS_KEY_ID": (matches(r"\w*"), 'an access key id such as "AKIA…", or ""'),
@@ -419,7 +424,10 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
         'a path or an https address, with "#sha256=" and 64 hex digits if you like, or ""',
     ),
-    "DATA_DIR": (matches(r"(/[\w.-]*[\w-][\w.-]*)+"), 'an absolute path such as "/mnt"'),
+    "DATA_DIR": (
+        matches(rf"(?!{SYSTEM_FOLDERS})(/[\w.-]*[\w-][\w.-]*)+"),
+        'an absolute path such as "/mnt", outside home, temporary and system folders, which mtssrv can\'t use',
+    ),
     "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
 }
 
