@@ -3043,6 +3043,7 @@ LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` read
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 RELAY = "relay-"  # what the name of a sub-head's server begins with: it links the workers of its branch
 RELAY_LIMIT = 15  # seconds that a head waits for a sub-head that restarts; below systemd's TimeoutStartSec
+RESTART_LIMIT = 3  # and for its workers: one may be restarted in the same second
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
@@ -3158,14 +3159,22 @@ def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
     return [one for one in plan["workers"] if not answers[one].problem and one not in below]
 
 
+def ask_patiently(addresses: dict[str, int], build: str, limit: float) -> dict[str, Answer]:
+    """Ask many servers, again for LIMIT seconds while some of them restart."""
+    deadline = time.monotonic() + limit
+    answers = ask_all(addresses, build)
+    while any(one.refuses for one in answers.values()) and time.monotonic() < deadline:
+        time.sleep(WATCH_PAUSE)
+        answers = ask_all(addresses, build)
+    return answers
+
+
 def filter_workers(plan: dict[str, Any]) -> None:
     """Before each start of a head or sub-head: note those of its workers that answer, and name the others."""
     plan = {"workers": {}} | plan  # a sub-head may have lost them all
     heads = {one: plan["workers"][one] for one in plan.get("branches", ())}
-    deadline = time.monotonic() + RELAY_LIMIT
-    while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
-        time.sleep(WATCH_PAUSE)
-    answers = ask_all(plan["workers"], plan["build"])
+    ask_patiently(heads, plan["build"], RELAY_LIMIT)
+    answers = ask_patiently(plan["workers"], plan["build"], RESTART_LIMIT)
     for one, answer in answers.items():
         if answer.problem:
             print(f"{one} is left out: it {answer.problem}")
