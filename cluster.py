@@ -5783,6 +5783,11 @@ def find_error(log: str) -> str:
     return printable(found[-1]) if found else ""
 
 
+def has_restarted(facts: Facts, started: str) -> bool:
+    """Tell whether a server has started anew since it STARTED; systemd may not tell for a moment ("")."""
+    return "" not in (facts.started, started) and facts.started != started
+
+
 def judge(
     attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str
 ) -> tuple[str, str]:
@@ -5797,7 +5802,7 @@ def judge(
     lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
     if lost or attempt.ended:
         return "cluster", ", ".join(lost) or attempt.ended
-    died = [name for name in now if now[name].started != before[name].started]
+    died = [name for name in now if has_restarted(now[name], before[name].started)]
     heads = [name for name in died if now[name].role == "head" or before[name].relays]
     changed = [name for name in heads if now[name].linked != before[name].linked]
     if changed and died == heads:
@@ -5913,10 +5918,11 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     tail = bytearray()
 
     def show(output: Any) -> None:
-        while block := output.read(RENDER_TAIL):
-            with OUTPUT:
-                click.echo(block, nl=False, err=True)
-            tail[:] = (tail + block)[-RENDER_TAIL:]
+        with output:
+            while block := output.read(RENDER_TAIL):
+                with OUTPUT, contextlib.suppress(OSError):  # a reader that has gone must not stop Mitsuba
+                    click.echo(block, nl=False, err=True)
+                tail[:] = (tail + block)[-RENDER_TAIL:]
 
     draw()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
@@ -5932,7 +5938,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
                 child.wait(RENDER_POLL)
                 break
             (outcome,) = pool.each([head], fetch_facts, limit=RENDER_POLL)
-            if outcome.ok and outcome.value.started != started:
+            if outcome.ok and has_restarted(outcome.value, started):
                 break
             if outcome.ok:
                 heard = time.monotonic()
@@ -5944,7 +5950,8 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
         code = child.wait()
         reader.join(1)
         if tail and not tail.endswith(b"\n"):
-            note("")  # a progress bar has no end of line
+            with contextlib.suppress(OSError):
+                note("")  # a progress bar has no end of line
     return Attempt(code, tail.decode("utf-8", "replace"), ended)
 
 
