@@ -3997,7 +3997,7 @@ def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
-def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
+def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0, user: str = "ubuntu") -> str:
     """Return the nodes' cloud-config (JSON is YAML too): host key, metadata rules, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
@@ -4005,7 +4005,7 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
     config = {
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
-        "disable_root": True,
+        "disable_root": user != "root",
         # One script for cloud-init, which sees its exit code: the guard ends an idle node even where BOOT fails.
         "bootcmd": [
             ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))],
@@ -4059,7 +4059,7 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
         "ImageId": plan.image.id,
         "InstanceType": request.type,
         "KeyName": settings.KEYPAIR_NAME,
-        "UserData": make_user_data(private, public, plan.hours, plan.idle),
+        "UserData": make_user_data(private, public, plan.hours, plan.idle, settings.SSH_USER),
         "NetworkInterfaces": [interface],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
