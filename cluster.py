@@ -4565,6 +4565,9 @@ echo "version $version"
 """
 
 
+CHECK_PYTHON = "python3 -I -c 'import sys; sys.exit(sys.version_info < (3, 9))'"
+
+
 def learn_build(arguments: list[str]) -> None:
     """Run on a node: print the build by which mtssrv greets other servers; a build answers its own greeting only.
 
@@ -4898,6 +4901,8 @@ def install_step(
             tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
+            if remote.run(user_command("check-python", CHECK_PYTHON))[0]:
+                raise NodeError("has no Python 3.9 or newer, which this tool needs on its nodes: choose another image")
             check_metadata_rules(remote)
             if spread:
                 tell("waiting")

@@ -36,7 +36,15 @@ SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
 RESTART = 1.0  # seconds, as RestartSec= of the real unit
 RENDER, DONE = b"\x00\x01", b"\x00\x02"  # between the stand-ins, see mitsuba/mtssrv
-STEPS = ("wait-for-boot", "check-metadata-rules", "install", "start-server", "sync", "serve")  # that a fault can spoil
+STEPS = (
+    "wait-for-boot",
+    "check-metadata-rules",
+    "check-python",
+    "install",
+    "start-server",
+    "sync",
+    "serve",
+)  # that a fault can spoil
 
 
 class ProcessNetwork:
