@@ -4376,8 +4376,16 @@ export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
 
 step() { echo "step: $1"; }
 
+# By tee, which outlives its reader: a client that goes away would break apt's output, and with it dpkg's work.
 apt() {
-  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
+  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" \
+    < /dev/null 2>&1 | tee -p /dev/null
+}
+
+# What an installation that was cut off has left half-configured stops apt; where another one runs, apt waits for it.
+apt_install() {
+  dpkg --force-confold --configure -a < /dev/null 2>&1 | tee -p /dev/null || true
+  apt install "$@"
 }
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
@@ -4438,7 +4446,7 @@ check_libraries() {
   [ -n "$missing" ] || return 0
   update || true
   if grep -qE '^lib(GL|X)' <<< "$missing"; then
-    apt install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
+    apt_install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
     missing=$(missing_libraries "$1")
   fi
   for name in $missing; do
@@ -4490,7 +4498,7 @@ install_mitsuba() {
       fetch "$work/mitsuba.deb"
       update
       step unpacking
-      apt install --allow-downgrades "$work/mitsuba.deb"
+      apt_install --reinstall --allow-downgrades "$work/mitsuba.deb"
       forget_tree
       ;;
     *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
@@ -4499,7 +4507,7 @@ install_mitsuba() {
       (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list)
       update
       step unpacking
-      apt install "$package"
+      apt_install "$package"
       forget_tree
       ;;
   esac

@@ -6,6 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 import cluster
 from tests.localcloud.places import PROJECT
 
