@@ -31,9 +31,7 @@ def reference() -> dict[str, Any]:
 
 def example(arn: str, partition: str) -> str:
     """Return an ARN of the form that AWS's reference gives, with something in each place."""
-    public = arn.endswith(":parameter/${ParameterNameWithoutLeadingSlash}")  # AWS's and Canonical's have no account
-    filled = arn.replace("${Partition}", partition).replace("${Account}", "" if public else "123456789012")
-    filled = filled.replace("${ParameterNameWithoutLeadingSlash}", "aws/service/canonical/ubuntu")
+    filled = arn.replace("${Partition}", partition).replace("${Account}", "123456789012")
     return re.sub(r"\$\{\w+\}", "bucket" if ":s3:" in arn else "x-1", filled)
 
 
