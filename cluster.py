@@ -3447,8 +3447,9 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 # --- createNodes -------------------------------------------------------------
 # Plan, access, launch, wait. Touches EC2, makes the user's key, and waits on the nodes for their boot.
 
-# Release -> what its images' names begin with. https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
-UBUNTU = {"22.04": "hvm-ssd/ubuntu-jammy", "24.04": "hvm-ssd-gp3/ubuntu-noble", "26.04": "hvm-ssd-gp3/ubuntu-resolute"}
+# Release -> what the names of its images have for it and for their kind of disk; the gp3 images are younger than 22.04.
+# https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
+UBUNTU = {"22.04": ("jammy", "gp2"), "24.04": ("noble", "gp3"), "26.04": ("resolute", "gp3")}
 CANONICAL = {"aws": "099720109477", "aws-us-gov": "513442679011", "aws-cn": "837727238323"}  # partition -> owner
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
 # botocore's patience for what is only said: a price, a quota.
@@ -3630,24 +3631,34 @@ def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[S
     return fit
 
 
-def fetch_image(ec2: Client, settings: Settings) -> Image:
-    """Return the image for the region: of AMI_IDS, else the newest of Ubuntu's release."""
-    release, region = settings.UBUNTU_RELEASE, ec2.meta.region_name
-    if chosen := settings.AMI_IDS.get(region, ""):
-        wanted: dict[str, Any] = {"ImageIds": [chosen]}
-    else:
-        named = [{"Name": "name", "Values": [f"ubuntu/images/{UBUNTU[release]}-{release}-amd64-server-*"]}]
-        wanted = {"Owners": [CANONICAL.get(ec2.meta.partition, "self")], "Filters": named}  # never anybody's
+def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
+    """Return the id of the newest image of Ubuntu's RELEASE: by Canonical's SSM parameter, else from EC2's list."""
+    code_name, disk = UBUNTU[release]
+    parameter = f"/aws/service/canonical/ubuntu/server/{release}/stable/current/amd64/hvm/ebs-{disk}/ami-id"
+    with tolerate(loss="Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
+        return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
+    folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
+    named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
+    owner = CANONICAL.get(ec2.meta.partition)
+    images = ec2.describe_images(Owners=[owner], Filters=named)["Images"] if owner else []
+    if not images:
+        raise ClusterError(f"no image of Ubuntu {release} was found in {ec2.meta.region_name}; name one in AMI_IDS")
+    return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
+
+
+def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
+    """Return the image for the region: of AMI_IDS, else Ubuntu's."""
+    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm, settings.UBUNTU_RELEASE)
     found = []
     with tolerate("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"):
-        found = ec2.describe_images(**wanted)["Images"]
+        found = ec2.describe_images(ImageIds=[chosen])["Images"]
     if not found:
-        raise ClusterError(f"there is no image {chosen or f'of Ubuntu {release}'} in {region}; see AMI_IDS")
-    raw = max(found, key=lambda image: image.get("CreationDate", ""))
+        raise ClusterError(f"there is no image {chosen} in {settings.AWS_REGION}; see AMI_IDS")
+    raw = found[0]
     root = raw.get("RootDeviceName", "/dev/sda1")
     disks = {disk.get("DeviceName"): disk.get("Ebs", {}) for disk in raw.get("BlockDeviceMappings", [])}
     return Image(
-        id=raw["ImageId"],
+        id=chosen,
         architecture=raw.get("Architecture", ""),
         boot_mode=raw.get("BootMode", "legacy-bios"),
         virtualization=raw.get("VirtualizationType", "hvm"),
@@ -3748,9 +3759,10 @@ def make_plan(app: App, request: LaunchRequest) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a dry run asks for more prices."""
     settings, ec2 = app.settings, app.ec2
     app.left = "Nothing was launched."
+    ssm = open_client(settings, "ssm")
     instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
         lambda: fetch_instance_type(ec2, request.instance_type),
-        lambda: fetch_image(ec2, settings),
+        lambda: fetch_image(ec2, ssm, settings),
         lambda: fetch_subnets(ec2, settings, request.instance_type),
         lambda: fetch_client_cidr(settings),
         lambda: fetch_nodes(ec2, request.group),
@@ -7172,6 +7184,7 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
         "Statement": [
             allow("Read", READS, ["*"]),
             allow("ReadPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", ["*"]),
+            allow("FindUbuntu", "ssm:GetParameter", [f"{arn}:ssm:*::parameter/aws/service/canonical/*"]),
             allow("LaunchFrom", f"{launch} ImportKeyPair", kinds("image subnet network-interface key-pair vpc")),
             allow("LaunchWithTag", launch, kinds(made), new),
             allow("TagWhatIsBeingMade", "CreateTags", kinds(f"{made} key-pair"), made_by),
