@@ -398,6 +398,11 @@ def is_images(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) and text(ami) for key, ami in value.items())
 
 
+# mtssrv's unit hides or protects them, and their owner must not change.
+SYSTEM_FOLDERS = (
+    r"/(bin|boot|dev|etc|home|lib(32|64|x32)?|proc|root|run|sbin|sys|tmp|usr|var/(lock|run|tmp))(/|$)|/var(/lib)?$"
+)
+
 # name -> (check, what is expected)
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "AWS_ACCESS_KEY_ID": (matches(r"\w*"), 'an access key id such as "AKIA…", or ""'),
@@ -421,7 +426,10 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
         'a path or an https address, with "#sha256=" and 64 hex digits if you like, or ""',
     ),
-    "DATA_DIR": (matches(r"(/[\w.-]*[\w-][\w.-]*)+"), 'an absolute path such as "/mnt"'),
+    "DATA_DIR": (
+        matches(rf"(?!{SYSTEM_FOLDERS})(/[\w.-]*[\w-][\w.-]*)+"),
+        'an absolute path such as "/mnt", outside home, temporary and system folders, which mtssrv can\'t use',
+    ),
     "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
 }
 
@@ -1541,6 +1549,15 @@ def fetch_facts(remote: Remote) -> Facts:
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
+def to_ssh_error(get_exception: Callable[[], Exception | None]) -> Exception | None:
+    """Return what has ended a connection: paramiko hands on whatever a malformed packet raises."""
+    import paramiko
+
+    error = get_exception()
+    known = error is None or isinstance(error, (paramiko.SSHException, EOFError, OSError))
+    return error if known else paramiko.SSHException(f"malformed packet: {error!r}")
+
+
 def connect(node: Node, settings: Settings, identity: paramiko.PKey) -> Remote:
     """Connect once: exchange keys, check the host key, log in."""
     import paramiko
@@ -1550,6 +1567,7 @@ def connect(node: Node, settings: Settings, identity: paramiko.PKey) -> Remote:
     try:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # 0.05 of 0.66 s with 8 nodes
         transport = paramiko.Transport(plain)
+        transport.get_exception = functools.partial(to_ssh_error, transport.get_exception)  # type: ignore[method-assign]
         transport.banner_timeout = transport.auth_timeout = EXCHANGE_LIMIT
         options = transport.get_security_options()
         # AES-GCM first: its check is native, the other ciphers' is in Python.
@@ -1563,6 +1581,8 @@ def connect(node: Node, settings: Settings, identity: paramiko.PKey) -> Remote:
         try:
             transport.auth_publickey(settings.SSH_USER, identity)
         except paramiko.AuthenticationException as error:
+            if not transport.is_active() or "timeout" in str(error):
+                raise  # no refusal: paramiko calls a connection that breaks, or is slow, the same
             raise Unusable(f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}") from error
         transport.set_keepalive(15)
         plain.settimeout(IDLE_POLL)
@@ -2958,6 +2978,7 @@ LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` read
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 RELAY = "relay-"  # what the name of a sub-head's server begins with: it links the workers of its branch
 RELAY_LIMIT = 15  # seconds that a head waits for a sub-head that restarts; below systemd's TimeoutStartSec
+RESTART_LIMIT = 3  # and for its workers: one may be restarted in the same second
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
@@ -3063,13 +3084,21 @@ def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
     return [one for one in plan["workers"] if not answers[one].problem and one not in below]
 
 
+def ask_patiently(addresses: dict[str, int], build: str, limit: float) -> dict[str, Answer]:
+    """Ask many servers, again for LIMIT seconds while some of them restart."""
+    deadline = time.monotonic() + limit
+    answers = ask_all(addresses, build)
+    while any(one.refuses for one in answers.values()) and time.monotonic() < deadline:
+        time.sleep(WATCH_PAUSE)
+        answers = ask_all(addresses, build)
+    return answers
+
+
 def filter_workers(plan: dict[str, Any]) -> None:
     """Before each start of a head or sub-head: note those of its workers that answer, and name the others."""
     heads = {one: plan["workers"][one] for one in plan["branches"]}
-    deadline = time.monotonic() + RELAY_LIMIT
-    while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
-        time.sleep(WATCH_PAUSE)
-    answers = ask_all(plan["workers"], plan["build"])
+    ask_patiently(heads, plan["build"], RELAY_LIMIT)
+    answers = ask_patiently(plan["workers"], plan["build"], RESTART_LIMIT)
     for one, answer in answers.items():
         if answer.problem:
             print(f"{one} is left out: it {answer.problem}")
@@ -3383,8 +3412,9 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 # --- createNodes -------------------------------------------------------------
 # Plan, access, launch, wait. Touches EC2, makes the user's key, and waits on the nodes for their boot.
 
-# Release -> what its images' names begin with. https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
-UBUNTU = {"22.04": "hvm-ssd/ubuntu-jammy", "24.04": "hvm-ssd-gp3/ubuntu-noble", "26.04": "hvm-ssd-gp3/ubuntu-resolute"}
+# Release -> what the names of its images have for it and for their kind of disk; the gp3 images are younger than 22.04.
+# https://documentation.ubuntu.com/aws/aws-how-to/instances/find-ubuntu-images/
+UBUNTU = {"22.04": ("jammy", "gp2"), "24.04": ("noble", "gp3"), "26.04": ("resolute", "gp3")}
 CANONICAL = {"aws": "099720109477", "aws-us-gov": "513442679011", "aws-cn": "837727238323"}  # partition -> owner
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
 # botocore's patience for what is only said: a price, a quota.
@@ -3566,24 +3596,34 @@ def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[S
     return fit
 
 
-def fetch_image(ec2: Client, settings: Settings) -> Image:
-    """Return the image for the region: of AMI_IDS, else the newest of Ubuntu's release."""
-    release, region = settings.UBUNTU_RELEASE, ec2.meta.region_name
-    if chosen := settings.AMI_IDS.get(region, ""):
-        wanted: dict[str, Any] = {"ImageIds": [chosen]}
-    else:
-        named = [{"Name": "name", "Values": [f"ubuntu/images/{UBUNTU[release]}-{release}-amd64-server-*"]}]
-        wanted = {"Owners": [CANONICAL.get(ec2.meta.partition, "self")], "Filters": named}  # never anybody's
+def fetch_ubuntu(ec2: Client, ssm: Client, release: str) -> str:
+    """Return the id of the newest image of Ubuntu's RELEASE: by Canonical's SSM parameter, else from EC2's list."""
+    code_name, disk = UBUNTU[release]
+    parameter = f"/aws/service/canonical/ubuntu/server/{release}/stable/current/amd64/hvm/ebs-{disk}/ami-id"
+    with tolerate(loss="Ubuntu's image is taken from EC2's list"), tolerate("ParameterNotFound"):
+        return str(ssm.get_parameter(Name=parameter)["Parameter"]["Value"])
+    folder = "hvm-ssd" if disk == "gp2" else f"hvm-ssd-{disk}"
+    named = [{"Name": "name", "Values": [f"ubuntu/images/{folder}/ubuntu-{code_name}-{release}-amd64-server-*"]}]
+    owner = CANONICAL.get(ec2.meta.partition)
+    images = ec2.describe_images(Owners=[owner], Filters=named)["Images"] if owner else []
+    if not images:
+        raise ClusterError(f"no image of Ubuntu {release} was found in {ec2.meta.region_name}; name one in AMI_IDS")
+    return str(max(images, key=lambda image: image["CreationDate"])["ImageId"])
+
+
+def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
+    """Return the image for the region: of AMI_IDS, else Ubuntu's."""
+    chosen = settings.AMI_IDS.get(settings.AWS_REGION) or fetch_ubuntu(ec2, ssm, settings.UBUNTU_RELEASE)
     found = []
     with tolerate("InvalidAMIID.NotFound", "InvalidAMIID.Malformed", "InvalidAMIID.Unavailable"):
-        found = ec2.describe_images(**wanted)["Images"]
+        found = ec2.describe_images(ImageIds=[chosen])["Images"]
     if not found:
-        raise ClusterError(f"there is no image {chosen or f'of Ubuntu {release}'} in {region}; see AMI_IDS")
-    raw = max(found, key=lambda image: image.get("CreationDate", ""))
+        raise ClusterError(f"there is no image {chosen} in {settings.AWS_REGION}; see AMI_IDS")
+    raw = found[0]
     root = raw.get("RootDeviceName", "/dev/sda1")
     disks = {disk.get("DeviceName"): disk.get("Ebs", {}) for disk in raw.get("BlockDeviceMappings", [])}
     return Image(
-        id=raw["ImageId"],
+        id=chosen,
         architecture=raw.get("Architecture", ""),
         boot_mode=raw.get("BootMode", "legacy-bios"),
         virtualization=raw.get("VirtualizationType", "hvm"),
@@ -3684,9 +3724,10 @@ def make_plan(app: App, request: LaunchRequest) -> Plan:
     """Look up all that can be known before a launch, and refuse what can't work; a dry run asks for more prices."""
     settings, ec2 = app.settings, app.ec2
     app.left = "Nothing was launched."
+    ssm = open_client(settings, "ssm")
     instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
         lambda: fetch_instance_type(ec2, request.instance_type),
-        lambda: fetch_image(ec2, settings),
+        lambda: fetch_image(ec2, ssm, settings),
         lambda: fetch_subnets(ec2, settings, request.instance_type),
         lambda: fetch_client_cidr(settings),
         lambda: fetch_nodes(ec2, request.group),
@@ -3844,7 +3885,7 @@ def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
-def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
+def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0, user: str = "ubuntu") -> str:
     """Return the nodes' cloud-config (JSON is YAML too): host key, metadata rules, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
@@ -3852,7 +3893,7 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
     config = {
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
-        "disable_root": True,
+        "disable_root": user != "root",
         # One script for cloud-init, which sees its exit code: the guard ends an idle node even where BOOT fails.
         "bootcmd": [
             ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))],
@@ -3906,7 +3947,9 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
         "ImageId": plan.image.id,
         "InstanceType": request.instance_type,
         "KeyName": settings.KEYPAIR_NAME,
-        "UserData": make_user_data(private, public, request.max_hours or 0, request.idle_minutes or 0),
+        "UserData": make_user_data(
+            private, public, request.max_hours or 0, request.idle_minutes or 0, settings.SSH_USER
+        ),
         "NetworkInterfaces": [interface],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
@@ -4200,8 +4243,16 @@ export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
 
 step() { echo "step: $1"; }
 
+# By tee, which outlives its reader: a client that goes away would break apt's output, and with it dpkg's work.
 apt() {
-  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
+  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" \
+    < /dev/null 2>&1 | tee -p /dev/null
+}
+
+# What an installation that was cut off has left half-configured stops apt; where another one runs, apt waits for it.
+apt_install() {
+  dpkg --force-confold --configure -a < /dev/null 2>&1 | tee -p /dev/null || true
+  apt install "$@"
 }
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
@@ -4262,7 +4313,7 @@ check_libraries() {
   [ -n "$missing" ] || return 0
   update || true
   if grep -qE '^lib(GL|X)' <<< "$missing"; then
-    apt install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
+    apt_install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
     missing=$(missing_libraries "$1")
   fi
   for name in $missing; do
@@ -4314,7 +4365,7 @@ install_mitsuba() {
       fetch "$work/mitsuba.deb"
       update
       step unpacking
-      apt install --allow-downgrades "$work/mitsuba.deb"
+      apt_install --reinstall --allow-downgrades "$work/mitsuba.deb"
       forget_tree
       ;;
     *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
@@ -4323,7 +4374,7 @@ install_mitsuba() {
       (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list)
       update
       step unpacking
-      apt install "$package"
+      apt_install "$package"
       forget_tree
       ;;
   esac
@@ -4387,6 +4438,9 @@ echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
+
+
+CHECK_PYTHON = "python3 -I -c 'import sys; sys.exit(sys.version_info < (3, 9))'"
 
 
 def learn_build(arguments: list[str]) -> None:
@@ -4726,6 +4780,8 @@ def install_step(
             tell("booting")
             wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
             remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
+            if remote.run(user_command("check-python", CHECK_PYTHON))[0]:
+                raise NodeError("has no Python 3.9 or newer, which this tool needs on its nodes: choose another image")
             check_metadata_rules(remote)
             if spread:
                 tell("waiting")
@@ -5541,6 +5597,11 @@ def find_error(log: str) -> str:
     return printable(found[-1]) if found else ""
 
 
+def has_restarted(facts: Facts, started: str) -> bool:
+    """Tell whether a server has started anew since it STARTED; systemd may not tell for a moment ("")."""
+    return "" not in (facts.started, started) and facts.started != started
+
+
 def judge(
     attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str
 ) -> tuple[str, str]:
@@ -5555,7 +5616,7 @@ def judge(
     lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
     if lost or attempt.ended:
         return "cluster", ", ".join(lost) or attempt.ended
-    died = [name for name in now if now[name].started != before[name].started]
+    died = [name for name in now if has_restarted(now[name], before[name].started)]
     heads = [name for name in died if now[name].role == "head" or before[name].relays]
     changed = [name for name in heads if now[name].linked != before[name].linked]
     if changed and died == heads:
@@ -5664,9 +5725,11 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     tail = bytearray()
 
     def show(output: Any) -> None:
-        while block := output.read(RENDER_TAIL):
-            put(block, err=True)
-            tail[:] = (tail + block)[-RENDER_TAIL:]
+        with output:
+            while block := output.read(RENDER_TAIL):
+                with contextlib.suppress(OSError):  # a reader that has gone must not stop Mitsuba
+                    put(block, err=True)
+                tail[:] = (tail + block)[-RENDER_TAIL:]
 
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
@@ -5681,7 +5744,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
                 child.wait(RENDER_POLL)
                 break
             (outcome,) = pool.each([head], fetch_facts, limit=RENDER_POLL)
-            if outcome.ok and outcome.value.started != started:
+            if outcome.ok and has_restarted(outcome.value, started):
                 break
             if outcome.ok:
                 heard = time.monotonic()
@@ -5692,7 +5755,8 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
         code = child.wait()
         reader.join(1)
         if tail and not tail.endswith(b"\n"):
-            note("")  # a progress bar has no end of line
+            with contextlib.suppress(OSError):
+                note("")  # a progress bar has no end of line
     return Attempt(code, tail.decode("utf-8", "replace"), ended)
 
 
@@ -7046,6 +7110,7 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
         "Statement": [
             allow("Read", READS, ["*"]),
             allow("ReadPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", ["*"]),
+            allow("FindUbuntu", "ssm:GetParameter", [f"{arn}:ssm:*::parameter/aws/service/canonical/*"]),
             allow("LaunchFrom", f"{launch} ImportKeyPair", kinds("image subnet network-interface key-pair vpc")),
             allow("LaunchWithTag", launch, kinds(made), new),
             allow("TagWhatIsBeingMade", "CreateTags", kinds(f"{made} key-pair"), made_by),

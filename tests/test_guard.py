@@ -305,6 +305,26 @@ def test_a_head_whose_filter_waits_for_sub_heads_is_let_start(tmp_path: Path, mo
     assert restarts == [81]
 
 
+@pytest.mark.parametrize(("restarts", "linked"), [(True, f"{OTHER}\n"), (False, "")])
+def test_the_filter_waits_for_a_worker_that_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: bool, linked: str
+) -> None:
+    refuses, now = cluster.Answer(False, "does not answer", refuses=True), 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(cluster, "LINKED_PATH", str(tmp_path / "linked"))
+    monkeypatch.setattr(
+        cluster, "ask_all", lambda addresses, _: dict.fromkeys(addresses, GOOD if restarts and now else refuses)
+    )
+    cluster.filter_workers({"role": "head", "build": BUILD, "own": OWN, "workers": {OTHER: 4}, "branches": {}})
+    assert (tmp_path / "linked").read_text() == linked
+    assert now == (1 if restarts else cluster.RESTART_LIMIT)
+
+
 def test_a_worker_that_comes_back_is_linked_once_nobody_is_there() -> None:
     links = rounds((0, SILENT, ""), (10, GOOD, ""), (40, GOOD, ""))
     assert cluster.find_joining(links, 39, quiet=-60) == []

@@ -114,21 +114,25 @@ def test_quota_that_is_used_up_half_way(cloud: LocalCloud, group: str) -> None:
     ("partition", "owner"), [("aws", "099720109477"), ("aws-cn", "837727238323"), ("aws-us-gov", "513442679011")]
 )
 def test_canonical_has_an_account_in_each_partition(partition: str, owner: str) -> None:
-    images = [{"ImageId": f"ami-{month}", "CreationDate": f"2026-{month:02}-01"} for month in (9, 11, 10)]
+    image = {"ImageId": "ami-1", "CreationDate": "2026-01-01"}
     ec2 = MagicMock()
-    ec2.describe_images.return_value = {"Images": images}
+    ec2.describe_images.return_value = {"Images": [image]}
     ec2.meta.partition = partition
-    assert cluster.fetch_image(ec2, cluster.Settings()).id == "ami-11"
+    assert cluster.fetch_ubuntu(ec2, no_parameter(), "24.04") == "ami-1"
     assert ec2.describe_images.call_args.kwargs["Owners"] == [owner]
 
 
 def test_a_partition_without_known_images() -> None:
     ec2 = MagicMock()
-    ec2.describe_images.return_value = {"Images": []}
     ec2.meta.partition, ec2.meta.region_name = "aws-eusc", "eusc-de-east-1"
-    with pytest.raises(cluster.ClusterError, match=r"no image of Ubuntu 24\.04 in eusc-de-east-1; see AMI_IDS"):
-        cluster.fetch_image(ec2, cluster.Settings())
-    assert ec2.describe_images.call_args.kwargs["Owners"] == ["self"]  # nobody else's, whatever their names are
+    with pytest.raises(cluster.ClusterError, match="was found in eusc-de-east-1; name one in AMI_IDS"):
+        cluster.fetch_ubuntu(ec2, no_parameter(), "24.04")
+
+
+def no_parameter() -> MagicMock:
+    """Return an SSM client that knows no image."""
+    unknown = ClientError({"Error": {"Code": "ParameterNotFound", "Message": "no"}}, "GetParameter")
+    return MagicMock(get_parameter=MagicMock(side_effect=unknown))
 
 
 @pytest.mark.parametrize("region", ["us-gov-west-1", "cn-north-1"])
@@ -213,8 +217,14 @@ def test_a_failure_before_the_launch_says_that_nothing_was_launched(cloud: Local
 
 @pytest.mark.parametrize(("release", "name"), [("22.04", "jammy"), ("24.04", "noble"), ("26.04", "resolute")])
 def test_release_of_ubuntu(cloud: LocalCloud, release: str, name: str) -> None:
-    dry = cloud.cluster(*CREATE, "--dry-run", settings={"UBUNTU_RELEASE": release})
-    assert f"ubuntu-{name}-{release}-amd64-server-" in dry.out
+    """By Canonical's parameter, and from EC2's list where that can't be had."""
+    says = f"ubuntu-{name}-{release}-amd64-server-"
+    use = {"UBUNTU_RELEASE": release}
+    assert says in cloud.cluster(*CREATE, "--dry-run", settings=use).out
+    with cloud.faults({"kind": "code:AccessDeniedException", "service": "ssm"}):
+        dry = cloud.cluster(*CREATE, "--dry-run", settings=use)
+    assert says in dry.out
+    assert "Warning: Ubuntu's image is taken from EC2's list" in dry.err
 
 
 def public_address(cloud: LocalCloud, group: str) -> Any:
@@ -436,7 +446,7 @@ def test_other_disks_of_an_image_go_with_their_nodes_too(monkeypatch: pytest.Mon
     ec2 = MagicMock()
     raw = {"ImageId": "ami-1", "RootDeviceName": "/dev/sda1", "BlockDeviceMappings": disks}
     ec2.describe_images.return_value = {"Images": [raw]}
-    image = cluster.fetch_image(ec2, cluster.Settings())
+    image = cluster.fetch_image(ec2, MagicMock(), cluster.Settings())
     _, *others = prepared(monkeypatch, plan(1)._replace(image=image))["BlockDeviceMappings"]
     assert others == [{"DeviceName": "/dev/sdf", "Ebs": {"DeleteOnTermination": True}}]
 
@@ -466,6 +476,7 @@ def test_nobody_logs_in_by_a_password_and_the_deadline_is_in_seconds(monkeypatch
     config = json.loads(prepared(monkeypatch)["UserData"].removeprefix("#cloud-config\n"))
     assert config["ssh_pwauth"] is False
     assert config["disable_root"] is True
+    assert '"disable_root": false' in cluster.make_user_data("private", "public", 0, 0, "root")
     assert config["bootcmd"][0][-1] == "5400"
 
 

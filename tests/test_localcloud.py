@@ -265,6 +265,13 @@ def test_only_an_early_reset_ends_the_stand_in_server() -> None:
         assert server.wait(60) == 0
 
 
+def test_canonicals_parameters(cloud: LocalCloud) -> None:
+    name = "/aws/service/canonical/ubuntu/server/22.04/stable/current/amd64/hvm/ebs-gp2/ami-id"
+    image = cloud.client("ssm").get_parameter(Name=name)["Parameter"]["Value"]
+    (shown,) = cloud.client("ec2").describe_images(ImageIds=[image])["Images"]
+    assert (shown["Architecture"], shown["OwnerId"]) == ("x86_64", "099720109477")
+
+
 def test_addresses_belong_to_nobody(cloud: LocalCloud, launch: dict[str, Any]) -> None:
     cloud.client("ec2").run_instances(**launch)
     assert all(one["private"].startswith("127.") for one in cloud.ask("status").values())

@@ -31,7 +31,9 @@ def reference() -> dict[str, Any]:
 
 def example(arn: str, partition: str) -> str:
     """Return an ARN of the form that AWS's reference gives, with something in each place."""
-    filled = arn.replace("${Partition}", partition).replace("${Account}", "123456789012")
+    public = arn.endswith(":parameter/${ParameterNameWithoutLeadingSlash}")  # AWS's and Canonical's have no account
+    filled = arn.replace("${Partition}", partition).replace("${Account}", "" if public else "123456789012")
+    filled = filled.replace("${ParameterNameWithoutLeadingSlash}", "aws/service/canonical/ubuntu")
     return re.sub(r"\$\{\w+\}", "bucket" if ":s3:" in arn else "x-1", filled)
 
 

@@ -81,6 +81,7 @@ def test_a_head_waits_for_a_sub_head_that_restarts(monkeypatch: pytest.MonkeyPat
     written: list[str] = []
     monkeypatch.setattr(cluster, "WATCH_PAUSE", 0)
     monkeypatch.setattr(cluster, "RELAY_LIMIT", 600)
+    monkeypatch.setattr(cluster, "RESTART_LIMIT", 0)  # of a mere worker
     monkeypatch.setattr(cluster, "ask_all", lambda *_: rounds.pop(0))
     monkeypatch.setattr(cluster, "write_file", lambda _, text: written.append(text))
     cluster.filter_workers(plan)

@@ -186,13 +186,13 @@ class Live:
         return facts | self.look_ups()
 
     def look_ups(self) -> dict[str, Any]:
-        """Return what a look shows that costs nothing: Ubuntu's images, and the bucket's ETags."""
+        """Return what a look shows that costs nothing: Ubuntu's parameters, and the bucket's ETags."""
         facts: dict[str, Any] = {}
+        ssm = cluster.open_client(self.settings, "ssm")
         ec2 = self.watch.ec2
         for release in RELEASES:
-            settings = self.settings._replace(AMI_IDS={}, UBUNTU_RELEASE=release)
             try:
-                facts[f"image of Ubuntu {release}"] = cluster.fetch_image(ec2, settings).id
+                facts[f"image of Ubuntu {release}"] = cluster.fetch_ubuntu(ec2, ssm, release)
             except cluster.ClusterError as error:
                 facts[f"image of Ubuntu {release}"] = error.message
         if "syncData" in self.steps and self.steps["syncData"]["code"] == 0:

@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 from xml.sax.saxutils import escape
@@ -166,6 +166,7 @@ def mend(cloud: Cloud) -> None:
     mend_lists(cloud)
     mend_security_groups(cloud)
     mend_spot(cloud)
+    seed_parameters()
 
 
 def mend_addresses(cloud: Cloud) -> None:
@@ -676,6 +677,20 @@ def make_spot_requests(response: Any, reservation: Any) -> None:
         instance.spot_instance_request_id = request.id
         instance.instance_lifecycle = "spot"
         instance.lifecycle = "spot"
+
+
+def seed_parameters() -> None:
+    """Canonical's public SSM parameters, in each region that has a local counterpart."""
+    from moto.ssm.models import Parameter, ssm_backends
+
+    releases = (("22.04", "gp2", JAMMY), ("24.04", "gp3", NOBLE), ("26.04", "gp3", RESOLUTE))
+    for region in (REGION, "us-west-2", "eu-west-1"):
+        parameters: Any = ssm_backends[ACCOUNT][region]._parameters
+        for release, disk, image_id in releases:
+            name = f"/aws/service/canonical/ubuntu/server/{release}/stable/current/amd64/hvm/ebs-{disk}/ami-id"
+            parameters[name].append(
+                Parameter(ACCOUNT, name, image_id, "String", None, None, None, datetime.now(), 1, "aws:ec2:image")
+            )
 
 
 def tags_of(name: str) -> dict[str, str]:

@@ -123,6 +123,9 @@ def demands(
         return ec2_demands(action, body, tags_of)
     if service == "s3":
         return [s3_demand(method, path)]
+    if service == "ssm":
+        name = json.loads(body).get("Name", "")
+        return [Demand(f"ssm:{action}", f"arn:aws:ssm:{REGION}::parameter{name}")]
     return [Demand(f"{service}:{action}")]
 
 
