@@ -4267,14 +4267,14 @@ GRAPHICS_LIBRARIES = frozenset(
 )
 
 
-# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type,
-# $6 the program that learns the build.
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 the program that
+# learns the build, $6 instance type.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
 # repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
-user=$1 data=$2 sha256=$3 recipe=$4 type=$5 learn_build=$6
+user=$1 data=$2 sha256=$3 recipe=$4 learn_build=$5 type=$6
 if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; touch /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
@@ -4289,20 +4289,14 @@ apt() {
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
 update() {
+  local pause=1
   step 'package lists'
-  for pause in 2 4 8 16 0; do
-    if apt -o APT::Update::Error-Mode=any update; then return 0; fi
-    if [ "$pause" = 0 ]; then break; fi
+  until apt -o APT::Update::Error-Mode=any update; do
+    pause=$((2 * pause))
+    [ $pause -le 16 ] || { echo 'the package lists could not be fetched'; return 1; }
     echo "apt-get update failed; next try in $pause seconds"
-    sleep "$pause"
+    sleep $pause
   done
-  echo 'the package lists could not be fetched'
-  return 1
-}
-
-quiet_timers() {
-  systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
-  systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
 }
 
 # A copy of root's own, so that nobody can change it between the check and the use.
@@ -4369,11 +4363,7 @@ install_tree() {
   program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
   [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
   check_libraries "$(dirname "$fresh/$program")"
-  exec 8> "$state/lock"
-  flock 8
-  rm -rf /opt/mitsuba
-  mv "$fresh" /opt/mitsuba
-  exec 8>&-
+  (flock 8; rm -rf /opt/mitsuba; mv "$fresh" /opt/mitsuba) 8> "$state/lock"
   folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
     printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
@@ -4382,45 +4372,31 @@ install_tree() {
   done
 }
 
-# What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
-forget_tree() {
+install_mitsuba() {
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed" "$state/build"
+  case $package in
+    *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz"; return ;;
+    *.deb) fetch "$work/mitsuba.deb"; package=$work/mitsuba.deb ;;
+    */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null; return ;;
+    *) (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list) ;;
+  esac
+  update
+  step unpacking
+  apt install --allow-downgrades "$package"
+  # What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
   for name in mtssrv mitsuba; do
     if grep -qs '"/opt/mitsuba/' "/usr/local/bin/$name"; then rm "/usr/local/bin/$name"; fi
   done
   rm -rf /opt/mitsuba
 }
 
-install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed" "$state/build"
-  case $package in
-    *.deb)
-      fetch "$work/mitsuba.deb"
-      update
-      step unpacking
-      apt install --allow-downgrades "$work/mitsuba.deb"
-      forget_tree
-      ;;
-    *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
-    */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null ;;
-    *)
-      (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list)
-      update
-      step unpacking
-      apt install "$package"
-      forget_tree
-      ;;
-  esac
-}
-
 # An NVMe instance store comes raw. Only a disk that EC2 itself calls one is formatted, and
 # only if it bears no file system, no partition and no mount.
 mount_instance_store() {
-  mountpoint -q "$data" && return 0
   for link in /dev/disk/by-id/nvme-Amazon_EC2_NVMe_Instance_Storage*; do
     [ -e "$link" ] || continue
     disk=$(readlink -f "$link")
-    [ "$(lsblk --noheadings --raw --output NAME "$disk" | wc -l)" = 1 ] || continue
-    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \n')" ] || continue
+    [ "$(lsblk --noheadings --raw --output NAME,MOUNTPOINT "$disk" | tr -d ' \n')" = "${disk##*/}" ] || continue
     [ -z "$(wipefs --no-act --noheadings "$disk")" ] || continue
     mkfs.ext4 -q -E nodiscard "$disk"
     mkdir -p "$data"
@@ -4431,20 +4407,12 @@ mount_instance_store() {
   done
 }
 
-make_data_directory() {
-  getent passwd mitsuba > /dev/null ||
-    useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin mitsuba
-  mount_instance_store
-  mkdir -p "$data"
-  chown "$user:mitsuba" "$data"
-  chmod 3775 "$data"  # sticky: the server can't move away what the user put there
-}
-
 server_version() {
   (mtssrv -h 2>&1 || true) < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2
 }
 
-quiet_timers
+systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
+systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
 mkdir -p "$state"
 find "$state" -maxdepth 1 -name 'work.*' -mmin +60 -exec rm -rf {} +
 work=$(mktemp -d "$state/work.XXXXXX") # its own: an installation whose client has died may still run
@@ -4454,7 +4422,12 @@ if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_v
   mkdir -p /run/mitsuba-cluster
   echo yes > /run/mitsuba-cluster/replaced
 fi
-make_data_directory
+getent passwd mitsuba > /dev/null ||
+  useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin mitsuba
+mountpoint -q "$data" || mount_instance_store
+mkdir -p "$data"
+chown "$user:mitsuba" "$data"
+chmod 3775 "$data"  # sticky: the server can't move away what the user put there
 step checking
 version=$(server_version) || true
 if [ -z "$version" ]; then
@@ -4790,8 +4763,8 @@ def install_step(
     path = logs / f"{remote.node.id}.install.log"
     recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
     digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
-    arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
-    arguments.append(node_program(learn_build))
+    arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest]
+    arguments += [node_program(learn_build), remote.node.type]
     tell = functools.partial(progress.step, remote.node)
 
     def hear(line: bytes) -> None:
