@@ -69,7 +69,6 @@ except ImportError:
 # What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
     import subprocess
-    import urllib.request
 
     import paramiko
 
@@ -4244,8 +4243,7 @@ PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
 # Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
-PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
-PACKED_FOLDERS = ("plugins", "data", "lib")
+PACKED = ("mtssrv", "mitsuba", "mtsutil", "*.so*", "plugins/**/*", "data/**/*", "lib/**/*")
 
 # The glibc of each Ubuntu release (https://packages.ubuntu.com/libc6), and what brought the names that are no versions.
 GLIBC = {"22.04": (2, 35), "24.04": (2, 39), "26.04": (2, 43)}
@@ -4497,24 +4495,8 @@ class Package(NamedTuple):
 
 def missing_parts(folder: Path) -> list[str]:
     """Return what FOLDER lacks of a build's dist folder."""
-    parts = [name for name in ("mtssrv", "mitsuba", "plugins", "data") if not (folder / name).exists()]
-    return parts + ([] if any(folder.glob("libmitsuba-*.so")) else ["libmitsuba-*.so"])
-
-
-def find_build(settings: Settings) -> Path | None:
-    """Return the folder of the build that is to be packed; None where something else is to be installed."""
-    source = settings.package[0]
-    unset = not settings.MITSUBA_PACKAGE and settings.PKG_REPOSITORY in ("", Settings().PKG_REPOSITORY)
-    if unset or source == "local":
-        program = shutil.which("mtssrv")
-        folder = Path(program).resolve().parent if program else None
-        if unset:  # the user's own build is better than a repository that has nothing
-            return folder if folder and is_packable_here() and not missing_parts(folder) else None
-        if not folder:
-            raise ClusterError('MITSUBA_PACKAGE is "local", but no mtssrv is on PATH; name your build\'s dist folder')
-        return folder
-    folder = settings.folder / Path(source).expanduser()
-    return folder if settings.MITSUBA_PACKAGE and "://" not in source and folder.is_dir() else None
+    parts = ("mtssrv", "mitsuba", "plugins", "data", "libmitsuba-*.so")
+    return [name for name in parts if not any(folder.glob(name))]
 
 
 def is_packable_here() -> bool:
@@ -4556,15 +4538,13 @@ def find_libraries(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Path
     libraries: dict[str, Path] = {}
     versions: set[str] = set()
     while binaries:
-        fresh: dict[str, Path] = {}
-        for path, (needed, named) in binaries.items():
-            versions |= named
-            for name in needed - known - libraries.keys():
-                if name not in found:
-                    raise ClusterError(f"{path} needs {name}, which this machine does not find (nor would a node)")
-                fresh[name] = found[name]
-        libraries |= fresh
-        binaries = read_binaries(fresh.values()) if fresh else {}  # objdump without a name reads a.out
+        versions.update(*(named for _, named in binaries.values()))
+        fresh = {name: path for path, (needed, _) in binaries.items() for name in needed - known - libraries.keys()}
+        for name, path in fresh.items():
+            if name not in found:
+                raise ClusterError(f"{path} needs {name}, which this machine does not find (nor would a node)")
+        libraries |= {name: found[name] for name in fresh}
+        binaries = read_binaries(found[name] for name in fresh) if fresh else {}  # objdump without a name reads a.out
     return libraries, versions
 
 
@@ -4583,13 +4563,6 @@ def check_glibc(folder: Path, versions: Iterable[str], release: str) -> None:
             f"the build in {folder} needs {', '.join(sorted(names, key=since))} of a newer glibc than "
             f"Ubuntu {release} has: {advice}"
         )
-
-
-def list_build(folder: Path) -> dict[str, Path]:
-    """Return what is packed of a build: name in the package -> file."""
-    tops = [folder / name for name in PACKED_PROGRAMS] + list(folder.glob("*.so*"))
-    inside = (Path(top) / name for part in PACKED_FOLDERS for top, _, names in os.walk(folder / part) for name in names)
-    return {path.relative_to(folder).as_posix(): path for path in sorted([*tops, *inside]) if path.is_file()}
 
 
 def write_package(target: Path, files: dict[str, Path]) -> None:
@@ -4626,11 +4599,12 @@ def pack_build(folder: Path, settings: Settings) -> Package:
         )
     if missing := missing_parts(folder):
         raise ClusterError(f"{folder} is not the dist folder of a Mitsuba build: it lacks {', '.join(missing)}")
-    files = list_build(folder)
+    packed = sorted({path for pattern in PACKED for path in folder.glob(pattern) if path.is_file()})
+    files = {path.relative_to(folder).as_posix(): path for path in packed}
     libraries, versions = find_libraries(folder, files)
     if settings.AWS_REGION not in settings.AMI_IDS:  # an image of the user's own is asked on the node
         check_glibc(folder, versions, settings.UBUNTU_RELEASE)
-    count = len(files)
+    count = format_count(len(files), "file")
     files |= {f"lib/{name}": path for name, path in sorted(libraries.items())}
     content = json.dumps(
         [(name, os.access(path, os.X_OK), digest_file(path, "sha256")) for name, path in files.items()]
@@ -4645,20 +4619,31 @@ def pack_build(folder: Path, settings: Settings) -> Package:
         write_package(target, files)
         for old in sorted(cache.glob("mitsuba-*.tar.gz"), key=lambda path: path.stat().st_mtime)[:-PACKED_KEPT]:
             old.unlink(missing_ok=True)
-    title = f"the build in {folder} ({format_count(count, 'file')} and the libraries that they need; "
-    return Package(title + format_size(target.stat().st_size) + ")", str(target), digest_file(target, "sha256"), True)
+    size = format_size(target.stat().st_size)
+    title = f"the build in {folder} ({count} and the libraries that they need; {size})"
+    return Package(title, str(target), digest_file(target, "sha256"), True)
 
 
 def plan_package(settings: Settings) -> Package:
     """Return what is to be installed, packed where it is a build of this machine's; ClusterError where it can't be."""
     source, sha256 = settings.package
-    if folder := find_build(settings):
-        return pack_build(folder, settings)
+    program = shutil.which("mtssrv")
+    own = Path(program).resolve().parent if program else None
+    if source == "local":
+        if not own:
+            raise ClusterError('MITSUBA_PACKAGE is "local", but no mtssrv is on PATH; name your build\'s dist folder')
+        return pack_build(own, settings)
     if not settings.MITSUBA_PACKAGE:
+        # The user's own build is better than a repository that has nothing.
+        is_unset = settings.PKG_REPOSITORY in ("", Settings().PKG_REPOSITORY)
+        if is_unset and own and is_packable_here() and not missing_parts(own):
+            return pack_build(own, settings)
         return Package(f"the package {source} of {settings.PKG_REPOSITORY}", source)
     if "://" in source:
         return Package(source, source, sha256)
     path = settings.folder / Path(source).expanduser()
+    if path.is_dir():
+        return pack_build(path, settings)
     if not path.is_file():
         raise ClusterError(f"MITSUBA_PACKAGE: there is no file {path}")
     found = digest_file(path, "sha256")
@@ -4667,8 +4652,8 @@ def plan_package(settings: Settings) -> Package:
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
 
 
-def to_request(address: str, method: str = "GET") -> urllib.request.Request:
-    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+def fetch_address(address: str, method: str = "GET") -> bytes:
+    """Return what is at an ADDRESS with user:password@, which urllib by itself takes for a host's name."""
     import base64
     import urllib.parse
     import urllib.request
@@ -4679,27 +4664,15 @@ def to_request(address: str, method: str = "GET") -> urllib.request.Request:
     if at:
         token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request.add_header("Authorization", f"Basic {token}")
-    return request
-
-
-def fetch_index(folder: str) -> bytes:
-    """Return an apt repository's list of packages in FOLDER, which is there compressed, or plain, or both."""
-    import gzip
-    import urllib.error
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(to_request(f"{folder}/Packages.gz"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-            return gzip.decompress(answer.read())
-    except urllib.error.HTTPError as error:
-        if error.code not in GONE:
-            raise
-    with urllib.request.urlopen(to_request(f"{folder}/Packages"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
         return bytes(answer.read())
 
 
 def index_has(apt_line: str, package: str) -> bool:
     """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
+    import gzip
+    import urllib.error
+
     found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
     if not found:
         raise ValueError("this is no apt line")
@@ -4707,7 +4680,16 @@ def index_has(apt_line: str, package: str) -> bool:
     folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
     if suite.endswith("/"):
         folders = [f"{base}/{suite}".rstrip("/")]
-    return any(re.search(rf"^Package: {re.escape(package)}$".encode(), fetch_index(one), re.M) for one in folders)
+    for folder in folders:
+        try:  # it is there compressed, or plain, or both
+            index = gzip.decompress(fetch_address(f"{folder}/Packages.gz"))
+        except urllib.error.HTTPError as error:
+            if error.code not in GONE:
+                raise
+            index = fetch_address(f"{folder}/Packages")
+        if re.search(rf"^Package: {re.escape(package)}$".encode(), index, re.M):
+            return True
+    return False
 
 
 def check_package(settings: Settings, without: bool) -> str:
@@ -4716,32 +4698,32 @@ def check_package(settings: Settings, without: bool) -> str:
     Another warning says how somebody in between could replace Mitsuba, which root installs.
     """
     import urllib.error
-    import urllib.request
     import zlib
 
-    title, doubt, proved, apt_line = "", "", True, settings.PKG_REPOSITORY
+    title, is_certain, apt_line = "", True, settings.PKG_REPOSITORY
     try:
         package = plan_package(settings)
         title = package.title
         if "://" in package.source:
             if not package.sha256:
                 warn("MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes")
-            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
+            fetch_address(package.source, "HEAD")
         elif not package.is_file:
             if re.match(r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", apt_line):
                 warn("PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]")
             if not index_has(apt_line, "mitsuba"):
-                doubt = f"PKG_REPOSITORY ({apt_line}) has no package mitsuba"
+                raise ClusterError(f"PKG_REPOSITORY ({apt_line}) has no package mitsuba")
+        return title
     except ClusterError as error:
         doubt = error.message
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        is_certain = isinstance(error, urllib.error.HTTPError) and error.code in GONE
         doubt = f"{title} can't be read ({error})"
-    doubt += f"; set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings}" if doubt and title else ""
-    if doubt and proved and not without:
+    if title:
+        doubt += f"; set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings}"
+    if is_certain and not without:
         raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
-    if doubt:
-        warn(f"{doubt} before you run install" if title else doubt)
+    warn(f"{doubt} before you run install" if title else doubt)
     return title
 
 
