@@ -4141,15 +4141,14 @@ def await_nodes(
     return [done[node.id] for node in nodes]
 
 
-def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
+def launch_plan(app: App, plan: Plan, parameters: dict[str, Any], ways: str) -> tuple[list[Node], str, str]:
     """Launch a PLAN; return the nodes, why they are fewer than asked, or "", and how their ClientTokens begin.
 
-    Ctrl-C says in WAYS what can be done with nodes that may be there.
+    PARAMETERS are what prepare has returned. Ctrl-C says in WAYS what can be done with nodes that may be there.
     """
     from botocore.exceptions import ClientError
 
     request, token = plan.request, os.urandom(16).hex()
-    parameters = prepare(app, plan)
     app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
     try:
         nodes, why = launch_nodes(app, plan, parameters, token)
@@ -4179,7 +4178,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
         f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
     )
     started = time.monotonic()
-    nodes, why, _ = launch_plan(app, plan, ways)
+    nodes, why, _ = launch_plan(app, plan, prepare(app, plan), ways)
     outcomes = await_nodes(app, request.group, nodes, boot_step, Progress("Answering", len(nodes)))
     put(format_nodes(in_order(outcome.node for outcome in outcomes)))
     note(f"This took {format_duration(time.monotonic() - started)}.")
@@ -4727,61 +4726,64 @@ def check_package(settings: Settings, without: bool) -> str:
     return title
 
 
-def make_spread(package: Package, nodes: int) -> Spread | None:
-    """Return what brings a package file to the nodes, into a folder in the user's home; None where it is elsewhere."""
-    if not package.is_file:
-        return None
-    path = Path(package.source)
-    name = f"{PACKAGE_FOLDER}/{package.sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
-    return Spread(".", [Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
+class Installation:
+    """The installation of one package on so many NODES; STEP does it on one of them."""
 
+    def __init__(self, settings: Settings, group: str, package: Package, nodes: int, progress: Progress) -> None:
+        import hashlib
 
-def install_step(
-    settings: Settings, package: Package, spread: Spread | None, logs: Path, progress: Progress, remote: Remote
-) -> str:
-    """Install Mitsuba on one node; return its version."""
-    import hashlib
+        self.logs, self.progress, source = log_folder(group), progress, package.source
+        self.spread: Spread | None = None
+        if package.is_file:  # it is passed on, into a folder in the user's home
+            path, sha256 = Path(source), package.sha256
+            source = f"{PACKAGE_FOLDER}/{sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
+            self.spread = Spread(".", [Wanted(source, path.stat().st_size, sha256, sha256, "", {})], [path], nodes)
+        recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
+        digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
+        self.arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, node_program(learn_build)]
+        self.lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
 
-    path = logs / f"{remote.node.id}.install.log"
-    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
-    digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
-    arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest]
-    arguments += [node_program(learn_build), remote.node.type]
-    tell = functools.partial(progress.step, remote.node)
+    def step(self, remote: Remote) -> str:
+        """Install Mitsuba on one node; return its version."""
+        path = self.logs / f"{remote.node.id}.install.log"
+        try:
+            with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
+                os.fchmod(log.fileno(), 0o600)  # one of an older version
+                code, output = self.run(remote, log.write)
+        except OSError as error:
+            raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
+        version = re.search(r"^version (\S+)$", output, re.M)
+        if code or not version:
+            why = f"the installation failed ({format_exit(code)})"
+            raise NodeError(f"{why}; the whole output: {path}{format_tail(output)}")
+        return version[1]
 
-    def hear(line: bytes) -> None:
-        if line.startswith(b"step: "):
-            tell(printable(line[6:30].decode("utf-8", "replace")))
+    def run(self, remote: Remote, write: Callable[[bytes], object]) -> tuple[int, str]:
+        """Run what a node's installation consists of; WRITE gets all that it says."""
+        tell = functools.partial(self.progress.step, remote.node)
 
-    steps = by_line(hear)
-    try:
-        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
-            os.fchmod(log.fileno(), 0o600)  # one of an older version
-            tell("booting")
-            wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
-            remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
-            check_metadata_rules(remote)
-            if spread:
-                tell("waiting")
-                try:
-                    spread.bring(
-                        lambda moved, whole: tell(f"sending {10 * moved // (whole or 1) * 10} %") if moved else None,
-                        remote,
-                    )
-                except NodeError as error:
-                    raise type(error)(f"the package can't be brought to its home folder: {error}") from error
-            source = spread.wanted[0].path if spread else package.source
-            lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
-            run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(
-                run, limit=INSTALL_LIMIT, stdin=[lines], sink=lambda block: (log.write(block), steps(block))
-            )
-    except OSError as error:
-        raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
-    version = re.search(r"^version (\S+)$", output, re.M)
-    if code or not version:
-        raise NodeError(f"the installation failed ({format_exit(code)}); the whole output: {path}{format_tail(output)}")
-    return version[1]
+        def hear(line: bytes) -> None:
+            if line.startswith(b"step: "):
+                tell(printable(line[6:30].decode("utf-8", "replace")))
+
+        def show(moved: int, whole: int) -> None:
+            if moved:
+                tell(f"sending {10 * moved // (whole or 1) * 10} %")
+
+        tell("booting")
+        wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
+        remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=write)  # what failed in it may not matter
+        check_metadata_rules(remote)
+        if self.spread:
+            tell("waiting")
+            try:
+                self.spread.bring(show, remote)
+            except NodeError as error:
+                raise type(error)(f"the package can't be brought to its home folder: {error}") from error
+        line, steps = root_command("install", INSTALL, *self.arguments, remote.node.type), by_line(hear)
+        return remote.run(
+            line, limit=INSTALL_LIMIT, stdin=[self.lines], sink=lambda block: (write(block), steps(block))
+        )
 
 
 @cli.command("install")
@@ -4792,12 +4794,10 @@ def install(app: App, group: str) -> None:
     package = plan_package(app.settings)
     nodes = app.open_group(group)
     note(f"Installing {package.title}")
-    logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    spread = make_spread(package, len(nodes))
-    step = functools.partial(install_step, app.settings, package, spread, logs, progress)
-    outcomes = app.pool.each(nodes, step, progress)
-    note(f"Each node's whole output: {logs}")
+    installation = Installation(app.settings, group, package, len(nodes), progress)
+    outcomes = app.pool.each(nodes, installation.step, progress)
+    note(f"Each node's whole output: {installation.logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
 
@@ -5384,7 +5384,7 @@ def tunnel(app: App, group: str, port: int) -> None:
 # createNodes, install and start in one, with no barrier between nodes. Touches what they touch; ends only nodes of
 # its own launch.
 
-COUNT_LIMIT = 60  # seconds for two polls to agree, and to show the nodes of a launch
+COUNT_POLLS = 60  # at most, until two agree
 LIST_LAG = 5  # seconds after a launch until lists show all of it: users report 1 to 5
 BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
 
@@ -5392,29 +5392,20 @@ BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
 class Board(Progress):
     """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
 
-    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str], ended: Container[str] = ()) -> None:
+    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str]) -> None:
         super().__init__("Up", len(nodes), line)
-        self.ended = ended  # ids of nodes of which nothing is said any more
-        self.at = {node.id: (self.began, node.name, "waiting for its address") for node in nodes}
+        self.steps = {node.id: "waiting for its address" for node in nodes}
+        self.since = {node.id: (self.began, node.name) for node in nodes}
 
     def step(self, node: Node, text: str) -> None:
-        """Note what NODE does now."""
+        """Note what NODE does now; one that has finished does nothing any more."""
         with OUTPUT:
-            before = self.at[node.id][2] if node.id in self.at else text
-            if before == "booting" != text and not is_terminal():
-                note(f"{node.name}: has booted")
+            before = self.steps.get(node.id, text)
             if before != text:
-                self.at[node.id] = (time.monotonic(), node.name, text)
+                self.steps[node.id], self.since[node.id] = text, (time.monotonic(), node.name)
+                if before == "booting" and not is_terminal():
+                    note(f"{node.name}: has booted")
         self.redraw()
-
-    def finished(self, outcome: Outcome[Any]) -> None:
-        """Count a node, and print its line in place of the board's."""
-        with OUTPUT:
-            self.at.pop(outcome.node.id, None)
-            if outcome.node.id in self.ended:
-                self.total -= 1
-            else:
-                super().finished(outcome)
 
     def redraw(self) -> None:
         """Draw the nodes that wait longest, as far as there is room, and the whole; in a pipe a line a minute."""
@@ -5422,7 +5413,7 @@ class Board(Progress):
             return super().redraw()
         now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
         with OUTPUT:
-            waiting = sorted(self.at.values())
+            waiting = sorted((*self.since[name], step) for name, step in self.steps.items())
             lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
             steps = [step for _, _, step in waiting[room:]]
             more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
@@ -5430,67 +5421,97 @@ class Board(Progress):
             return draw(*lines, f"Up: {nodes}{more}, {format_duration(now - self.began)}")
 
 
-def count_nodes(
-    ec2: Client, group: str, known: Sequence[Node] = (), least: float = 0, limit: float = COUNT_LIMIT
-) -> list[Node]:
-    """Return GROUP's nodes that run or will, oldest first, with those KNOWN that no list shows yet.
-
-    Lists lag: polls until two agree and show all that are KNOWN, for LEAST to LIMIT seconds (0: once).
-    """
-    began = time.monotonic()
-    before: set[str] | None = None
-    while True:
-        listed = {node.id: node for node in fetch_nodes(ec2, group)}
-        nodes = [node for node in listed.values() if node.is_inside and node.state in ("pending", "running")]
-        unseen = [node for node in known if node.id not in listed]
-        found = {node.id for node in nodes}
-        gone = time.monotonic() - began
-        if gone >= limit or (gone >= least and found == before and not unseen):
-            return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
-        before = found
-        time.sleep(POLL)
+def poll_nodes(ec2: Client, group: str, known: Sequence[Node] = ()) -> list[Node]:
+    """Return GROUP's nodes that run or will, oldest first, with those KNOWN that the list does not show yet."""
+    listed = {node.id: node for node in fetch_nodes(ec2, group)}
+    nodes = [node for node in listed.values() if node.is_inside and node.state in ("pending", "running")]
+    unseen = [node for node in known if node.id not in listed]
+    return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
 
 
-def keep_count(
-    ec2: Client, group: str, count: int, token: str, ended: set[str], known: Sequence[Node], **how: float
-) -> list[Node]:
-    """Return the COUNT oldest nodes of GROUP; end those of this launch, known by their TOKEN, that are more.
+def count_nodes(ec2: Client, group: str, known: Sequence[Node], lag: float = POLL) -> list[Node]:
+    """Return GROUP's nodes when LAG seconds are over and two polls agree, of which the first is what was KNOWN."""
+    nodes = list(known)
+    for pause in (lag, *[POLL] * COUNT_POLLS):
+        time.sleep(pause)
+        before, nodes = nodes, poll_nodes(ec2, group, known)
+        if {node.id for node in before} == {node.id for node in nodes}:
+            break
+    return nodes
+
+
+def end_excess(ec2: Client, nodes: Sequence[Node], count: int, token: str) -> list[Node]:
+    """Return the COUNT oldest of a group's NODES; end those of this launch, known by their TOKEN, that are more.
 
     Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
-    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain. ENDED gets the ids.
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
     """
-    nodes = count_nodes(ec2, group, known, **how)
     if excess := [node for node in nodes[count:] if token and node.token.startswith(token)]:
-        ended.update(node.id for node in excess)
         terminate_young(ec2, excess)
         note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
-    return nodes[:count]
+    return list(nodes[:count])
 
 
-def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board, remote: Remote) -> Served:
+def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
+    """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    where, group, count = app.where(request.group), request.group, request.number
+    tell = result if dry_run else note
+
+    def get_ready() -> tuple[Plan, dict[str, Any]]:
+        plan = make_plan(app, request, dry_run)
+        return plan, {} if dry_run else prepare(app, plan)
+
+    nodes, ready = poll_nodes(app.ec2, group), None
+    if len(nodes) < count:
+        nodes, ready = side_by_side(functools.partial(count_nodes, app.ec2, group, nodes), get_ready)
+    app.check_owner(group, nodes, request.others)
+    if others := [node for node in nodes if node.type != request.type]:
+        types = ", ".join(sorted({node.type for node in others}))
+        tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
+    if not ready or len(nodes) >= count:
+        more = f", more than {count}: none is ended" if len(nodes) > count else ""
+        tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
+        return nodes, "", ""
+    plan, parameters = ready
+    plan = plan._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
+    for line in describe(app, plan):
+        tell(line)
+    if dry_run:
+        return [], "", ""
+    ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
+    try:
+        launched, why, token = launch_plan(app, plan, parameters, ways)
+    except (ClusterError, BotoCoreError, ClientError) as error:
+        if not nodes:
+            raise
+        return nodes, explain(error), ""
+    # No node answers so soon that counting once more would delay it.
+    nodes = count_nodes(app.ec2, group, [*nodes, *launched], LIST_LAG)
+    return end_excess(app.ec2, nodes, count, token), why, token
+
+
+def up_step(installation: Installation, plan: StartPlan, remote: Remote) -> Served:
     """Take one node from its boot to its server, whatever the others do; of the head only learn what it is."""
-    version = install_one(remote)
+    version = installation.step(remote)
     if not is_terminal():
         note(f"{remote.node.name}: Mitsuba {version}")
-    board.step(remote.node, "starting its server")
+    installation.progress.step(remote.node, "starting its server")
     return Served(look_step(remote), 0, "") if remote.node.id == plan.head.id else worker_step(plan, remote)
 
 
 def bring_up(
-    app: App, group: str, nodes: Sequence[Node], package: Package, tree: bool | None, ended: Container[str]
+    app: App, group: str, nodes: Sequence[Node], package: Package, tree: bool | None
 ) -> tuple[StartPlan, list[Outcome[Served]]]:
-    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link.
-
-    Nothing is said of those that are ENDED meanwhile.
-    """
+    """Install and start what is missing on each of NODES; return the plan for the head's link, and their outcomes."""
     head = plan_head(nodes)
-    spread = make_spread(package, 1)  # whoever comes first need not wait for the others
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
     plan = plan_start(app, nodes, looked, tree)
-    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome), ended)
-    install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
-    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
-    return plan, outcomes
+    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    # For one node: whoever comes first need not wait for the others.
+    step = functools.partial(up_step, Installation(app.settings, group, package, 1, board), plan)
+    return plan, await_nodes(app, group, nodes, step, board)
 
 
 def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
@@ -5504,39 +5525,6 @@ def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Se
     start_group(app, group, good, force=False, tree=plan.tree)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
     raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
-
-
-def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
-    """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    where, group, count = app.where(request.group), request.group, request.number
-    tell = result if dry_run else note
-    look_up = functools.partial(make_plan, app, request, dry_run)
-    count_all = functools.partial(count_nodes, app.ec2, group)
-    incomplete = len(count_all(limit=0)) < count
-    nodes, plan = side_by_side(count_all, look_up) if incomplete else (count_all(), None)
-    app.check_owner(group, nodes, request.others)
-    if others := [node for node in nodes if node.type != request.type]:
-        types = ", ".join(sorted({node.type for node in others}))
-        tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
-    if len(nodes) >= count:
-        more = f", more than {count}: none is ended" if len(nodes) > count else ""
-        tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
-        return nodes, "", ""
-    plan = (plan or look_up())._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
-    for line in describe(app, plan):
-        tell(line)
-    if dry_run:
-        return [], "", ""
-    ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
-    try:
-        launched, why, token = launch_plan(app, plan, ways)
-    except (ClusterError, BotoCoreError, ClientError) as error:
-        if not nodes:
-            raise
-        return nodes, explain(error), ""
-    return [*nodes, *launched], why, token
 
 
 @cli.command("up")
@@ -5561,20 +5549,16 @@ def up(
         if cidr:
             app.allow_access(groups, cidr)
         warn_of_rules(app.ec2, groups, app.settings, cidr, app.rule_owner)
-    ended: set[str] = set()
-    keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
+    most = max(count, len(nodes))
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
-        (plan, outcomes), nodes = side_by_side(
-            functools.partial(bring_up, app, group, mine, package, tree, ended),
-            functools.partial(keep, nodes, least=LIST_LAG if token else 0),
-        )
-        nodes = keep(nodes, limit=0)
+        plan, outcomes = bring_up(app, group, mine, package, tree)
+        nodes = end_excess(app.ec2, poll_nodes(app.ec2, group, nodes), most, token)
         kept = {node.id for node in nodes if is_ours(node, app.identity)}
         if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
-    outcomes = [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
+    outcomes = [one for one in outcomes if one.node.id in kept or not one.ok]
     try:
         link_up(app, group, plan, outcomes)
     except ClusterError as error:
