@@ -51,7 +51,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
@@ -2252,20 +2252,22 @@ class Source:
     """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
 
     remote: Remote | None = None
+    starting: threading.Lock = field(default_factory=threading.Lock)  # held while the node's program starts
     channel: paramiko.Channel | None = None
     session: contextlib.ExitStack | None = None  # its end closes the channel, and ends the program
+    receivers: int = 0
     failures: int = 0
 
     @property
-    def has_ended(self) -> bool:
-        """Tell whether the node's program has ended as it should: its time was up."""
-        return bool(self.channel and self.channel.exit_status_ready() and self.channel.recv_exit_status() == 0)
+    def is_free(self) -> bool:
+        """Tell whether one more node may fetch from here; this machine's uplink is scarce."""
+        return self.receivers < (RECEIVERS if self.remote else 1)
 
 
 class Spread:
     """Brings the same files to many nodes: once from here, and on from node to node.
 
-    A source serves one node at a time, so that the nodes that have the files double from round to round.
+    A node serves two others at once, so that the nodes that have the files triple from round to round.
     Nothing runs beside the nodes' own steps: a step waits for its source, fetches, and is a source itself.
     """
 
@@ -2276,7 +2278,7 @@ class Spread:
         self.token = secrets.token_hex(16)
         self.changed = threading.Condition()
         self.here = Source()
-        self.idle = [self.here]  # sources that serve nobody
+        self.sources = [self.here]
         self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
@@ -2290,18 +2292,18 @@ class Spread:
 
     def choose(self, tried: Sequence[Source], lacking: int = 0) -> Source | None:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
-        peers = [source for source in self.idle if source.remote and source not in tried]
+        peers = [source for source in self.sources if source.remote and source.is_free and source not in tried]
         if len(tried) >= PEERS_TRIED:
             peers = [self.here]
         elif not peers and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until):
             # Nobody else has it, or will have it soon. The node that lacks least comes first.
             peers = [self.here] if lacking <= min(self.waiting, default=lacking) else []
-        for source in peers[:1]:
-            if source in self.idle:
-                self.idle.remove(source)
-                self.fetching += 1
-                return source
-        return None
+        source = min(peers, key=lambda peer: peer.receivers, default=self.here)
+        if not (peers and source.is_free):
+            return None
+        source.receivers += 1
+        self.fetching += 1
+        return source
 
     def take(self, tried: Sequence[Source], lacking: int) -> Source:
         """Wait for a source."""
@@ -2316,10 +2318,10 @@ class Spread:
         """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
         with self.changed:
             self.fetching -= 1
+            source.receivers -= 1
             source.failures += failed
-            remote = source.remote
-            if not remote or (source.failures < PEERS_TRIED and remote.transport.is_active()):
-                self.idle.append(source)
+            if (remote := source.remote) and (source.failures >= PEERS_TRIED or not remote.transport.is_active()):
+                self.sources = [one for one in self.sources if one is not source]
             self.changed.notify()
 
     @contextlib.contextmanager
@@ -2328,11 +2330,12 @@ class Spread:
         import paramiko
 
         if source.remote:
-            if not source.channel or source.channel.exit_status_ready():
-                try:
-                    self.begin(source, source.remote)
-                except SilentNode as error:  # the source's silence is not the receiver's
-                    raise NodeError(f"{source.remote.node.name} {error}") from error
+            with source.starting:
+                if not source.channel or source.channel.exit_status_ready():
+                    try:
+                        self.begin(source, source.remote)
+                    except SilentNode as error:  # the source's silence is not the receiver's
+                        raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
             return
         sizes = [one.size for one in self.wanted]
@@ -2375,9 +2378,10 @@ class Spread:
             self.hear()
         tried: list[Source] = []
         while done.missing:
-            source, failed = self.take(tried, done.lacking), False
+            source, failed, channel = self.take(tried, done.lacking), False, None
             try:
                 with self.address(source, remote) as url:
+                    channel = source.channel
                     headers = {"Authorization": f"Bearer {self.token}"}
                     wanted = [
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
@@ -2388,13 +2392,14 @@ class Spread:
                 full = isinstance(error, FetchError) and error.status == OWN_FAULT
                 if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
                     raise
-                failed = not source.has_ended
+                time_was_up = channel and channel.exit_status_ready() and channel.recv_exit_status() == 0
+                failed = not time_was_up
                 tried += [source] if failed else []
             finally:
                 self.give_back(source, failed)
         with self.changed:
-            self.idle.append(Source(remote))
-            self.changed.notify()
+            self.sources.append(Source(remote))
+            self.changed.notify(RECEIVERS)
         return done
 
 

@@ -132,8 +132,8 @@ def make_spread(nodes: int) -> cluster.Spread:
     return cluster.Spread(".", [], [], nodes)
 
 
-@pytest.mark.parametrize(("count", "most"), [(1, 1), (2, 2), (8, 4), (64, 7)])
-def test_the_nodes_that_have_it_double_in_each_round(count: int, most: int) -> None:
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (2, 2), (8, 3), (64, 5)])
+def test_the_nodes_that_have_it_triple_in_each_round(count: int, most: int) -> None:
     spread = make_spread(count)
     for _ in range(count):
         spread.hear()
@@ -146,7 +146,7 @@ def test_the_nodes_that_have_it_double_in_each_round(count: int, most: int) -> N
         for source in sources:
             from_here += source.remote is None
             spread.give_back(source)
-            spread.idle.append(cluster.Source(Idle()))  # type: ignore[arg-type]
+            spread.sources.append(cluster.Source(Idle()))  # type: ignore[arg-type]
     assert rounds <= most
     assert from_here == 1
 
@@ -154,7 +154,7 @@ def test_the_nodes_that_have_it_double_in_each_round(count: int, most: int) -> N
 def test_two_peers_that_fail_lead_here() -> None:
     spread = make_spread(1)
     spread.hear()
-    spread.idle += [cluster.Source(Idle()) for _ in range(3)]  # type: ignore[arg-type]
+    spread.sources += [cluster.Source(Idle()) for _ in range(3)]  # type: ignore[arg-type]
     tried: list[cluster.Source] = []
     for _ in range(2):
         source = spread.choose(tried)
@@ -168,6 +168,34 @@ def test_two_peers_that_fail_lead_here() -> None:
     assert spread.choose(tried) is None, "one at a time from here"
 
 
+def test_a_source_whose_two_receivers_come_at_once_starts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    spread, peer = make_spread(2), cluster.Source(Idle())  # type: ignore[arg-type]
+    together, again, begun = threading.Barrier(2), threading.Event(), list[object]()
+    monkeypatch.setattr(
+        Idle, "node", cluster.to_node({"InstanceId": "i-1", "State": {"Name": "running"}}), raising=False
+    )
+
+    def begin(source: cluster.Source, remote: cluster.Remote) -> None:
+        begun.append(source)
+        if len(begun) > 1:
+            again.set()
+        again.wait(0.2)
+        source.channel = Running()  # type: ignore[assignment]
+
+    def receive() -> None:
+        together.wait(20)
+        with spread.address(peer, Idle()):  # type: ignore[arg-type]
+            pass
+
+    monkeypatch.setattr(spread, "begin", begin)
+    threads = [threading.Thread(target=receive) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert begun == [peer]
+
+
 def test_nothing_is_sent_before_the_nodes_have_said_what_they_have() -> None:
     spread = make_spread(2)
     spread.hear()
@@ -177,6 +205,14 @@ def test_nothing_is_sent_before_the_nodes_have_said_what_they_have() -> None:
     source = spread.choose([])
     assert source
     assert not source.remote
+
+
+class Running:
+    """The session of a program that runs."""
+
+    def exit_status_ready(self) -> bool:
+        """It has not ended."""
+        return False
 
 
 class Ended:
@@ -199,7 +235,7 @@ def test_a_source_whose_time_is_up_has_not_failed(code: int, from_here: bool, mo
     """A large file takes longer than a program serves: what came is kept, and the same node goes on."""
     spread = cluster.Spread(".", [cluster.Wanted("big", 5, "", "", "", {})], [], 1)
     peer = cluster.Source(Idle())  # type: ignore[arg-type]
-    spread.idle.append(peer)
+    spread.sources.append(peer)
     breaks, asked = 3, list[str]()
 
     @contextlib.contextmanager
@@ -220,13 +256,32 @@ def test_a_source_whose_time_is_up_has_not_failed(code: int, from_here: bool, mo
     assert peer.failures == from_here
 
 
+def test_a_source_that_another_receiver_has_started_anew_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    spread = cluster.Spread(".", [cluster.Wanted("big", 5, "", "", "", {})], [], 1)
+    peer, old = cluster.Source(Idle()), Ended(0)  # type: ignore[arg-type]
+    peer.channel = old  # type: ignore[assignment]
+    spread.sources.append(peer)
+    reports = iter([cluster.Fetched(0, 0, 1, 0, 5), None, cluster.Fetched(1, 0, 0, 5, 0)])
+
+    def fetch(*_: Any) -> cluster.Fetched:
+        if report := next(reports):
+            return report
+        peer.channel = Running()  # type: ignore[assignment]
+        raise cluster.NodeError("it can't be fetched")
+
+    monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
+    monkeypatch.setattr(cluster, "fetch_step", fetch)
+    assert spread.bring(lambda *_: None, Idle()).fetched == 1  # type: ignore[arg-type]
+    assert peer.failures == 0
+
+
 @pytest.mark.parametrize(
     "error", [cluster.FetchError("No space left on device", cluster.OWN_FAULT), cluster.SilentNode("is silent")]
 )
 def test_a_receivers_own_fault_is_not_its_sources(error: cluster.NodeError, monkeypatch: pytest.MonkeyPatch) -> None:
     spread = cluster.Spread(".", [], [], 1)
     peer = cluster.Source(Idle())  # type: ignore[arg-type]
-    spread.idle.append(peer)
+    spread.sources.append(peer)
     reports = iter([cluster.Fetched(0, 0, 1, 0, 5)])
 
     def fetch(*_: Any) -> cluster.Fetched:
@@ -238,7 +293,7 @@ def test_a_receivers_own_fault_is_not_its_sources(error: cluster.NodeError, monk
     monkeypatch.setattr(cluster, "fetch_step", fetch)
     with pytest.raises(cluster.NodeError, match=str(error)):
         spread.bring(lambda *_: None, Idle())  # type: ignore[arg-type]
-    assert (peer.failures, peer in spread.idle) == (0, True)
+    assert (peer.failures, peer.receivers, peer in spread.sources) == (0, 0, True)
 
 
 class Frozen:
@@ -286,7 +341,7 @@ def test_a_node_that_freezes_while_it_is_fed_from_here_is_given_up(which: str, m
     (outcome,) = pool.each([node], lambda remote: spread.bring(lambda *_: None, remote))
     assert not outcome.ok
     assert transport.closed.is_set(), "paramiko was asked with a time limit"
-    assert (spread.fetching, spread.idle) == (0, [spread.here])
+    assert (spread.fetching, spread.here.receivers, spread.sources) == (0, 0, [spread.here])
 
 
 class Reporting(Idle):
@@ -312,7 +367,7 @@ def test_the_bytes_of_several_sources_add_up(monkeypatch: pytest.MonkeyPatch) ->
         [{"moved": 0}, {"moved": 10, "lacking": 10} | end | {"fetched": 1}],
     )
     spread, heard = cluster.Spread(".", [cluster.Wanted("big", 120, "", "", "", {})], [], 1), list[tuple[int, int]]()
-    spread.idle.append(cluster.Source(Idle()))  # type: ignore[arg-type]
+    spread.sources.append(cluster.Source(Idle()))  # type: ignore[arg-type]
     monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
     done = spread.bring(lambda *numbers: heard.append(numbers), node)  # type: ignore[arg-type]
     assert (done.fetched, done.moved) == (1, 100)

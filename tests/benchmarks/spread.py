@@ -38,10 +38,12 @@ class Spread(PlainSpread):
     def take(self, tried, lacking):
         global most
         source = super().take(tried, lacking)
-        source.transfers += 1
-        current.transfers = source.transfers
-        most = max(most, source.transfers)
+        current.transfers = source.transfers + 1
+        most = max(most, current.transfers)
         return source
+    def give_back(self, source, failed=False):
+        source.transfers = max(source.transfers, current.transfers)
+        super().give_back(source, failed)
 cluster.Source, cluster.Spread = make_source, Spread
 cluster.cli(["install", sys.argv[2]], standalone_mode=False)
 print(most)
@@ -87,7 +89,7 @@ def measure_uplink(cloud: LocalCloud, package: Path, sizes: tuple[int, ...]) -> 
 def measure_rounds(cloud: LocalCloud, package: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Return number of process nodes -> the client's processor time, and the longest chain of transfers.
 
-    A transfer follows that by which its source got the files, and those that its source has made before.
+    A transfer follows that by which its source got the files, and those that its source had ended before.
     """
     config = str(cloud.config({"MITSUBA_PACKAGE": str(package)}))
     env = cloud.environment(MITSUBA_CLUSTER_CONFIG=config)
