@@ -49,7 +49,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -4460,19 +4460,17 @@ def learn_build(arguments: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(BUILD_LIMIT)
         worker = f"127.0.0.1:{listener.getsockname()[1]}"
-        with subprocess.Popen(["mtssrv", "-q", "-p", "1", "-c", worker], **quiet) as server:  # it serves only then
-            try:
-                stream, _ = listener.accept()
-                stream.settimeout(BUILD_LIMIT)
-                greeting, more = b"", b"-"
-                while more and not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
-                    greeting += (more := stream.recv(64))
-                if found:
-                    build = [found[1].decode(), *found[2], *found[3]]
-            except OSError:
-                pass
-            finally:
-                server.kill()
+        server = subprocess.Popen(["mtssrv", "-q", "-p", "1", "-c", worker], **quiet)  # it serves only then
+        with contextlib.suppress(OSError):
+            stream, _ = listener.accept()
+            stream.settimeout(BUILD_LIMIT)
+            greeting, more = b"", b"-"
+            while more and not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                greeting += (more := stream.recv(64))
+            if found:
+                build = [found[1].decode(), *found[2], *found[3]]
+        server.kill()
+        server.wait()
     print(*build)
 
 
