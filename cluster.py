@@ -501,7 +501,7 @@ EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
 CREDENTIAL_CODES = REGION_CODES | {"InvalidClientTokenId", "SignatureDoesNotMatch", "InvalidAccessKeyId"}
 DENIED_CODES = {"UnauthorizedOperation", "AccessDenied", "AccessDeniedException", "403"}
-QUOTA_CODES = {"VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"}
+QUOTA_CODES = {"InstanceLimitExceeded", "VcpuLimitExceeded", "MaxSpotInstanceCountExceeded"}
 S3_ACTIONS = {"HeadObject": "s3:GetObject", "HeadBucket": "s3:ListBucket"}  # calls whose errors have no text
 
 
@@ -632,7 +632,8 @@ def explain(error: Exception) -> str:
     if code == "AuthFailure.ServiceLinkedRoleCreationNotPermitted":
         role = "aws iam create-service-linked-role --aws-service-name spot.amazonaws.com"
         return f"your account lacks the role that spot nodes need; who may do so makes it once: {role}"
-    if code in CREDENTIAL_CODES:
+    # RunInstances comes after calls that were granted: there they are about the image, and AWS's text names the cure.
+    if code in CREDENTIAL_CODES and action != "RunInstances":
         region = f", or AWS_REGION: {command('regions')} lists the regions that are enabled for your account"
         check = f"check AWS_PROFILE, `aws configure`, or {Call.settings}{region if code in REGION_CODES else ''}"
         return f"AWS refuses these credentials ({code}): {check}"
@@ -744,6 +745,7 @@ class InstanceType(NamedTuple):
     encrypts: bool
     burstable: bool
     gbits: float = 0  # a second, that its first network card has at all times; 0: unknown
+    tracks: int = 0  # seconds that its security groups remember a silent TCP connection; 0: not told
 
 
 class SpotRequest(NamedTuple):
@@ -961,6 +963,7 @@ def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
         advice = near or "; see https://aws.amazon.com/ec2/instance-types/"
         raise ClusterError(f"{ec2.meta.region_name} has no instance type {name!r}{advice}")
     raw = types[0]
+    network = raw.get("NetworkInfo", {})
     return InstanceType(
         type=name,
         architectures=tuple(raw.get("ProcessorInfo", {}).get("SupportedArchitectures", ())),
@@ -969,7 +972,8 @@ def fetch_instance_type(ec2: Client, name: str) -> InstanceType:
         cores=raw.get("VCpuInfo", {}).get("DefaultVCpus", 0),
         encrypts=raw.get("EbsInfo", {}).get("EncryptionSupport") == "supported",
         burstable=raw.get("BurstablePerformanceSupported", False),
-        gbits=raw.get("NetworkInfo", {}).get("NetworkCards", [{}])[0].get("BaselineBandwidthInGbps", 0),
+        gbits=network.get("NetworkCards", [{}])[0].get("BaselineBandwidthInGbps", 0),
+        tracks=network.get("ConnectionTrackingConfiguration", {}).get("DefaultTcpEstablishedTimeout", 0),
     )
 
 
@@ -3169,9 +3173,12 @@ def watch_ends() -> subprocess.Popen[bytes]:
 
 def has_left(ends: subprocess.Popen[bytes]) -> bool:
     """Tell whether a connection has ended, since this was asked last, that brought more than a handshake."""
-    text = ends.stdout.read() if ends.stdout else b""
+    if not ends.stdout or ends.stdout.closed:
+        return False
+    text = ends.stdout.read()  # None: nothing new
     if text == b"":
-        sys.exit("ss has ended")  # systemd starts this program again
+        print(f"ss has ended ({ends.wait()}): short visits of clients are not noticed any more")
+        ends.stdout.close()
     return any(int(count) > HANDSHAKE_BYTES for count in re.findall(rb"bytes_received:(\d+)", text or b""))
 
 
@@ -3412,6 +3419,8 @@ RuntimeDirectoryPreserve=yes
 NoNewPrivileges=yes
 ProtectHome=yes
 ProtectSystem=strict
+# Ubuntu 26.04's stdbuf writes there.
+PrivateTmp=yes
 
 [Install]
 WantedBy=multi-user.target
@@ -3473,6 +3482,7 @@ QUOTAS = {
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
 LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
 LAUNCH_PAUSE = 10  # at most, between two tries
+TRACKED = 86400  # seconds that a node's security groups shall at least remember a silent TCP connection
 
 # https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
 KMS_HINT = (
@@ -3482,7 +3492,7 @@ KMS_HINT = (
 
 CAPACITY_CODES = (
     "InsufficientInstanceCapacity InsufficientCapacity InsufficientHostCapacity InsufficientFreeAddressesInSubnet "
-    "Unsupported SpotMaxPriceTooLow"
+    "InsufficientVolumeCapacity UnfulfillableCapacity Unsupported SpotMaxPriceTooLow"
 ).split()
 
 
@@ -3496,6 +3506,7 @@ class Image(NamedTuple):
     root_device: str
     root_gb: int
     name: str
+    other_devices: tuple[str, ...] = ()  # of its other EBS volumes
 
 
 class LaunchRequest(NamedTuple):
@@ -3561,6 +3572,7 @@ forget_image() {
 }
 
 guard_metadata() {
+  command -v nft > /dev/null || command -v iptables > /dev/null || return 0  # whoever uses the node warns of that
   nft -f - <<'RULES' || iptables -w -I OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT
 table inet mitsuba_metadata
 delete table inet mitsuba_metadata
@@ -3596,8 +3608,9 @@ set_deadline "$1"
 exit $((guarded | $?))
 """
 
-# As root: fails where the rules of BOOT for the metadata service are not there.
+# As root: fails where the rules of BOOT for the metadata service are not there; says so where no program can make them.
 CHECK_METADATA_RULES = """
+command -v nft > /dev/null || command -v iptables > /dev/null || { echo "no firewall"; exit 0; }
 nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
   iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
 """
@@ -3664,6 +3677,7 @@ def fetch_image(ec2: Client, ssm: Client, settings: Settings) -> Image:
         root_device=root,
         root_gb=disks.get(root, {}).get("VolumeSize", 0),
         name=printable(raw.get("Name", "")),
+        other_devices=tuple(device for device, ebs in disks.items() if ebs and device != root),
     )
 
 
@@ -3936,8 +3950,13 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
         "disable_root": True,
-        # "set -e": else cloud-init, which makes one script of them, would see the last one's exit code only.
-        "bootcmd": ["set -e", ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))], *guard_at_boot(idle_minutes)],
+        # One script for cloud-init, which sees its exit code: the guard ends an idle node even where BOOT fails.
+        "bootcmd": [
+            ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))],
+            "booted=$?",
+            *guard_at_boot(idle_minutes),
+            "exit $((booted | $?))",
+        ],
     }
     return "#cloud-config\n" + json.dumps(config)
 
@@ -3977,18 +3996,20 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
     tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
     size = max(settings.ROOT_VOLUME_GB, plan.image.root_gb)
     disk = {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True}
+    interface = {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
+    if plan.type.tracks and plan.type.tracks < TRACKED:  # else a head's links die between two renders
+        interface["ConnectionTrackingSpecification"] = {"TcpEstablishedTimeout": TRACKED}
     parameters: dict[str, Any] = {
         "ImageId": plan.image.id,
         "InstanceType": request.type,
         "KeyName": settings.KEYPAIR_NAME,
         "UserData": make_user_data(private, public, plan.hours, plan.idle),
-        "NetworkInterfaces": [
-            {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
-        ],
+        "NetworkInterfaces": [interface],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
         "BlockDeviceMappings": [
-            {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})}
+            {"DeviceName": plan.image.root_device, "Ebs": disk | ({"Encrypted": True} if plan.type.encrypts else {})},
+            *({"DeviceName": device, "Ebs": {"DeleteOnTermination": True}} for device in plan.image.other_devices),
         ],
         "TagSpecifications": [
             {"ResourceType": kind, "Tags": [{"Key": name, "Value": value} for name, value in tags.items()]}
@@ -4073,9 +4094,21 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
     return nodes, why or "no zone had capacity"
 
 
+@functools.cache
+def warn_of_image() -> None:
+    """Warn, once for all nodes, of an image that can't keep a node's programs from the metadata service."""
+    warn("the nodes' image has neither nft nor iptables, so any program on a node can read its host key")
+
+
 def check_metadata_rules(remote: Remote) -> None:
     """Refuse a node whose boot script could not keep its programs from the metadata service."""
-    if remote.run(root_command("check-metadata-rules", CHECK_METADATA_RULES))[0]:
+    code, output = remote.run(root_command("check-metadata-rules", CHECK_METADATA_RULES))
+    if "no firewall" in output:
+        with OUTPUT:
+            warn_of_image()
+    elif "sudo" in output:
+        raise NodeError(f"SSH_USER can't become root there without a password: {output.strip()}")
+    elif code:
         raise NodeError(
             "its rules for the metadata service are missing, so any program on it could read its host key: "
             f"{command('terminate', remote.node.id)} ends it"
@@ -6468,6 +6501,8 @@ def bring_from_s3(
         try:
             return fetch_step(data, wanted, tally, remote)
         except FetchError as error:
+            if "InvalidObjectState" in str(error):
+                raise NodeError(f"{error}; the object is archived: restore it in S3, then run this again") from error
             if error.status not in (401, 403):
                 raise
             if tally.moved == tally.before:
@@ -6533,6 +6568,12 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
     for one in objects.values():
         if not one.digest:
             note(f"{one.path}: will be verified by its size, not by hash (it has none in S3)")
+    if s3.meta.region_name != app.settings.AWS_REGION:
+        size = format_size(len(nodes) * sum(one.size for one in objects.values()))
+        warn(
+            f"the bucket is in {s3.meta.region_name}, the nodes in {app.settings.AWS_REGION}: AWS bills what they "
+            f"fetch, up to {size} in all, at $0.02 a GB (from some regions more)"
+        )
     sign_all = functools.partial(sign, s3, bucket, objects)
     bring = functools.partial(bring_from_s3, app.settings.DATA_DIR, sign_all(), sign_all)
     sync_nodes(app, nodes, list(objects.values()), bring)

@@ -45,6 +45,25 @@ def test_a_denial_without_a_text_names_the_action() -> None:
     assert "AWS denies s3:GetObject: " in cluster.explain(refusal("403", "Forbidden", "HeadObject"))
 
 
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("OptInRequired", "accept terms and subscribe: visit https://aws.amazon.com/marketplace/pp?sku=1"),
+        ("AuthFailure", "Not authorized for images: [ami-1]"),
+    ],
+)
+def test_an_image_that_is_refused_is_no_matter_of_credentials(code: str, text: str) -> None:
+    assert cluster.explain(refusal(code, text)) == f"AWS refused RunInstances: {text} ({code})"
+    assert "AWS refuses these credentials" in cluster.explain(refusal(code, text, "DescribeInstances"))
+
+
+def test_a_limit_of_instances_is_a_quota() -> None:
+    text = "You have requested more instances than your current instance limit of 4 allows."
+    assert cluster.explain(refusal("InstanceLimitExceeded", text)).startswith(
+        f"your account's quota is used up: {text}"
+    )
+
+
 def test_a_profile_of_aws_login_needs_one_more_package(cloud: LocalCloud, tmp_path: Path) -> None:
     text = "[profile render]\nlogin_session = arn:aws:iam::123456789012:user/x\n"
     done = cloud.run(sys.executable, "cluster.py", "status", env=profile(cloud, tmp_path, text))

@@ -497,6 +497,14 @@ def test_a_connection_that_ends_was_a_client_if_it_brought_more_than_a_handshake
             ends.kill()
 
 
+def test_without_ss_a_guard_only_misses_short_visits(capsys: pytest.CaptureFixture[str]) -> None:
+    with subprocess.Popen(["sh", "-c", "exit 125"], stdout=subprocess.PIPE) as ends:
+        ends.wait()
+        assert not cluster.has_left(ends)
+        assert not cluster.has_left(ends)
+    assert capsys.readouterr().out == "ss has ended (125): short visits of clients are not noticed any more\n"
+
+
 def test_the_guards_own_restart_changes_nothing(tmp_path: Path) -> None:
     clock = Clock("worker").after(1200, touched={"mark": 1}, logins={"a": 5})
     kept = json.dumps(clock.memory._asdict())

@@ -392,14 +392,35 @@ def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -
     assert len({one["ClientToken"] for one in ec2.requests}) == 3
 
 
-def prepared(monkeypatch: pytest.MonkeyPatch, **request: Any) -> dict[str, Any]:
+@pytest.mark.parametrize("code", ["InsufficientVolumeCapacity", "UnfulfillableCapacity"])
+def test_a_zone_that_has_no_volumes_or_spot_nodes_left_is_passed_over(code: str) -> None:
+    from botocore.exceptions import ClientError
+
+    class Full(Ec2):
+        """Has nothing in its first zone."""
+
+        def run_instances(self, **parameters: Any) -> dict[str, Any]:
+            """Refuse there."""
+            if parameters["NetworkInterfaces"][0]["SubnetId"] == "subnet-1":
+                raise ClientError({"Error": {"Code": code, "Message": "none"}}, "RunInstances")
+            return super().run_instances(**parameters)
+
+    whole = plan(2)
+    other = cluster.Subnet("us-east-1b", "subnet-2", "vpc-1", True)
+    app: Any = SimpleNamespace(ec2=Full())
+    parameters: dict[str, Any] = {"NetworkInterfaces": [{}], "TagSpecifications": []}
+    nodes, why = cluster.launch_nodes(app, whole._replace(subnets=[*whole.subnets, other]), parameters, "token")
+    assert len(nodes) == 2, why
+
+
+def prepared(monkeypatch: pytest.MonkeyPatch, whole: cluster.Plan | None = None, **request: Any) -> dict[str, Any]:
     """Return what a request for one node asks EC2 for, where no key and no security group must be made."""
     for name in ("ensure_key", "check_rules", "repair_rules"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(cluster, "ensure_security_group", lambda *_: cluster.SecurityGroup("sg-1", "g", "n", "vpc-1"))
     monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
     app: Any = SimpleNamespace(ec2=Ec2(), settings=cluster.Settings(), identity=None, rule_owner="")
-    whole = plan(1)
+    whole = whole or plan(1)
     return cluster.prepare(app, whole._replace(request=whole.request._replace(**request), hours=1.5))
 
 
@@ -419,6 +440,33 @@ def test_disks_are_encrypted_and_go_with_their_nodes_and_all_of_it_has_tags(monk
     assert "InstanceMarketOptions" not in asked
 
 
+def test_other_disks_of_an_image_go_with_their_nodes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    disks = [
+        {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 8}},
+        {"DeviceName": "/dev/sdf", "Ebs": {"VolumeSize": 100, "DeleteOnTermination": False}},
+        {"DeviceName": "/dev/sdb", "VirtualName": "ephemeral0"},
+    ]
+    ec2 = MagicMock()
+    ec2.describe_images.return_value = {"Images": [{"RootDeviceName": "/dev/sda1", "BlockDeviceMappings": disks}]}
+    settings = cluster.Settings(AMI_IDS={"us-east-1": "ami-1"})
+    image = cluster.fetch_image(ec2, None, settings)
+    _, *others = prepared(monkeypatch, plan(1)._replace(image=image))["BlockDeviceMappings"]
+    assert others == [{"DeviceName": "/dev/sdf", "Ebs": {"DeleteOnTermination": True}}]
+
+
+@pytest.mark.parametrize(("told", "asked"), [(350, 86400), (432000, None), (None, None)])
+def test_a_heads_silent_links_are_remembered_for_a_day(
+    monkeypatch: pytest.MonkeyPatch, told: int | None, asked: int | None
+) -> None:
+    tracking = {} if told is None else {"ConnectionTrackingConfiguration": {"DefaultTcpEstablishedTimeout": told}}
+    types = {"InstanceTypes": [{"NetworkInfo": {"NetworkCards": [{}], **tracking}}]}
+    ec2: Any = SimpleNamespace(describe_instance_types=lambda **_: types)
+    (interface,) = prepared(monkeypatch, plan(1)._replace(type=cluster.fetch_instance_type(ec2, "c8i.large")))[
+        "NetworkInterfaces"
+    ]
+    assert interface.get("ConnectionTrackingSpecification") == (asked and {"TcpEstablishedTimeout": asked})
+
+
 def test_a_spot_request_is_for_one_node_and_its_price_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = prepared(monkeypatch, spot=True, max_price=0.0871234)
     once = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate", "MaxPrice": "0.087123"}
@@ -431,8 +479,7 @@ def test_nobody_logs_in_by_a_password_and_the_deadline_is_in_seconds(monkeypatch
     config = json.loads(prepared(monkeypatch)["UserData"].removeprefix("#cloud-config\n"))
     assert config["ssh_pwauth"] is False
     assert config["disable_root"] is True
-    assert config["bootcmd"][0] == "set -e"
-    assert config["bootcmd"][1][-1] == "5400"
+    assert config["bootcmd"][0][-1] == "5400"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -632,17 +634,38 @@ def test_an_image_of_a_node_brings_nothing_of_it_along(tmp_path: Path) -> None:
     assert boot("i-2") == []
 
 
-def test_cloud_init_sees_a_boot_script_that_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("fails", "code"), [("none", 0), ("boot", 1), ("guard", 1)])
+def test_cloud_init_sees_a_boot_script_that_fails(tmp_path: Path, fails: str, code: int) -> None:
     """It makes one shell script of all commands: a list becomes quoted words, a string stands as it is."""
     config = json.loads(cluster.make_user_data("private", "public", 0, 60).removeprefix("#cloud-config\n"))
     lines = [line if isinstance(line, str) else shlex.join(line) for line in config["bootcmd"]]
-    (tmp_path / "bash").write_text(f"#!/bin/sh\necho $3 >> {tmp_path}/ran\n[ $3 != boot ]\n")
+    (tmp_path / "bash").write_text(f"#!/bin/sh\necho $3 >> {tmp_path}/ran\n[ $3 != $FAILS ]\n")
     (tmp_path / "bash").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    assert subprocess.run(["sh", "-c", "\n".join(lines)], env=env, check=False).returncode == 1
-    without = "\n".join(lines[1:])
-    assert subprocess.run(["sh", "-c", without], env=env, check=False).returncode == 0  # so "set -e" it is
-    assert (tmp_path / "ran").read_text().split() == ["boot", "boot", "guard"]
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAILS": fails}
+    assert subprocess.run(["sh", "-c", "\n".join(lines)], env=env, check=False).returncode == code
+    assert (tmp_path / "ran").read_text().split() == ["boot", "guard"]  # the idle end is promised in any case
+
+
+def test_an_image_without_a_firewall_is_warned_of_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(script: str) -> tuple[int, str]:
+        words = [str(shutil.which("bash")), "-c", script, "boot", "0"]
+        done = subprocess.run(words, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run(cluster.BOOT) == (0, "")
+    remote: Any = SimpleNamespace(run=lambda _: run(cluster.CHECK_METADATA_RULES))
+    cluster.warn_of_image.cache_clear()
+    for _ in range(2):
+        cluster.check_metadata_rules(remote)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "image has neither nft nor iptables, so any program on a node can read its host key" in line
+
+
+@pytest.mark.parametrize("said", ["sudo: a password is required\n", "bash: line 1: sudo: command not found\n"])
+def test_a_user_who_is_not_root_is_no_missing_rule(said: str) -> None:
+    remote: Any = SimpleNamespace(run=lambda _: (1, said))
+    with pytest.raises(cluster.NodeError, match=f"SSH_USER can't become root there without a password: {said.strip()}"):
+        cluster.check_metadata_rules(remote)
 
 
 def test_a_node_without_its_guard_is_refused(cloud: LocalCloud, group: str) -> None:

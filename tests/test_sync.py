@@ -215,6 +215,7 @@ def test_a_bucket_in_another_region(two_nodes: LocalCloud) -> None:
     done = bucket.sync("far", S3_PATH="s3://european/data")
     assert done.code == 0, done.err
     assert bucket.on_nodes("far.vol") == [b"far", b"far"]
+    assert "the bucket is in eu-west-1, the nodes in us-east-1: AWS bills what they fetch, up to 6 B in all" in done.err
     log = two_nodes.where.calls.read_text()
     assert "GET /european" in log
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -263,6 +263,18 @@ def test_addresses_that_are_dead_at_once_are_named(tmp_path: Path) -> None:
             sync_by(server, LocalRemote(), tmp_path)
     assert str(failure.value) == (
         "big: its source answers 403 ExpiredToken; if your AWS session has expired, renew it and run this again"
+    )
+
+
+def test_an_archived_object_is_no_expired_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> NoReturn:
+        raise cluster.FetchError("big: its source answers 403 InvalidObjectState", 403)
+
+    monkeypatch.setattr(cluster, "fetch_step", refuse)
+    with pytest.raises(cluster.NodeError) as failure:
+        cluster.bring_from_s3(str(tmp_path), [], list, lambda *_: None, LocalRemote())
+    assert str(failure.value) == (
+        "big: its source answers 403 InvalidObjectState; the object is archived: restore it in S3, then run this again"
     )
 
 

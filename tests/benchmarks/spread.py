@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -69,21 +70,26 @@ def sent_bytes(cloud: LocalCloud) -> int:
     return int(next(one["bytes"] for one in found if one["kind"] == "tbf"))
 
 
-def measure_uplink(cloud: LocalCloud, package: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Return number of real nodes -> seconds of install, and bytes over the uplink by packages."""
-    for size in sizes:
-        made = cloud.cluster("createNodes", "c1.xlarge", str(size), f"uplink{size}")
-        assert made.code == 0, made.err
+def measure_uplink(cloud: LocalCloud, package: Path, sizes: tuple[int, ...], rounds: int) -> dict[str, Any]:
+    """Return number of real nodes -> seconds of install, and bytes over the uplink by packages; medians."""
+    seconds: dict[int, list[float]] = {size: [] for size in sizes}
+    packages: dict[int, list[float]] = {size: [] for size in sizes}
     slow = cloud.run("bash", "-ec", SLOW_UPLINK)
     assert slow.code == 0, slow.err
-    found = {}
-    for size in sizes:
-        before, began = sent_bytes(cloud), time.monotonic()
-        done = cloud.cluster("install", f"uplink{size}", settings={"MITSUBA_PACKAGE": str(package)})
-        assert done.code == 0, done.err
-        sent = (sent_bytes(cloud) - before) / package.stat().st_size
-        found[str(size)] = {"seconds": time.monotonic() - began, "packages": sent}
-    return found
+    for _ in range(rounds):
+        for size in sizes:
+            made = cloud.cluster("createNodes", "c1.xlarge", str(size), f"uplink{size}")
+            assert made.code == 0, made.err
+            before, began = sent_bytes(cloud), time.monotonic()
+            done = cloud.cluster("install", f"uplink{size}", settings={"MITSUBA_PACKAGE": str(package)})
+            assert done.code == 0, done.err
+            seconds[size].append(time.monotonic() - began)
+            packages[size].append((sent_bytes(cloud) - before) / package.stat().st_size)
+            cloud.cluster("terminateAll", f"uplink{size}")
+    return {
+        str(size): {"seconds": statistics.median(seconds[size]), "packages": statistics.median(packages[size])}
+        for size in sizes
+    }
 
 
 def measure_rounds(cloud: LocalCloud, package: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -95,13 +101,15 @@ def measure_rounds(cloud: LocalCloud, package: Path, sizes: tuple[int, ...]) -> 
     env = cloud.environment(MITSUBA_CLUSTER_CONFIG=config)
     found = {}
     for size in sizes:
-        for group in (f"cpu{size}", f"rounds{size}"):
+        samples = [f"cpu{size}-{number}" for number in range(3 if size < 10 else 1)]
+        for group in (*samples, f"rounds{size}"):
             made = cloud.cluster("createNodes", "c1.xlarge", str(size), group)
             assert made.code == 0, made.err
-        sample = measure.run([sys.executable, str(PROJECT / "cluster.py"), "install", f"cpu{size}"], env)
+        command = [sys.executable, str(PROJECT / "cluster.py"), "install"]
+        cpu = statistics.median(measure.run([*command, group], env).cpu for group in samples)
         words = [sys.executable, "-c", ROUNDS, str(PROJECT), f"rounds{size}"]
         done = subprocess.run(words, env=env, check=True, capture_output=True, text=True)
-        found[str(size)] = {"cpu": sample.cpu, "wall": sample.wall, "rounds": int(done.stdout.splitlines()[-1])}
-        for group in (f"cpu{size}", f"rounds{size}"):
+        found[str(size)] = {"cpu": cpu, "rounds": int(done.stdout.splitlines()[-1])}
+        for group in (*samples, f"rounds{size}"):
             cloud.end(group)
     return found
