@@ -1100,6 +1100,7 @@ CLOUD_INIT_LIMIT = 600
 MARK_PATH = "/run/mitsuba-cluster/in-use"  # commands at work hold it open; touched, a node's idle time begins anew
 SILENCE_LIMIT = 30  # of a running step: then the node's sshd must show that it is alive
 LIVENESS_LIMIT = 30  # and has so long for it
+SESSION_LIMIT = 5  # for sshd, which refuses one session more, to end the one before
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 
 
@@ -1152,7 +1153,17 @@ def from_agent(path: Path) -> Identity | None:
 
     shown = read_fingerprint(path)
     held = paramiko.Agent().get_keys() if shown else ()
-    return next((to_identity(key) for key in held if key.fingerprint == shown), None)
+    key: Any = next((key for key in held if key.fingerprint == shown), None)
+    if not key:
+        return None
+    signs, signing = key.sign_ssh_data, threading.Lock()
+
+    def sign_alone(*what: Any) -> Any:
+        with signing:  # the nodes' threads share one connection: each takes the next answer for its own
+            return signs(*what)
+
+    key.sign_ssh_data = sign_alone
+    return to_identity(key)
 
 
 def load_identity(path: Path, may_ask: bool = True) -> Identity:
@@ -1438,7 +1449,7 @@ class Remote:
         import paramiko
 
         try:
-            channel = self.transport.open_session(timeout=LIVENESS_LIMIT)
+            channel = self.open_session()
             try:
                 yield channel
             finally:
@@ -1447,6 +1458,19 @@ class Remote:
             raise SilentNode("does not answer any more") from None
         except (paramiko.SSHException, EOFError, OSError) as error:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
+
+    def open_session(self) -> paramiko.Channel:
+        """Open a session; sshd, which may allow few at once (MaxSessions), ends the one before a moment late."""
+        import paramiko
+
+        deadline = time.monotonic() + SESSION_LIMIT
+        while True:
+            try:
+                return self.transport.open_session(timeout=LIVENESS_LIMIT)
+            except paramiko.ChannelException:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
 
     def execute(self, channel: paramiko.Channel, line: str) -> None:
         """Start a command LINE."""
@@ -1491,6 +1515,8 @@ class Remote:
                 try:
                     with self.awaiting_reply():  # its own limit does not count while another thread's write is stuck
                         self.transport.open_session(timeout=LIVENESS_LIMIT).close()
+                except paramiko.ChannelException:
+                    pass  # sshd allows one only, and shows its life by saying so
                 except (paramiko.SSHException, EOFError):
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
@@ -3075,7 +3101,7 @@ def ask_address(address: str, build: str, most_cores: int) -> Answer:
         return Answer(True, "is another build of Mitsuba than this node's")
     except (OSError, EOFError, ValueError) as error:
         return Answer(False, f"does not answer: {error}", refuses=isinstance(error, ConnectionRefusedError))
-    wrong = f"announces {cores} cores, and its instance type has {most_cores}" if not 0 < cores <= most_cores else ""
+    wrong = f"announces {cores} cores, and its node has {most_cores}" if not 0 < cores <= most_cores else ""
     return Answer(True, wrong, relays=name.startswith(RELAY) and not wrong)
 
 
@@ -4848,6 +4874,7 @@ SCENE_GBITS = 4  # of 500 MB
 HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
 
 
+PROHIBITED = 1  # why sshd opens no channel: SSH_OPEN_ADMINISTRATIVELY_PROHIBITED of RFC 4254
 NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
 
@@ -4990,17 +5017,20 @@ class StartPlan(NamedTuple):
     force: bool = False  # whatever client there is
     tree: bool = False  # link in two levels
 
-    def most_cores(self, node: Node) -> int:
-        """Return how many cores a node's own server may announce."""
-        return (node.type in self.types and self.types[node.type].cores) or MOST_CORES
+    def most_cores(self, worker: Outcome[Served]) -> int:
+        """Return how many cores a worker's own server may announce: its type's, or more where it says to have more."""
+        kind, own = worker.node.type, worker.value.facts.cores if worker.ok else 0
+        return max(own, (kind in self.types and self.types[kind].cores) or MOST_CORES)
 
     def node_plan(self, role: str, node: Node, build: str, **more: Any) -> dict[str, Any]:
         """Return the plan for a node's guard."""
         return {"role": role, "build": build, "own": node.private_ip, "head": self.head.private_ip} | more
 
-    def head_plan(self, build: str, workers: Sequence[Node], branches: dict[str, list[str]]) -> dict[str, Any]:
+    def head_plan(
+        self, build: str, workers: Iterable[Outcome[Served]], branches: dict[str, list[str]]
+    ) -> dict[str, Any]:
         """Return the plan for the head's guard: these WORKERS, each with the most cores that it may announce."""
-        most = {node.private_ip: self.most_cores(node) for node in workers}
+        most = {one.node.private_ip: self.most_cores(one) for one in workers}
         for one in branches:
             most[one] = min(MOST_CORES, most[one] + sum(most.get(worker, MOST_CORES) for worker in branches[one]))
         return self.node_plan("head", self.head, build, workers=most, branches=branches)
@@ -5027,7 +5057,7 @@ def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
 
 
 def ask_server(remote: Remote, build: str) -> int:
-    """Return the cores that a node's server offers; NodeError where it does not answer."""
+    """Return the cores that a node's server offers; NodeError where it does not answer, ClusterError if none can."""
     import paramiko
 
     try:
@@ -5039,6 +5069,10 @@ def ask_server(remote: Remote, build: str) -> int:
     except ValueError as error:
         raise NodeError(str(error)) from None
     except (paramiko.SSHException, OSError, EOFError) as error:
+        if isinstance(error, paramiko.ChannelException) and error.code == PROHIBITED:
+            raise ClusterError(  # no NodeError: another try does not help
+                "its sshd forbids forwarding (AllowTcpForwarding in /etc/ssh/sshd_config), which this tool needs"
+            ) from None
         raise NodeError("its mtssrv does not answer") from error
 
 
@@ -5154,11 +5188,10 @@ def worker_step(plan: StartPlan, remote: Remote) -> Served:
         return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
         configure_node(remote, plan.guard, guard_plan)
-    if not 0 < cores <= plan.most_cores(node):
-        raise NodeError(
-            f"its mtssrv announces {format_count(cores, 'core')}, and {node.type} has {plan.most_cores(node)}"
-        )
-    return Served(facts, cores, action)
+    served = Outcome(node, Served(facts, cores, action))
+    if not 0 < cores <= (most := plan.most_cores(served)):
+        raise NodeError(f"its mtssrv announces {format_count(cores, 'core')}, and the node has {most}")
+    return served.value
 
 
 def branch_step(
@@ -5172,7 +5205,7 @@ def branch_step(
     guard_plan = plan.node_plan("worker", node, facts.build)
     action = f"with {format_count(len(workers), 'worker')} of its own, " if workers else ""
     if workers:
-        guard_plan["workers"] = {one: plan.most_cores(good[one].node) if one in good else MOST_CORES for one in workers}
+        guard_plan["workers"] = {one: plan.most_cores(good[one]) if one in good else MOST_CORES for one in workers}
         cores = plan_head_cores(facts.cores) + sum(good[one].value.cores for one in workers if one in good)
         relay = links_unit(f"{RELAY}{address}", address, facts.cores)
     if plan.client or (offered == cores and set(facts.linked) == set(workers)):
@@ -5199,7 +5232,7 @@ def head_step(
     if cores > MOST_CORES:
         raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
     own, offered = remote.node.private_ip, None
-    guard_plan = plan.head_plan(facts.build, [one.node for one in good], branches)
+    guard_plan = plan.head_plan(facts.build, good, branches)
     serving = facts.role == "head"
     if serving:
         with contextlib.suppress(NodeError):
@@ -5209,7 +5242,7 @@ def head_step(
         return Served(facts, cores, "serves already")
     if offered is not None and not plan.force and (client := describe_client(facts)):
         # A linked worker that SSH can't reach is still the guard's to watch.
-        kept = [one.node for one in workers if one.ok or one.node.private_ip in facts.linked]
+        kept = [one for one in workers if one.ok or one.node.private_ip in facts.linked]
         configure_node(remote, plan.guard, plan.head_plan(facts.build, kept, branches))
         count = len(wanted.keys() - set(facts.linked))
         waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
@@ -5272,7 +5305,7 @@ def link_branches(
         branches = now
     elif asked.ok and asked.value.role == "head":
         # First, since it loses its links to them, and its guard is to link nobody twice then.
-        guard_plan = plan.head_plan(build, [one.node for one in good.values()], branches)
+        guard_plan = plan.head_plan(build, good.values(), branches)
         app.pool.each([looked.node], lambda remote: configure_node(remote, plan.guard, guard_plan))
     for some in (now.keys() - branches.keys(), branches.keys()):  # a former sub-head may be another's worker
         heads = [good[own].node for own in some]

@@ -148,12 +148,8 @@ def test_a_probe_that_gives_up_resets_nothing(monkeypatch: pytest.MonkeyPatch) -
     ("answer", "most", "expected"),
     [
         (ANSWER, 4, cluster.Answer(True)),
-        (ANSWER, 2, cluster.Answer(True, "announces 4 cores, and its instance type has 2")),
-        (
-            ANSWER[:2] + b"\xff\xff" + ANSWER[4:],
-            8,
-            cluster.Answer(True, "announces -1 cores, and its instance type has 8"),
-        ),
+        (ANSWER, 2, cluster.Answer(True, "announces 4 cores, and its node has 2")),
+        (ANSWER[:2] + b"\xff\xff" + ANSWER[4:], 8, cluster.Answer(True, "announces -1 cores, and its node has 8")),
         (REFUSAL, 8, cluster.Answer(True, "is another build of Mitsuba than this node's")),
     ],
 )
@@ -192,7 +188,7 @@ def test_the_guard_is_a_program_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "guard.py"
     path.write_text(cluster.node_program(cluster.guard_node))
     done = subprocess.run([sys.executable, "-I", str(path), "filter"], capture_output=True, text=True, check=False)
-    assert done.stdout == f"{greedy.address} is left out: it announces 4 cores, and its instance type has 2\n", done
+    assert done.stdout == f"{greedy.address} is left out: it announces 4 cores, and its node has 2\n", done
     assert (tmp_path / "linked").read_text() == f"{good.address}\n"
 
 

@@ -6,12 +6,16 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import paramiko
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cluster
+from tests.support import LocalCloud, create, make_node
 
 
 @settings(deadline=None)  # each example starts a shell
@@ -55,3 +59,25 @@ def test_a_step_over_its_limit_has_failed(monkeypatch: pytest.MonkeyPatch) -> No
     assert remote.receive(Channel(), time.monotonic() + 60) == b"still at it\n"  # type: ignore[arg-type]
     with pytest.raises(cluster.NodeError, match="did not end within its time limit"):
         remote.receive(Channel(), time.monotonic() - 1)  # type: ignore[arg-type]
+
+
+def test_an_sshd_that_has_not_ended_the_last_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    answers: list[Any] = [paramiko.ChannelException(2, "Connect failed"), paramiko.ChannelException(4, "x"), "session"]
+
+    def open_session(timeout: float) -> Any:
+        if isinstance(answer := answers.pop(0), Exception):
+            raise answer
+        return answer
+
+    transport: Any = SimpleNamespace(open_session=open_session)
+    assert cluster.Remote(make_node("i-1"), transport).open_session() == "session"  # type: ignore[comparison-overlap]
+
+
+def test_one_session_and_a_silent_command(cloud: LocalCloud, group: str) -> None:
+    """With MaxSessions 1 sshd refuses the session that would show its life, and shows it by that."""
+    create(cloud, group, 1)
+    (node,) = cloud.nodes(group)
+    cloud.fault("one-session", node)
+    done = cloud.cluster("runCommand", "sleep 3; echo late", group, limits={"SILENCE_LIMIT": 1})
+    assert (done.code, done.out) == (0, "late\n"), done.err

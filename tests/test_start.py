@@ -192,7 +192,7 @@ def test_a_head_with_a_client_is_not_restarted(servers: LocalCloud, head: dict[s
     servers.fault("server-greedy", worker_of(servers))
     left_out = servers.cluster("start", GROUP)
     assert left_out.code == 1
-    assert f"{worker_of(servers)['name']}: its mtssrv announces 9000 cores, and c1.xlarge has 8" in left_out.err
+    assert f"{worker_of(servers)['name']}: its mtssrv announces 9000 cores, and the node has 8" in left_out.err
     assert "6 cores in all, restarted" in left_out.out
     servers.fault("heal", worker_of(servers))
     servers.fault("client-comes", head)
@@ -210,6 +210,25 @@ def test_a_head_with_a_client_is_not_restarted(servers: LocalCloud, head: dict[s
     forced = servers.cluster("start", GROUP, "--force")
     assert forced.code == 0, forced.err
     assert "10 cores in all, restarted" in forced.out
+
+
+def test_a_node_with_more_cores_than_its_type_serves(servers: LocalCloud, head: dict[str, Any]) -> None:
+    worker = worker_of(servers)
+    servers.fault("many-cores", worker)
+    servers.fault("server-gone", worker)
+    done = servers.cluster("start", GROUP)
+    assert done.code == 0, done.err
+    assert f"{worker['name']}: worker, 100 cores, started" in done.out
+    assert "106 cores in all" in done.out
+
+
+def test_an_sshd_that_forbids_forwarding(servers: LocalCloud, head: dict[str, Any]) -> None:
+    worker = worker_of(servers)
+    servers.fault("no-forwarding", worker)
+    done = servers.cluster("start", GROUP)
+    assert done.code == 1
+    assert f"{worker['name']}: its sshd forbids forwarding (AllowTcpForwarding in /etc/ssh/sshd_config)" in done.err
+    assert done.last_line == f"Error: 2 of 3 nodes serving; failed: {worker['name']}"
 
 
 def test_another_build_is_started(servers: LocalCloud, tmp_path: Path) -> None:

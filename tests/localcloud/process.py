@@ -109,6 +109,7 @@ class ProcessNode:
         self.server: asyncio.Server | None = None
         self.connections: set[asyncssh.SSHServerConnection] = set()
         self.received = 0  # bytes, over SSH
+        self.forwards, self.most_sessions = True, 10  # sshd's AllowTcpForwarding and MaxSessions
         self.trouble: dict[str, str] = {}  # a step's name, or "server" -> what goes wrong with it
 
     @property
@@ -165,6 +166,7 @@ class ProcessNode:
     async def heal(self) -> None:
         """Undo all faults."""
         self.trouble.clear()
+        self.cores, self.forwards, self.most_sessions = CORES, True, 10
         if self.impostor:
             self.impostor.close()
             self.impostor = None
@@ -408,7 +410,7 @@ NODES: list[ProcessNode] = []
 
 
 class SshServer(asyncssh.SSHServer):
-    """Allows forwarding, as sshd does by default."""
+    """Allows forwarding and sessions as its node's sshd_config does."""
 
     def __init__(self, node: ProcessNode) -> None:
         self.node = node
@@ -424,6 +426,14 @@ class SshServer(asyncssh.SSHServer):
             receive(data, datatype)
 
         conn.data_received = count  # type: ignore[method-assign]
+        open_session = conn._process_session_open
+
+        def open_few(packet: Any) -> Any:
+            if len(conn._channels) >= self.node.most_sessions:
+                raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "open failed")
+            return open_session(packet)
+
+        conn._process_session_open = open_few  # type: ignore[method-assign]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
@@ -431,10 +441,12 @@ class SshServer(asyncssh.SSHServer):
 
     def server_requested(self, listen_host: str, listen_port: int) -> bool:
         """Let the tool serve files to the node."""
-        return True
+        return self.node.forwards
 
     def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> bool:
         """Let the probe and the tunnel through."""
+        if not self.node.forwards:
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, "open failed")
         return True
 
 
@@ -546,6 +558,21 @@ async def cut_clients(node: ProcessNode) -> None:
         writer.transport.abort()
 
 
+async def forbid_forwarding(node: ProcessNode) -> None:
+    """Let sshd_config have AllowTcpForwarding no."""
+    node.forwards = False
+
+
+async def allow_one_session(node: ProcessNode) -> None:
+    """Let sshd_config have MaxSessions 1."""
+    node.most_sessions = 1
+
+
+async def grow(node: ProcessNode) -> None:
+    """Let the node have more cores than any instance type of the tests."""
+    node.cores = 100
+
+
 async def refuse(node: ProcessNode) -> None:
     """Close sshd's port."""
     await node.replace_sshd(lambda _: None)
@@ -573,6 +600,9 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "server-lacks-file": lack_file,
     "server-restarts": ProcessNode.serve,
     "clients-cut": cut_clients,
+    "many-cores": grow,
+    "one-session": allow_one_session,
+    "no-forwarding": forbid_forwarding,
     "sshd-refuses": refuse,
     "sshd-resets": lambda node: node.replace_sshd(reset),
     "sshd-silent": lambda node: node.replace_sshd(lambda _: None),
