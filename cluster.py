@@ -195,9 +195,10 @@ def format_duration(seconds: float) -> str:
     return f"{hours}h{minutes % 60:02}m" if not days else f"{days}d{hours % 24:02}h"
 
 
-def format_time(moment: datetime) -> str:
-    """Return "2026-11-30 21:05:09 (19:05:09 UTC)": this machine's time beside UTC, where they differ."""
-    here, utc = moment.astimezone(), moment.astimezone(timezone.utc)
+def format_time(seconds: float) -> str:
+    """Return "2026-11-30 21:05:09 (19:05:09 UTC)" for SECONDS after 1970: the time here, and UTC where that differs."""
+    utc = datetime.fromtimestamp(seconds, timezone.utc)
+    here = utc.astimezone()
     return f"{here:%F %T} ({utc:%T} UTC)" if here.utcoffset() else f"{utc:%F %T} UTC"
 
 
@@ -1417,13 +1418,13 @@ class Remote:
         line: str,
         limit: float | None = None,
         stdin: Iterable[bytes] = (),
-        sink: Callable[[bytes], object] | None = None,
+        sink: Callable[[bytes], object] = lambda lines: None,
         keep: int = OUTPUT_TAIL,
     ) -> tuple[int, str]:
         """Run a command LINE; return (exit code, or -1: killed; the last KEEP bytes of its output, stderr merged in).
 
-        SINK gets all of the output as it comes. NodeError after LIMIT seconds (None: STEP_LIMIT), when the node does
-        not answer any more, or when the connection breaks.
+        SINK gets all of the output as it comes, in whole lines (unless they are of megabytes). NodeError after LIMIT
+        seconds (None: STEP_LIMIT), when the node does not answer any more, or when the connection breaks.
         """
         deadline = time.monotonic() + (STEP_LIMIT if limit is None else limit)
         with self.session() as channel:
@@ -1431,11 +1432,17 @@ class Remote:
             channel.settimeout(SILENCE_LIMIT)
             self.execute(channel, line)
             self.feed(channel, stdin)
-            tail = b""
-            while block := self.receive(channel, deadline):
-                if sink:
-                    sink(block)
-                tail = (tail + block)[-keep:]
+            tail = rest = b""
+            try:
+                while block := self.receive(channel, deadline):
+                    tail = (tail + block)[-keep:]
+                    rest += block
+                    if end := rest.rfind(b"\n") + 1 or len(rest) // MIB * MIB:
+                        sink(rest[:end])
+                        rest = rest[end:]
+            finally:
+                if rest:
+                    sink(rest)
             if not channel.status_event.wait(LIVENESS_LIMIT):
                 raise TimeoutError
             code = channel.recv_exit_status()
@@ -2117,20 +2124,6 @@ def read_report(line: bytes) -> dict[str, Any]:
     raise NodeError(f"sends a malformed report: {line[:80].decode('utf-8', 'replace')}")
 
 
-def by_line(take: Callable[[bytes], object]) -> Callable[[bytes], None]:
-    """Return what takes a command's output as it comes, and hands TAKE each line that is complete."""
-    rest = b""
-
-    def cut(block: bytes) -> None:
-        nonlocal rest
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            take(line)
-        rest = rest[-MIB:]  # no line of ours is so long
-
-    return cut
-
-
 @dataclass
 class Tally:
     """Adds up what several tries bring to a node; SHOW hears the bytes that have come, and of how many."""
@@ -2149,15 +2142,16 @@ def fetch_step(folder: str, wanted: Sequence[Wanted], tally: Tally, remote: Remo
     """Let a node fetch files into FOLDER, once more. PATIENCE: other tries of a range, and timeout."""
     last: dict[str, Any] = {}
 
-    def hear(line: bytes) -> None:
-        last.update(read_report(line))
-        if last.keys() >= {"moved", "lacking"}:
-            tally.count(last["moved"], last["lacking"])
+    def hear(lines: bytes) -> None:
+        for line in lines.splitlines():
+            last.update(read_report(line))
+            if last.keys() >= {"moved", "lacking"}:
+                tally.count(last["moved"], last["lacking"])
 
     tally.before = tally.moved
     job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
     program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
-    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=by_line(hear))
+    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
     if "error" in last:
         raise FetchError(last["error"], last.get("status", 0))
     if code or not last.keys() >= set(Fetched._fields):
@@ -2543,7 +2537,7 @@ class App:
         """Return what may be meant where nothing runs in GROUP: another group, swapped arguments, another region."""
         groups = self.running_groups(fetch_nodes(self.ec2))
         if not groups:
-            return f"; {command('status', '--all-regions')} looks in every region"
+            return f"; {command('status', '--all-regions')} shows every region"
         words, other = sys.argv[1:], next((name for name in groups if name != group and name in sys.argv[1:]), "")
         places = {group: other, other: group or ""}
         swapped = shlex.join(places.get(word, word) for word in words)
@@ -2921,6 +2915,7 @@ def cli(ctx: click.Context, config: Path | None) -> None:
 
 
 others_option = click.option("--others", is_flag=True, help="Also where the nodes were launched with another key.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 type_argument = click.argument("instance_type", metavar="TYPE")
 
 
@@ -3567,7 +3562,7 @@ class Plan(NamedTuple):
     image: Image
     subnets: list[Subnet]  # in the order in which they are tried
     cidr: str  # who may connect
-    present: int  # nodes that the group has already
+    present: Sequence[Node]  # that the group has already
     on_demand: float | None  # $ an hour; None: not known, or not needed
     spot: dict[str, float]  # zone -> $ an hour
     package: str  # where Mitsuba comes from; "" where that is not known
@@ -3841,8 +3836,7 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
         hours = max((node.max_hours for node in present if node.max_hours), default=settings.MAX_HOURS)
     if idle is None:
         idle = max((node.idle_minutes for node in present if node.idle_minutes), default=settings.IDLE_MINUTES)
-    count = len(present)
-    return Plan(request, instance_type, image, subnets, cidr, count, on_demand, spot, package, hours, idle, quota)
+    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
@@ -3850,7 +3844,7 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     request, settings, cores = plan.request, app.settings, plan.type.cores * plan.request.number
     if plan.present:
         group = app.where(request.group)
-        yield f"{group} has {format_count(plan.present, 'node')} already; adding {request.number} more"
+        yield f"{group} has {format_count(len(plan.present), 'node')} already; adding {request.number} more"
     if plan.subnets[0].price is None:
         warn(f"the price of {request.type} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
     else:
@@ -4205,14 +4199,15 @@ def await_nodes(
     return [done[node.id] for node in nodes]
 
 
-def launch_plan(app: App, plan: Plan, parameters: dict[str, Any], ways: str) -> tuple[list[Node], str, str]:
+def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
     """Launch a PLAN; return the nodes, why they are fewer than asked, or "", and how their ClientTokens begin.
 
-    PARAMETERS are what prepare has returned. Ctrl-C says in WAYS what can be done with nodes that may be there.
+    Ctrl-C says in WAYS what can be done with nodes that may be there.
     """
     from botocore.exceptions import ClientError
 
     request, token = plan.request, os.urandom(16).hex()
+    parameters = prepare(app, plan)
     app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
     try:
         nodes, why = launch_nodes(app, plan, parameters, token)
@@ -4226,6 +4221,9 @@ def launch_plan(app: App, plan: Plan, parameters: dict[str, Any], ways: str) -> 
     late = "they cost money, and status may show them some seconds late"
     app.left = f"{launched} in {app.where(request.group)}; {late}: {ways}."
     note(f"{launched}; waiting until each answers")
+    zones = {node.zone for node in (*plan.present, *nodes)}
+    if len(zones) > 1:
+        note(f"In {' and '.join(sorted(zones))}: traffic between zones costs $0.01 a GB in each direction")
     return nodes, why, token
 
 
@@ -4242,7 +4240,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
         f"{command('status')} shows them, {command('terminateAll', request.group)} ends them"
     )
     started = time.monotonic()
-    nodes, why, _ = launch_plan(app, plan, prepare(app, plan), ways)
+    nodes, why, _ = launch_plan(app, plan, ways)
     outcomes = await_nodes(app, request.group, nodes, boot_step, Progress("Answering", len(nodes)))
     put(format_nodes(in_order(outcome.node for outcome in outcomes)))
     note(f"This took {format_duration(time.monotonic() - started)}.")
@@ -4824,9 +4822,10 @@ class Installation:
         """Run what a node's installation consists of; WRITE gets all that it says."""
         tell = functools.partial(self.progress.step, remote.node)
 
-        def hear(line: bytes) -> None:
-            if line.startswith(b"step: "):
-                tell(printable(line[6:30].decode("utf-8", "replace")))
+        def hear(lines: bytes) -> None:
+            write(lines)
+            for step in re.findall(rb"^step: (.{0,24})", lines, re.M):
+                tell(printable(step.decode("utf-8", "replace")))
 
         def show(moved: int, whole: int) -> None:
             if moved:
@@ -4842,10 +4841,8 @@ class Installation:
                 self.spread.bring(show, remote)
             except NodeError as error:
                 raise type(error)(f"the package can't be brought to its home folder: {error}") from error
-        line, steps = root_command("install", INSTALL, *self.arguments, remote.node.type), by_line(hear)
-        return remote.run(
-            line, limit=INSTALL_LIMIT, stdin=[self.lines], sink=lambda block: (write(block), steps(block))
-        )
+        line = root_command("install", INSTALL, *self.arguments, remote.node.type)
+        return remote.run(line, limit=INSTALL_LIMIT, stdin=[self.lines], sink=hear)
 
 
 @cli.command("install")
@@ -5527,31 +5524,27 @@ def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) 
 
     where, group, count = app.where(request.group), request.group, request.number
     tell = result if dry_run else note
-
-    def get_ready() -> tuple[Plan, dict[str, Any]]:
-        plan = make_plan(app, request, dry_run)
-        return plan, {} if dry_run else prepare(app, plan)
-
-    nodes, ready = poll_nodes(app.ec2, group), None
+    nodes, plan = poll_nodes(app.ec2, group), None
     if len(nodes) < count:
-        nodes, ready = side_by_side(functools.partial(count_nodes, app.ec2, group, nodes), get_ready)
+        nodes, plan = side_by_side(
+            functools.partial(count_nodes, app.ec2, group, nodes), functools.partial(make_plan, app, request, dry_run)
+        )
     app.check_owner(group, nodes, request.others)
     if others := [node for node in nodes if node.type != request.type]:
         types = ", ".join(sorted({node.type for node in others}))
         tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
-    if not ready or len(nodes) >= count:
+    if not plan or len(nodes) >= count:
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
         tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan, parameters = ready
-    plan = plan._replace(request=request._replace(number=count - len(nodes)), present=len(nodes))
+    plan = plan._replace(request=request._replace(number=count - len(nodes)), present=nodes)
     for line in describe(app, plan):
         tell(line)
     if dry_run:
         return [], "", ""
     ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
     try:
-        launched, why, token = launch_plan(app, plan, parameters, ways)
+        launched, why, token = launch_plan(app, plan, ways)
     except (ClusterError, BotoCoreError, ClientError) as error:
         if not nodes:
             raise
@@ -5662,21 +5655,6 @@ PICTURES = (".exr", ".rgbe", ".pfm", ".png", ".jpg", ".m", ".npy")  # what its f
 UNFINISHED = "did not complete successfully"
 
 
-class RenderRequest(NamedTuple):
-    """What the user wants rendered."""
-
-    scenes: tuple[Path, ...]
-    output: Path | None
-    group: str
-    tunnel: bool
-    tries: int
-    words: tuple[str, ...]  # for Mitsuba itself
-
-    def target(self, scene: Path) -> Path:
-        """Return a picture's path; the film puts its own extension in place of the last one."""
-        return (self.output or scene.with_suffix(".exr")).absolute()
-
-
 class Attempt(NamedTuple):
     """How one run of Mitsuba ended."""
 
@@ -5736,8 +5714,8 @@ class RenderCluster:
         """Ask EC2 about the nodes anew, and renew this machine's access to them, as far as AWS answers."""
         app, group = self.app, self.group
         with tolerate(), contextlib.suppress(ClusterError):
-            ours = [node for node in fetch_nodes(app.ec2, group) if is_ours(node, app.identity)]
-            self.nodes = [node for node in ours if node.id not in self.frozen]
+            found = [node for node in fetch_nodes(app.ec2, group) if node.id not in self.frozen]
+            self.nodes = [node for node in found if is_ours(node, app.identity)]
             app.allow_access(fetch_security_groups(app.ec2, group), fetch_client_cidr(app.settings))
 
     def await_head(self) -> tuple[Node, Facts, int]:
@@ -5750,10 +5728,11 @@ class RenderCluster:
         while True:
             waited, problem = time.monotonic() - began, "no node is left"
             if head := next((node for node in self.running if node.role == "head"), None):
-                (outcome,) = self.app.pool.each([head], serving_step, limit=LOOK_LIMIT)
-                if outcome.ok:
-                    return head, *outcome.value
-                problem = f"{head.name}: {outcome.error}"
+                (outcome,) = self.app.pool.each([head], server_step, limit=LOOK_LIMIT)
+                facts, cores, problem = outcome.value if outcome.ok else (Facts(0), 0, outcome.error)
+                if not problem:
+                    return head, facts, cores
+                problem = f"{head.name}: {problem}"
                 if outcome.silent and waited > FROZEN_LIMIT:
                     self.give_up(head)
             elif self.running:
@@ -5778,20 +5757,18 @@ class RenderCluster:
     def ask_nodes(self, nodes: Sequence[Node]) -> dict[str, Facts | str]:
         """Return, by name, what each of NODES says of itself, or what has become of it."""
         found: dict[str, Facts | str] = {node.id: f"is {node.state} {node.reason}".strip() for node in self.nodes}
-        wanted = {node.id for node in nodes}
-        running = [node for node in self.running if node.id in wanted]
-        for outcome in self.app.pool.each(running, fetch_facts, limit=LOOK_LIMIT):
+        for outcome in self.app.pool.each(self.running, fetch_facts, limit=LOOK_LIMIT):
             found[outcome.node.id] = outcome.value if outcome.ok else "does not answer"
         return {node.name: found.get(node.id, "is gone") for node in nodes}  # EC2 knows no name of one that has ended
 
-    def server_errors(self, clocks: dict[str, str]) -> str:
-        """Return what servers have complained about in their logs since the CLOCKS of their nodes (id -> time)."""
+    def server_errors(self, before: dict[str, Facts]) -> str:
+        """Return what servers have complained about in their logs since their nodes told BEFORE what time it was."""
 
         def step(remote: Remote) -> str:
-            asked = root_command("server-log", RENDER_LOG, f"@{clocks[remote.node.id]}")
-            return find_error(remote.run(asked, keep=MIB)[1])
+            since = root_command("server-log", RENDER_LOG, f"@{before[remote.node.name].clock}")
+            return find_error(remote.run(since, keep=MIB)[1])
 
-        nodes = [node for node in self.running if node.id in clocks]
+        nodes = [node for node in self.running if node.name in before]
         outcomes = self.app.pool.each(nodes, step, limit=LOOK_LIMIT)
         return "; ".join(f"mtssrv on {o.node.name}: {o.value}" for o in outcomes if o.ok and o.value)
 
@@ -5808,12 +5785,6 @@ def mitsuba_address(app: App, head: Node, through_ssh: bool) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
 
 
-def serving_step(remote: Remote) -> tuple[Facts, int]:
-    """Return what a node says of itself, and the cores that its server offers; NodeError where it does not serve."""
-    facts = fetch_facts(remote)
-    return facts, ask_server(remote, facts.build)
-
-
 def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) -> Attempt:
     """Run Mitsuba and show what it says; end it when the head is silent or has started again since STARTED."""
     import subprocess
@@ -5822,11 +5793,9 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
 
     def show(output: Any) -> None:
         while block := output.read(RENDER_TAIL):
-            with OUTPUT:
-                click.echo(block, nl=False, err=True)
+            put(block, err=True)
             tail[:] = (tail + block)[-RENDER_TAIL:]
 
-    draw()
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
         ["mitsuba", *words], env=clean_environment(), bufsize=0, stdin=nothing, stdout=pipe, stderr=subprocess.STDOUT
@@ -5835,7 +5804,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     reader.start()
     ended, heard = "", time.monotonic()
     try:
-        while True:
+        while not ended:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(RENDER_POLL)
                 break
@@ -5846,7 +5815,6 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
                 heard = time.monotonic()
             elif time.monotonic() - heard > RENDER_SILENCE:
                 ended = f"{head.name} was silent for {format_duration(RENDER_SILENCE)}"
-                break
     finally:
         child.kill()
         code = child.wait()
@@ -5856,45 +5824,44 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     return Attempt(code, tail.decode("utf-8", "replace"), ended)
 
 
-def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) -> bool:
+def render_scene(
+    cluster: RenderCluster, scene: Path, target: Path, words: Sequence[str], tries: int, through_ssh: bool
+) -> bool:
     """Render one scene, as often as it is worth it; return whether its picture is there."""
     import tempfile
 
-    target = request.target(scene)
-    if "-x" in request.words:  # Mitsuba itself would look into the new folder that it writes to
-        for picture in filter(Path.exists, map(target.with_suffix, PICTURES)):
-            result(f"{picture}: there already")
-            return True
+    there = [picture for picture in map(target.with_suffix, PICTURES) if picture.exists()]
+    if there and "-x" in words:  # Mitsuba itself would look into the new folder that it writes to
+        result(f"{there[0]}: there already")
+        return True
     deaths = 0
-    for attempt_number in range(1, request.tries + 1):
+    for number in range(1, tries + 1):
         head, facts, cores = cluster.await_head()
         before = {name: one for name, one in cluster.ask_nodes(cluster.running).items() if isinstance(one, Facts)}
         nodes = [node for node in cluster.running if node.name in before]
         note(f"{scene}: rendering on {format_count(cores, 'core')}")
         began = time.monotonic()
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            words = ["-o", f"{folder}/{target.name}", *request.words, str(scene)]
+            own = ["-o", f"{folder}/{target.name}", *words, str(scene)]
             try:
-                with mitsuba_address(cluster.app, head, request.tunnel) as address:
-                    attempt = run_mitsuba(cluster.app.pool, ["-c", address, *words], head, facts.started)
+                with mitsuba_address(cluster.app, head, through_ssh) as address:
+                    attempt = run_mitsuba(cluster.app.pool, ["-c", address, *own], head, facts.started)
             except ClusterError as error:
                 attempt = Attempt(-1, "", error.message)
-            took = time.monotonic() - began
+            took = format_duration(time.monotonic() - began)
             pictures = list(Path(folder).iterdir())
             if attempt.code == 0 and pictures and UNFINISHED not in attempt.output:
                 for picture in pictures:
-                    result(f"{picture.replace(target.parent / picture.name)}: rendered in {format_duration(took)}")
+                    result(f"{picture.replace(target.parent / picture.name)}: rendered in {took}")
                 return True
         cluster.refresh()
         cluster.await_head()
-        server_errors = cluster.server_errors({node.id: before[node.name].clock for node in nodes})
-        blame, reason = judge(attempt, before, cluster.ask_nodes(nodes), server_errors)
+        blame, reason = judge(attempt, before, cluster.ask_nodes(nodes), cluster.server_errors(before))
         deaths += blame == "server"
-        final = blame == "scene" or deaths == MOST_DEATHS or attempt_number == request.tries
-        what = "given up" if final else f"trying again ({attempt_number + 1} of {request.tries})"
-        note(f"{scene}: {format_duration(took)} lost: {reason}; {what}")
-        if final:
+        if blame == "scene" or deaths == MOST_DEATHS or number == tries:
             break
+        note(f"{scene}: {took} lost: {reason}; trying again ({number + 1} of {tries})")
+    note(f"{scene}: {took} lost: {reason}; given up")
     return False
 
 
@@ -5904,47 +5871,49 @@ def render_scene(cluster: RenderCluster, request: RenderRequest, scene: Path) ->
 )
 @click.option("-o", "output", type=click.Path(path_type=Path), help="The picture, as Mitsuba's -o; of one scene.")
 @click.option("--group", type=GroupName(), default="default", show_default=True)
-@click.option("--tunnel", is_flag=True, help="Through SSH, even where port 7554 is open.")
+@click.option("--tunnel", "through_ssh", is_flag=True, help="Through SSH, even where port 7554 is open.")
 @click.option("--tries", type=Number(1, 1000, whole=True), default=5, show_default=True, help="Of each scene.")
 @click.option("--then-terminate", is_flag=True, help="In the end, terminate the group.")
 @click.pass_obj
-def render(app: App, /, then_terminate: bool, **given: Any) -> None:
+def render(
+    app: App, /, scenes: tuple[Path, ...], output: Path | None, group: str, then_terminate: bool, **options: Any
+) -> None:
     """Render each SCENE with your mitsuba, again if nodes die.
 
     After -- come Mitsuba's own options; -x there skips a scene that has its picture.
     """
-    request = RenderRequest(**given)
-    if any(word.startswith("-o") for word in request.words) or (request.output and len(request.scenes) > 1):
+    if any(word.startswith("-o") for word in options["words"]) or (output and len(scenes) > 1):
         raise click.UsageError("-o comes before --, and with one scene only: Mitsuba would overwrite the picture")
-    targets = [os.path.abspath(request.target(scene)) for scene in request.scenes]
-    if twice := [target for target in targets if targets.count(target) > 1]:
-        raise click.UsageError(f"two scenes would write the same picture, {Path(twice[0]).with_suffix('')}")
+    # The film puts its own extension in place of the last one.
+    targets = [(output or scene.with_suffix(".exr")).absolute() for scene in scenes]
+    whole = list(map(os.path.abspath, targets))
+    if twice := [Path(target) for target in whole if whole.count(target) > 1]:
+        raise click.UsageError(f"two scenes would write the same picture, {twice[0].with_suffix('')}")
     if not shutil.which("mitsuba"):
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
-    for scene in request.scenes:
-        if not os.access(folder := request.target(scene).parent, os.W_OK):
-            raise ClusterError(f"no picture can be written to {folder}")
-    find_head(app, request.group)
-    cluster = RenderCluster(app, request.group)
+    if refused := [target.parent for target in targets if not os.access(target.parent, os.W_OK)]:
+        raise ClusterError(f"no picture can be written to {refused[0]}")
+    find_head(app, group)
+    cluster = RenderCluster(app, group)
     app.left = f"Only the render has ended. {app.left}"
-    missing, failure = list(request.scenes), None
+    missing, failure = list(scenes), None
     try:
         nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
         if local and local != nodes_version:
             raise ClusterError(f"the mitsuba on this machine is {local}, and the nodes' {nodes_version} will refuse it")
-        for scene in request.scenes:
-            if render_scene(cluster, request, scene):
+        for scene, target in zip(scenes, targets):
+            if render_scene(cluster, scene, target, **options):
                 missing.remove(scene)
     except NodeError as error:
         note(f"Given up: {error}; {command('terminate', 'NODE')}, then up, replaces a node that stays silent")
     except Exception as error:  # whatever it is, the nodes must not run on unattended
         failure = error
     if then_terminate:
-        terminate_in(app, app.ec2, request.group, others=False)
+        terminate_in(app, app.ec2, group, others=False)
     if failure:
         raise failure
     if missing:
-        raise ClusterError(f"{len(missing)} of {len(request.scenes)} pictures missing: {', '.join(map(str, missing))}")
+        raise ClusterError(f"{len(missing)} of {len(scenes)} pictures missing: {', '.join(map(str, missing))}")
 
 
 # --- status ------------------------------------------------------------------
@@ -5985,14 +5954,9 @@ def fetch_groups(group: str | None, ec2: Client) -> list[GroupState]:
         lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
     )
     present = [*(node for node in nodes if node.state in ALIVE), *live(requests), *security_groups]
+    kinds = (nodes, requests, security_groups)
     return [
-        GroupState(
-            name,
-            ec2.meta.region_name,
-            [node for node in nodes if node.group == name],
-            [request for request in requests if request.group == name],
-            [one for one in security_groups if one.group == name],
-        )
+        GroupState(name, ec2.meta.region_name, *([one for one in kind if one.group == name] for kind in kinds))
         for name in sorted({one.group for one in present})
     ]
 
@@ -6009,17 +5973,19 @@ class Asked(NamedTuple):
     restarts: int | None = None
 
 
-def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], above: dict[str, Node]) -> Asked:
+def judge_server(outcome: Outcome[tuple[Facts, int, str]], above: dict[str, Node]) -> Asked:
     """Say in words and numbers what one node's server does, ABOVE which those are that link it."""
     if not outcome.ok:
         return Asked("silent" if outcome.silent else "down", outcome.error)
-    facts, cores, why = outcome.value
-    word, text = ("serving", f"serves {format_count(cores, 'core')}") if cores is not None else ("down", why)
-    over = above.get(outcome.node.private_ip)
-    if facts.role == "worker" and cores is not None and not over:
-        word, text = "unlinked", f"up but not linked: run {command('start', outcome.node.group)}"
-    elif cores is not None and over and over.role != "head":
-        text += f", linked to {over.name}"
+    node, (facts, cores, problem) = outcome.node, outcome.value
+    over = above.get(node.private_ip)
+    if problem:
+        word, text = "down", problem
+    elif facts.role == "worker" and not over:
+        word, text = "unlinked", f"up but not linked: run {command('start', node.group)}"
+    else:
+        through = f", linked to {over.name}" if over and over.role != "head" else ""
+        word, text = "serving", f"serves {format_count(cores, 'core')}{through}"
     parts = [text, f"load {' '.join(f'{value:g}' for value in facts.load)} on {format_count(facts.cores, 'core')}"]
     clients = facts.clients if facts.role == "head" else {}
     for peer, (connected, silent) in clients.items():
@@ -6030,45 +5996,46 @@ def judge_server(outcome: Outcome[tuple[Facts, int | None, str]], above: dict[st
     if facts.restarts:
         parts.append(f"restarted {format_count(facts.restarts, 'time')}{facts.problem and f', after: {facts.problem}'}")
     listed = [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()]
-    return Asked(word, "; ".join(parts), facts.load, cores, facts.idle, listed, facts.restarts)
+    offered = None if problem else cores
+    return Asked(word, "; ".join(parts), facts.load, offered, facts.idle, listed, facts.restarts)
 
 
-def server_step(remote: Remote) -> tuple[Facts, int | None, str]:
-    """Return (facts, cores that the server offers, or None, and why not)."""
+def server_step(remote: Remote) -> tuple[Facts, int, str]:
+    """Return what a node says of itself, the cores that its server offers, and, where it does not serve, why."""
     facts = fetch_facts(remote)
     try:
         return facts, ask_server(remote, facts.build), ""
     except NodeError as error:
-        return facts, None, str(error)
+        return facts, 0, str(error)
 
 
 def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[Outcome[T]]:
     """Run STEP on those of NODES that run; one that does not answer within a few seconds is given up."""
     running = [node for node in nodes if node.state == "running"]
+    futures = [app.pool.submit(node, step, limit=ANSWER_LIMIT) for node in running]
     progress = Progress("Asking", len(running))
-    futures = {node: app.pool.submit(node, step, limit=ANSWER_LIMIT) for node in running}
     deadline = time.monotonic() + ANSWER_LIMIT + len(running) / ANSWER_RATE
-    while (left := deadline - time.monotonic()) > 0 and not all(future.done() for future in futures.values()):
-        progress.done = sum(future.done() for future in futures.values())
+    while (left := deadline - time.monotonic()) > 0 and progress.done < len(running):
+        app.pool.wait(futures, min(0.2, left))
+        progress.done = sum(future.done() for future in futures)
         progress.redraw()
-        app.pool.wait(futures.values(), min(0.2, left))
     late = f"frozen or cut off: no answer within {ANSWER_LIMIT} s"
-    found = [future.result() if future.done() else Outcome(node, silent=True) for node, future in futures.items()]
-    return [Outcome(one.node, error=late, silent=True) if one.silent else one for one in found]
+    found = [future.result() if future.done() else Outcome(node, silent=True) for node, future in zip(running, futures)]
+    return [replace(one, error=late) if one.silent else one for one in found]
 
 
-def ask_servers(app: App, nodes: Sequence[Node]) -> dict[str, Asked]:
-    """Return node id -> what its server says, of the running NODES."""
+def ask_servers(app: App, nodes: Sequence[Node]) -> dict[Node, Asked]:
+    """Return what the servers of the running NODES say."""
     outcomes = ask_briefly(app, nodes, server_step)
     facts = {outcome.node: outcome.value[0] for outcome in outcomes if outcome.ok}
     above = {address: node for node, one in facts.items() if one.role == "head" for address in one.linked}
     # A sub-head's workers, unless the head links them itself; whom the head does not link, links nobody to it.
     for node in [node for node in facts if node.private_ip in above]:
         above = dict.fromkeys(facts[node].linked, node) | above
-    return {outcome.node.id: judge_server(outcome, above) for outcome in outcomes}
+    return {outcome.node: judge_server(outcome, above) for outcome in outcomes}
 
 
-def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked] | None = None) -> str:
+def format_group(app: App, group: GroupState, wide: bool, asked: dict[Node, Asked] | None = None) -> str:
     """Return what `status` shows of one group; with what was ASKED of the nodes, as columns, where --watch has it."""
     nodes, present = group.nodes, group.present
     heading = f"Group {group.name} ({group.region}): {format_count(len(present), 'node')}"
@@ -6078,7 +6045,7 @@ def format_group(app: App, group: GroupState, wide: bool, asked: dict[str, Asked
     lines = [", ".join(filter(None, [heading, format_cost(present), idle, owner]))]
     more = []
     if asked is not None:
-        known = [asked.get(node.id, Asked("", "")) for node in nodes]
+        known = [asked.get(node, Asked("", "")) for node in nodes]
         more = [
             ["SERVER", *(one.server and paint(one.server, fg=SERVER_WORDS[one.server][0]) for one in known)],
             ["LOAD", *(f"{one.load[0]:g}" if one.load else "" for one in known)],
@@ -6116,26 +6083,30 @@ def node_json(node: Node) -> dict[str, Any]:
     }
 
 
-def group_json(app: App, group: GroupState, asked: dict[str, Asked]) -> dict[str, Any]:
-    """Return one group as `status --json` shows it."""
-    key = app.known_identity
-    return {
-        "nodes": [
-            node_json(node)
-            | {"launched_with_this_key": is_ours(node, key) if key else None}
-            | (asked[node.id]._asdict() if node.id in asked else {})
-            for node in group.nodes
-        ],
-        "spot_requests": [request._asdict() for request in group.requests],
-        "head": next((node.name for node in own_or_all(app, group.present) if node.role == "head"), None),
-        "totals": totals(group.present),
-    }
+def status_json(app: App, groups: Sequence[GroupState], asked: dict[Node, Asked], everywhere: bool) -> dict[str, Any]:
+    """Return what `status --json` shows."""
+    key, home = app.known_identity, app.settings.AWS_REGION
+    regions: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        regions.setdefault(group.region, {})[group.name] = {
+            "nodes": [
+                node_json(node)
+                | {"launched_with_this_key": is_ours(node, key) if key else None}
+                | (asked[node]._asdict() if node in asked else {})
+                for node in group.nodes
+            ],
+            "spot_requests": [request._asdict() for request in group.requests],
+            "head": next((node.name for node in own_or_all(app, group.present) if node.role == "head"), None),
+            "totals": totals(group.present),
+        }
+    shown = {"regions": regions} if everywhere else {"region": home, "groups": regions.get(home, {})}
+    return shown | {"totals": totals([node for group in groups for node in group.present])}
 
 
 def keep_showing(show: Callable[[], str]) -> NoReturn:
     """SHOW a text alone on the terminal, as far as it has room, every few seconds until Ctrl-C."""
     while True:
-        text = f"{show()}\n\n{format_time(datetime.now(timezone.utc))}; every {WATCH_SECONDS} s until Ctrl-C"
+        text = f"{show()}\n\n{format_time(time.time())}; every {WATCH_SECONDS} s until Ctrl-C"
         if is_terminal(sys.stdout) and not os.environ.get("NO_COLOR"):
             height = shutil.get_terminal_size().lines - 1
             text = "\033[H\033[2J" + "\n".join(text.split("\n")[:height])
@@ -6143,37 +6114,9 @@ def keep_showing(show: Callable[[], str]) -> NoReturn:
         time.sleep(WATCH_SECONDS)
 
 
-def nothing_runs(app: App, group: str | None) -> str:
-    """Say that nothing is there to show, and what may have been meant."""
-    named = f" in group {group!r}" if group else ""
-    return f"Nothing is running in {app.settings.AWS_REGION}{named}{app.elsewhere(group)}"
-
-
-def show_watched(app: App, group: str | None, wide: bool) -> str:
-    """Return status with the servers, load and clients of the nodes as columns."""
-    groups = fetch_groups(group, app.ec2)
-    if not groups:
-        return nothing_runs(app, group)
-    asked = ask_servers(app, [node for one in groups for node in one.nodes])
-    return "\n\n".join(format_group(app, one, wide, asked) for one in groups)
-
-
-def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: bool) -> None:
-    """Print GROUPS, at once, and what their servers say below it."""
-    for group in groups:
-        put(format_group(app, group, wide))
-    nodes = [node for group in groups for node in group.nodes]
-    if len(groups) > 1 and (cost := format_cost(nodes)):
-        result(f"All groups: {cost}")
-    asked = ask_servers(app, nodes) if servers else {}
-    for node in nodes:
-        if one := asked.get(node.id):
-            put(f"{paint(node.name, fg=SERVER_WORDS[one.server][0])}: {printable_lines(one.server_text)}")
-
-
 @cli.command("status")
 @click.argument("group", type=GroupName(), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.option(
     "--servers",
     is_flag=True,
@@ -6182,37 +6125,46 @@ def show_groups(app: App, groups: Sequence[GroupState], wide: bool, servers: boo
 )
 @click.option("--watch", is_flag=True, help="Renew it, with the servers, every few seconds until Ctrl-C.")
 @click.option("--wide", is_flag=True, help="Show all columns, however narrow the terminal is.")
-@click.option("--all-regions", is_flag=True, help="Show every region of the account.")
+@click.option("--all-regions", "everywhere", is_flag=True, help="Show every region of the account.")
 @click.pass_obj
 def show_status(
-    app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, wide: bool, **where: bool
+    app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, everywhere: bool, wide: bool
 ) -> None:
     """Show what is running, since when, and what it costs."""
-    everywhere, home, problems = where["all_regions"], app.settings.AWS_REGION, list[str]()
     if everywhere and (servers or watch):
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
+    home, problems = app.settings.AWS_REGION, list[str]()
+
+    def nothing() -> str:
+        where, advice = ("any region that answers", "") if everywhere else (home, app.elsewhere(group))
+        return f"Nothing is running in {where}{f' in group {group!r}' if group else ''}{advice}"
+
+    def watched() -> str:
+        groups = fetch_groups(group, app.ec2)
+        asked = ask_servers(app, [node for one in groups for node in one.nodes])
+        return "\n\n".join(format_group(app, one, wide, asked) for one in groups) or nothing()
+
     if watch:
-        keep_showing(lambda: show_watched(app, group, wide))
+        keep_showing(watched)
     fetch = functools.partial(fetch_groups, group)
     regions = app.in_all_regions(fetch, problems) if everywhere else {home: fetch(app.ec2)}
     groups = [one for found in regions.values() for one in found]
+    nodes = [node for one in groups for node in one.nodes]
     if as_json:
-        asked = ask_servers(app, [node for one in groups for node in one.nodes]) if servers else {}
-        shown = {region: {one.name: group_json(app, one, asked) for one in found} for region, found in regions.items()}
-        found = (
-            {"regions": {region: one for region, one in shown.items() if one}}
-            if everywhere
-            else {"region": home, "groups": shown[home]}
-        )
-        result(json.dumps(found | {"totals": totals([node for one in groups for node in one.present])}, indent=2))
+        asked = ask_servers(app, nodes) if servers else {}
+        result(json.dumps(status_json(app, groups, asked, everywhere), indent=2))
     elif groups:
-        show_groups(app, groups, wide, servers)
-        guarded = [rules for one in regions.get(home, []) for rules in one.security_groups]
+        for one in groups:
+            put(format_group(app, one, wide))
+        if len(groups) > 1 and (cost := format_cost(nodes)):
+            result(f"All groups: {cost}")
+        for node, said in (ask_servers(app, nodes) if servers else {}).items():
+            put(f"{paint(node.name, fg=SERVER_WORDS[said.server][0])}: {printable_lines(said.server_text)}")
+        guarded = [rules for one in groups if one.region == home for rules in one.security_groups]
         if guarded and app.known_identity:
             warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
     else:
-        named = f" in group {group!r}" if group else ""
-        note(f"Nothing is running in any region that answers{named}" if everywhere else nothing_runs(app, group))
+        note(nothing())
     if problems:
         raise ClusterError("; ".join(problems))
 
@@ -6232,14 +6184,15 @@ def format_loads(outcomes: Sequence[Outcome[Facts]]) -> str:
 @cli.command("systemLoad")
 @group_argument
 @click.option("--watch", is_flag=True, help="Renew it every few seconds until Ctrl-C.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_obj
 def system_load(app: App, group: str, watch: bool, as_json: bool) -> None:
     """Show each node's load, cores and memory."""
     nodes = in_order(app.open_group(group))
+    ask = functools.partial(ask_briefly, app, nodes, fetch_facts)
     if watch:
-        keep_showing(lambda: format_loads(ask_briefly(app, nodes, fetch_facts)))
-    outcomes = ask_briefly(app, nodes, fetch_facts)
+        keep_showing(lambda: format_loads(ask()))
+    outcomes = ask()
     if as_json:
         fields = ("load", "cores", "memory_mb")
         shown = {
@@ -6906,8 +6859,8 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     if not found and not problems:
         where = "any region" if all_regions else home
         if not all_groups:
-            look = "" if all_regions else f"; {command('status', '--all-regions')} looks in every region"
-            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{look}")
+            advice = "" if all_regions else f"; {command('status', '--all-regions')} shows every region"
+            raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{advice}")
         note(f"Nothing to terminate: you have no group in {where}")
     if problems:
         raise ClusterError("; ".join(problems))
@@ -6952,7 +6905,7 @@ def format_plot(values: Sequence[float], width: int) -> str:
 
 @cli.command("spotPrices")
 @type_argument
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_obj
 def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
     """Show the last day's spot prices of TYPE, per zone."""
@@ -7013,28 +6966,6 @@ def cancel_all_spot(app: App) -> None:
 # login, runCommand, logs, regions, completion, extend, policy.
 
 
-class Lines:
-    """Prints what comes in blocks, line by line, with PREFIX in front of each; in a pipe their bytes as they are."""
-
-    def __init__(self, prefix: str = "") -> None:
-        self.prefix, self.rest = prefix.encode(), b""
-
-    def __call__(self, block: bytes) -> None:
-        """Print the lines that BLOCK completes; what does not end is cut into long ones."""
-        *lines, self.rest = (self.rest + block).split(b"\n")
-        if len(self.rest) > MIB:
-            lines, self.rest = [*lines, self.rest], b""
-        if lines and sys.stdout.isatty():
-            result("\n".join((self.prefix + line.rstrip(b"\r")).decode("utf-8", "replace") for line in lines))
-        elif lines:
-            put(b"".join(self.prefix + line + b"\n" for line in lines))
-
-    def end(self) -> None:
-        """Print what came after the last line."""
-        if self.rest:
-            self(b"\n")
-
-
 optional_node = click.argument("name", shell_complete=complete_nodes, metavar="[NODE]", default="head")
 
 
@@ -7061,29 +6992,36 @@ def login(app: App, name: str) -> None:
     sys.exit(min(code, 255))
 
 
-def command_step(line: str, as_json: bool, named: bool, remote: Remote) -> tuple[int, str]:
+def show_lines(prefix: str, lines: bytes) -> None:
+    """Print LINES with PREFIX in front of each; in a pipe their bytes as they are."""
+    shown = [prefix.encode() + line for line in lines.removesuffix(b"\n").split(b"\n")]
+    if sys.stdout.isatty():
+        result("\n".join(line.rstrip(b"\r").decode("utf-8", "replace") for line in shown))
+    else:
+        put(b"\n".join([*shown, b""]))
+
+
+def command_step(line: str, as_json: bool, prefixed: bool, remote: Remote) -> tuple[int, str]:
     """Run a command line on one node, as its shell reads it; print its output as it comes.
 
-    For JSON return (exit code, the output's first megabyte) instead; else another code than 0 is an error.
+    For JSON return (exit code, the output's last megabyte) instead; else another code than 0 is an error.
     """
     # So the node's guard sees that a command is at work, or was for a moment.
     mark = f"if [ -e {MARK_PATH} ]; then exec 9< {MARK_PATH}; sudo -n touch {MARK_PATH}; fi"
-    kept = bytearray()
-    lines = Lines(f"{remote.node.short}: " if named else "")
-    sink = (lambda block: kept.extend(block[: MIB - len(kept)])) if as_json else lines
-    try:
-        code, _ = remote.run(user_command("run-command", f"{mark}; {line}"), limit=SYNC_LIMIT, sink=sink)
-    finally:
-        lines.end()
-    if code and not as_json:
+    whole = user_command("run-command", f"{mark}; {line}")
+    if as_json:
+        return remote.run(whole, limit=SYNC_LIMIT, keep=MIB)
+    show = functools.partial(show_lines, f"{remote.node.short}: " if prefixed else "")
+    code, _ = remote.run(whole, limit=SYNC_LIMIT, sink=show)
+    if code:
         raise NodeError(format_exit(code))
-    return code, kept.decode("utf-8", "replace")
+    return 0, ""
 
 
 @cli.command("runCommand", cls=OwnWords)
 @click.argument("quoted", metavar='["CMD ARGS"] [GROUP]', nargs=-1)
 @click.option("--group", "named", type=GroupName(), help="The group, where it is not named after the command.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_context
 def run_command(
     ctx: click.Context, quoted: tuple[str, ...], named: str | None, as_json: bool, words: tuple[str, ...]
@@ -7099,18 +7037,12 @@ def run_command(
     step = functools.partial(command_step, line, as_json, len(nodes) > 1)
     outcomes = app.pool.each(nodes, step, Progress("Running", len(nodes)))
     if as_json:
-        ran = {one.node.name: (one.error or None, *(one.value or (None, ""))) for one in outcomes}
-        result(
-            json.dumps({name: dict(zip(("error", "code", "output"), values)) for name, values in ran.items()}, indent=2)
-        )
+        fields = ("error", "code", "output")
+        shown = {one.node.name: dict(zip(fields, (one.error or None, *(one.value or (None, ""))))) for one in outcomes}
+        result(json.dumps(shown, indent=2))
     failed = [one.node.name for one in outcomes if not one.ok or one.value[0]]
     if failed:
         raise ClusterError(f"{len(failed)} of {format_count(len(nodes), 'node')} failed: {', '.join(failed)}")
-
-
-def to_moment(seconds: str) -> datetime:
-    """Return the moment so many SECONDS after 1970, as a node's date prints it."""
-    return datetime.fromtimestamp(int(seconds), timezone.utc)
 
 
 # $1 how many lines are read, $2 where to go on (or empty), $3 how many are shown, as tail's -n; not the two that
@@ -7150,14 +7082,15 @@ def show_logs(app: App, name: str, follow: bool, installation: bool) -> None:
         if not outcome.ok:
             raise ClusterError(f"{node.name}: {outcome.error}")
         text, cursor = outcome.value
-        Lines()(re.sub(r"(?m)^(\d{10})\.\d+ \S+", lambda at: format_time(to_moment(at[1])), text).encode())
+        if text:
+            show_lines("", re.sub(r"(?m)^(\d{10})\.\d+ \S+", lambda at: format_time(int(at[1])), text).encode())
         if not follow:
             return None
         time.sleep(1)
 
 
 @cli.command("regions")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 @click.pass_obj
 def list_regions(app: App, as_json: bool) -> None:
     """List the regions; the one of the settings is marked."""
@@ -7168,10 +7101,10 @@ def list_regions(app: App, as_json: bool) -> None:
 
 
 COMPLETE_VARIABLE = "_CLUSTER_PY_COMPLETE"
-COMPLETIONS = {  # file; what adds a folder to PATH, where zsh and fish must find the program; the line itself
-    "bash": ("~/.bashrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=bash_source {name})"'),
-    "zsh": ("~/.zshrc", 'PATH="$PATH":{folder}; ', 'eval "$({variable}=zsh_source {name})"'),
-    "fish": ("~/.config/fish/config.fish", "set -a PATH {folder}; ", "{variable}=fish_source {name} | source"),
+COMPLETIONS = {  # file; the line to add: zsh and fish must find the program on PATH
+    "bash": ("~/.bashrc", 'PATH="$PATH":{folder}; eval "$({variable}=bash_source {name})"'),
+    "zsh": ("~/.zshrc", 'PATH="$PATH":{folder}; eval "$({variable}=zsh_source {name})"'),
+    "fish": ("~/.config/fish/config.fish", "set -a PATH {folder}; {variable}=fish_source {name} | source"),
 }
 
 
@@ -7182,11 +7115,11 @@ def completion(shell: str | None) -> None:
     shell = shell or os.path.basename(os.environ.get("SHELL", ""))
     if shell not in COMPLETIONS:
         raise ClusterError(f"name your shell: {command('completion', 'bash')} (or zsh, or fish)")
-    path, add, line = COMPLETIONS[shell]
+    path, line = COMPLETIONS[shell]
     called = shlex.split(Call.program)[0]
-    folder, name = map(shlex.quote, os.path.split(os.path.abspath(called)))
+    folder, name = map(shlex.quote, os.path.split(os.path.abspath(shutil.which(called) or called)))
     note(f"Add this line to {path}:")
-    result((add if os.sep in called else "").format(folder=folder) + line.format(variable=COMPLETE_VARIABLE, name=name))
+    result(line.format(folder=folder, variable=COMPLETE_VARIABLE, name=name))
 
 
 # $1: seconds to add to the deadline, if there is one. The idle time begins anew.
@@ -7209,7 +7142,7 @@ def extend_step(hours: float, remote: Remote) -> str:
     seconds = first_line(remote.check(root_command("extend", EXTEND, str(round(hours * 3600)))))
     if remote.node.max_hours and not seconds.isdigit():
         raise NodeError("has lost its time limit")
-    ends = f"ends at {format_time(to_moment(seconds))}" if seconds else "has no time limit"
+    ends = f"ends at {format_time(int(seconds))}" if seconds else "has no time limit"
     idle = remote.node.idle_minutes
     return f"{ends}, may be idle for {format_count(idle, 'minute')} from now on" if idle else ends
 
@@ -7253,15 +7186,15 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
     Spot launches: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/ExamplePolicies_EC2.html
     """
 
-    def allow(name: str, actions: str, resources: str, condition: dict[str, Any] | None = None) -> dict[str, Any]:
-        service = "ec2:" if ":" not in actions else ""
-        arns = [one if one == "*" else f"arn:{partition}:{one}" for one in resources.split()]
-        statement = {"Sid": name, "Effect": "Allow", "Action": [service + one for one in actions.split()]}
-        return statement | {"Resource": arns} | ({"Condition": condition} if condition else {})
+    def allow(name: str, actions: str, resources: list[str], condition: dict[str, Any] | None = None) -> dict[str, Any]:
+        named = [one if ":" in one else f"ec2:{one}" for one in actions.split()]
+        statement = {"Sid": name, "Effect": "Allow", "Action": named, "Resource": resources}
+        return statement | ({"Condition": condition} if condition else {})
 
-    def kinds(names: str) -> str:
-        return " ".join(f"ec2:*:{'' if name == 'image' else '*'}:{name}/*" for name in names.split())
+    def kinds(names: str) -> list[str]:
+        return [f"{arn}:ec2:*:{'' if name == 'image' else '*'}:{name}/*" for name in names.split()]
 
+    arn = f"arn:{partition}"
     made = "instance volume spot-instances-request security-group"
     new, ours = ({"Null": {f"aws:{tag}/{TAG_GROUP}": "false"}} for tag in ("RequestTag", "ResourceTag"))
     made_by = {"StringEquals": {"ec2:CreateAction": ["RunInstances", "CreateSecurityGroup", "ImportKeyPair"]}}
@@ -7269,16 +7202,16 @@ def make_policy(partition: str, bucket: str) -> dict[str, Any]:
     return {
         "Version": "2012-10-17",
         "Statement": [
-            allow("Read", READS, "*"),
-            allow("ReadPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", "*"),
-            allow("FindUbuntu", "ssm:GetParameter", "ssm:*::parameter/aws/service/canonical/*"),
+            allow("Read", READS, ["*"]),
+            allow("ReadPriceAndQuota", "pricing:GetProducts servicequotas:GetServiceQuota", ["*"]),
+            allow("FindUbuntu", "ssm:GetParameter", [f"{arn}:ssm:*::parameter/aws/service/canonical/*"]),
             allow("LaunchFrom", f"{launch} ImportKeyPair", kinds("image subnet network-interface key-pair vpc")),
             allow("LaunchWithTag", launch, kinds(made), new),
             allow("TagWhatIsBeingMade", "CreateTags", kinds(f"{made} key-pair"), made_by),
             allow("ChangeAndEndOnlyWhatIsOurs", CHANGES, kinds(made), ours),
             allow("AddRules", "AuthorizeSecurityGroupIngress", kinds("security-group-rule")),
-            allow("FindData", "s3:ListBucket", f"s3:::{bucket}"),
-            allow("MoveData", "s3:GetObject s3:PutObject s3:AbortMultipartUpload", f"s3:::{bucket}/*"),
+            allow("FindData", "s3:ListBucket", [f"{arn}:s3:::{bucket}"]),
+            allow("MoveData", "s3:GetObject s3:PutObject s3:AbortMultipartUpload", [f"{arn}:s3:::{bucket}/*"]),
         ],
     }
 

@@ -76,8 +76,8 @@ MITSUBA_PACKAGE = ""
 
 # An apt repository that has a package called mitsuba, as a line of sources.list, e.g.
 # "deb [signed-by=/path/on/the/node] https://example.org/ubuntu ./"
-# This one is the original's, and may have nothing for today's Ubuntu: createNodes checks
-# that before it costs anything.
+# This one is Mitsuba's own, and may have nothing for today's Ubuntu: createNodes checks
+# that before any cost is incurred.
 PKG_REPOSITORY = "deb https://www.mitsuba-renderer.org binary/"
 
 # Where data files lie on the nodes, and where Mitsuba's server runs.

@@ -380,7 +380,7 @@ def plan(count: int) -> cluster.Plan:
     image = cluster.Image("ami-1", "x86_64", "legacy-bios", "hvm", "/dev/sda1", 8, "ubuntu")
     subnets = [cluster.Subnet("us-east-1a", "subnet-1", "vpc-1", True)]
     request = cluster.LaunchRequest("c1.xlarge", count, "default")
-    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", 0, None, {}, "", 0, 0, None)
+    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", [], None, {}, "", 0, 0, None)
 
 
 def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -> None:
@@ -519,6 +519,10 @@ def test_no_capacity_moves_to_the_next_zone(cloud: LocalCloud, group: str) -> No
     assert made.code == 0, made.err
     assert "no capacity for c1.xlarge in us-east-1a (InsufficientInstanceCapacity)" in made.err
     assert sorted(node["zone"] for node in cloud.nodes(group)) == ["us-east-1b", "us-east-1c", "us-east-1c"]
+    assert made.err.count("In us-east-1b and us-east-1c: traffic between zones costs $0.01 a GB in each direct") == 1
+    with cloud.options(capacity={"us-east-1a": 0, "us-east-1b": 0}):  # one zone, but not the others' only one
+        more = cloud.cluster("createNodes", "c1.xlarge", "1", group)
+    assert more.err.count("In us-east-1b and us-east-1c: traffic between zones costs") == 1
 
 
 def test_fewer_nodes_than_asked(cloud: LocalCloud, group: str) -> None:

@@ -216,14 +216,6 @@ def test_too_new_a_build_ends_create_nodes_before_it_costs_anything(
     assert done.code == 0, done.err
 
 
-def test_output_comes_line_by_line_however_it_is_cut() -> None:
-    lines: list[bytes] = []
-    take = cluster.by_line(lines.append)
-    for block in (b"apt says\nst", b"ep: unpack", b"ing\nstep: checking\nstep: unfinished"):
-        take(block)
-    assert lines == [b"apt says", b"step: unpacking", b"step: checking"]
-
-
 def learn_build(folder: Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Learn the build of the mtssrv in FOLDER."""
     words = [sys.executable, "-I", "-c", cluster.node_program(cluster.learn_build), "0.6.0"]

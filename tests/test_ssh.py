@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import paramiko
 import pytest
@@ -59,6 +62,36 @@ def test_a_step_over_its_limit_has_failed(monkeypatch: pytest.MonkeyPatch) -> No
     assert remote.receive(Channel(), time.monotonic() + 60) == b"still at it\n"  # type: ignore[arg-type]
     with pytest.raises(cluster.NodeError, match="did not end within its time limit"):
         remote.receive(Channel(), time.monotonic() - 1)  # type: ignore[arg-type]
+
+
+class Talking(cluster.Remote):
+    """A node on which a command writes BLOCKS."""
+
+    def __init__(self, *blocks: bytes) -> None:
+        self.blocks = [*blocks, b""]
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Any]:
+        """Open a session for a command that succeeds."""
+        yield Mock(**{"recv_exit_status.return_value": 0})
+
+    def receive(self, *_: Any) -> bytes:
+        """Return the next block."""
+        return self.blocks.pop(0)
+
+
+def test_output_comes_in_whole_lines_however_it_is_cut() -> None:
+    lines: list[bytes] = []
+    blocks = (b"apt says\nst", b"ep: unpack", b"ing\nstep: checking\nstep: unfin", b"ished")
+    code, output = Talking(*blocks).run("install", sink=lines.append)
+    assert lines == [b"apt says\n", b"step: unpacking\nstep: checking\n", b"step: unfinished"]
+    assert (code, output.encode()) == (0, b"".join(blocks))
+
+
+def test_a_line_without_end_is_cut() -> None:
+    lines: list[bytes] = []
+    Talking(*[bytes(cluster.MIB // 2)] * 3).run("cat /dev/zero", sink=lines.append)
+    assert [len(line) for line in lines] == [cluster.MIB, cluster.MIB // 2]
 
 
 def test_an_sshd_that_has_not_ended_the_last_session(monkeypatch: pytest.MonkeyPatch) -> None:

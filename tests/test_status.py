@@ -39,7 +39,7 @@ def test_a_mistyped_group_swapped_arguments_and_another_region(cloud: LocalCloud
         swapped = cloud.cluster(*words)
         assert f"; did you mean ./cluster.py {words[0]} uptime {group}? Running here: " in swapped.last_line
     away = cloud.cluster("status", settings={"AWS_REGION": "eu-north-1"})
-    assert "in eu-north-1; ./cluster.py status --all-regions looks in every region" in away.err
+    assert "in eu-north-1; ./cluster.py status --all-regions shows every region" in away.err
 
 
 def test_regions_and_system_load(cloud: LocalCloud, group: str) -> None:

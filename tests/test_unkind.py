@@ -49,6 +49,7 @@ def test_spot_in_the_one_zone_that_is_cheap_enough(cloud: LocalCloud, group: str
     assert made.code == 0, made.err
     assert "2 × c1.xlarge: $0.0620 an hour" in made.err
     assert [(node["zone"], node["price"]) for node in cloud.nodes(group)] == [("us-east-1c", 0.031)] * 2
+    assert "traffic between zones" not in made.err
 
 
 def test_spot_goes_on_to_the_next_zone_and_each_node_has_the_price_of_its_own(cloud: LocalCloud, group: str) -> None:
