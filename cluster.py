@@ -33,6 +33,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import errno
 import functools
 import gc
 import glob
@@ -49,9 +50,9 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
@@ -497,6 +498,8 @@ SOURCES = {
 SIGNATURE_TAGS = [f"{TAG_SIGNATURE}-{number}" for number in range(1, 5)]
 TAG_BATCH = 1000  # resources a CreateTags request, AWS's limit
 NEW_LIMIT = 60  # for all of AWS to know what was just made
+BUSY_LIMIT = 120  # for the answer to a launch or an end; 100 instances are refilled at 2 a second
+BUSY_PAUSE = 10  # at most, between two tries
 CLOCK_TOLERANCE = 240  # AWS refuses signatures that are 5 minutes off
 EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 REGION_CODES = {"AuthFailure", "OptInRequired", "UnrecognizedClientException"}  # of a region that is not enabled, too
@@ -579,21 +582,28 @@ def explain_denial(text: str, call: str) -> str:
     return f"{denied}: ask for that permission; {command('policy')} prints all that this tool needs"
 
 
-def once_known(call: Callable[[], T]) -> T:
-    """Make a CALL that names what was just made: again, while the part of AWS that answers does not know it yet.
+def persist(call: Callable[[], T], name: str = "", new: Container[str] = NEW_CODES) -> T:
+    """Make a CALL until its answer is known: again where AWS does not know yet what was just made (the codes NEW).
 
+    One that may be sent twice has a NAME: again, too, where its answer is lost or AWS is busy.
     https://docs.aws.amazon.com/ec2/latest/devguide/eventual-consistency.html
     """
-    from botocore.exceptions import ClientError
+    from botocore.exceptions import ClientError, HTTPClientError
+    from botocore.parsers import ResponseParserError
 
-    deadline = time.monotonic() + NEW_LIMIT
+    began, pause = time.monotonic(), POLL / 2
     while True:
         try:
             return call()
-        except ClientError as error:
-            if error_code(error) not in NEW_CODES or time.monotonic() > deadline:
+        except (ClientError, HTTPClientError, ResponseParserError) as error:
+            code, gone = error_code(error), time.monotonic() - began
+            busy = name and (code in RETRY_CODES or not isinstance(error, ClientError))
+            if not (busy and gone < BUSY_LIMIT) and not (code in new and gone < NEW_LIMIT):
                 raise
-        time.sleep(POLL / 2)
+            if busy:
+                note(f"{name}: {code or type(error).__name__}; trying again, the same request")
+        time.sleep(pause)
+        pause = min(2 * pause, BUSY_PAUSE)
 
 
 def clock_problem(error: Exception) -> str:
@@ -670,9 +680,9 @@ def tolerate(*codes: str, loss: str = "") -> Iterator[None]:
             warn(f"{loss}: {explain(error)}")
 
 
-def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
-    """Make several calls at once; return their results in order, or raise the first error."""
-    pool = concurrent.futures.ThreadPoolExecutor(len(calls))
+def side_by_side(*calls: Callable[[], Any], limit: int = 0) -> list[Any]:
+    """Make calls, all or LIMIT of them at once; return their results in order, or raise the first error."""
+    pool = concurrent.futures.ThreadPoolExecutor(limit or len(calls))
     try:
         return [future.result() for future in [pool.submit(call) for call in calls]]
     finally:
@@ -1054,36 +1064,12 @@ def sort_rules(
     return [rule for rule in wanted if rule.way not in present], stale, [r for r in others if r not in stale]
 
 
-def repair_rules(ec2: Client, group: SecurityGroup, settings: Settings, cidr: str, owner: str) -> bool:
-    """Add what GROUP has to let in, then remove the owner's old rules; return whether those had another address."""
-    missing, stale, _ = sort_rules(group, settings, cidr, owner)
-    for rule in missing:
-        permission = rule.permission
-        if rule.owner:
-            permission[rule.kind][0]["Description"] = rule.owner
-        add = functools.partial(ec2.authorize_security_group_ingress, GroupId=group.id, IpPermissions=[permission])
-        with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
-            once_known(add)
-    for rule in stale:
-        with tolerate("InvalidPermission.NotFound"):
-            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
-    return any(rule.owner and rule.source != cidr for rule in stale)
-
-
 def describe_rules(ec2: Client, group: SecurityGroup, rules: Sequence[Rule]) -> str:
     """Say what else RULES let into GROUP, and how to close it."""
     ways = ", ".join(f"{rule} ({rule.owner or 'no description'})" for rule in rules)
     permissions = shlex.quote(json.dumps([rule.permission for rule in rules]))
     close = f"aws ec2 revoke-security-group-ingress --region {ec2.meta.region_name} --group-id {group.id}"
     return f"security group {group.name} also lets in {ways}; to close that: {close} --ip-permissions {permissions}"
-
-
-def warn_of_rules(ec2: Client, groups: Sequence[SecurityGroup], settings: Settings, cidr: str, owner: str) -> None:
-    """Name what security GROUPS let in beside this machine and their own nodes."""
-    for group in groups:
-        _, _, others = sort_rules(group, settings, cidr, owner)
-        if others:
-            warn(describe_rules(ec2, group, others))
 
 
 # --- SSH ---------------------------------------------------------------------
@@ -1105,35 +1091,9 @@ SESSION_LIMIT = 5  # for sshd, which refuses one session more, to end the one be
 OUTPUT_TAIL = 4000  # bytes of a step's output that are kept for its error message
 
 
-def fingerprint(public: str) -> str:
-    """Return the SHA256:… of a public key, as ssh-keygen -l does."""
-    import base64
-    import hashlib
-
-    digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
-    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
-
-
-class Identity(NamedTuple):
-    """The user's SSH key: what logs in, and its public half as one line."""
-
-    key: paramiko.PKey
-    public: str
-
-    @property
-    def fingerprint(self) -> str:
-        """The key's fingerprint."""
-        return fingerprint(self.public)
-
-
 def clean_environment() -> dict[str, str]:
     """Return the environment for child processes: without AWS credentials."""
     return {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-
-
-def to_identity(key: paramiko.PKey) -> Identity:
-    """Return a key with its public half."""
-    return Identity(key, f"{key.get_name()} {key.get_base64()}")
 
 
 @functools.cache
@@ -1141,20 +1101,21 @@ def read_fingerprint(path: Path) -> str:
     """Return the fingerprint of a key file, of an encrypted one too; "" where ssh-keygen can't tell it."""
     import subprocess
 
+    if not shutil.which("ssh-keygen"):
+        return ""
     words = ["ssh-keygen", "-l", "-E", "sha256", "-f", str(path)]
-    with contextlib.suppress(FileNotFoundError):
-        shown = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False).stdout
-        return next((word for word in shown.split() if word.startswith("SHA256:")), "")
-    return ""
+    done = subprocess.run(words, env=clean_environment(), capture_output=True, text=True, check=False)
+    found = re.search(r"SHA256:\S+", done.stdout)
+    return found[0] if found else ""
 
 
-def from_agent(path: Path) -> Identity | None:
+def from_agent(path: Path) -> paramiko.PKey | None:
     """Return the ssh-agent's key that a file holds the public half of, or encrypted."""
     import paramiko
 
     shown = read_fingerprint(path)
     held = paramiko.Agent().get_keys() if shown else ()
-    key: Any = next((key for key in held if key.fingerprint == shown), None)
+    key: paramiko.PKey | None = next((key for key in held if key.fingerprint == shown), None)
     if not key:
         return None
     signs, signing = key.sign_ssh_data, threading.Lock()
@@ -1163,43 +1124,55 @@ def from_agent(path: Path) -> Identity | None:
         with signing:  # the nodes' threads share one connection: each takes the next answer for its own
             return signs(*what)
 
-    key.sign_ssh_data = sign_alone
-    return to_identity(key)
+    key.sign_ssh_data = sign_alone  # type: ignore[assignment,method-assign]
+    return key
 
 
-def load_identity(path: Path, may_ask: bool = True) -> Identity:
+def has_key(path: Path) -> bool:
+    """Tell whether a file is there and holds a key, or its public half: not the placeholder."""
+    text = path.read_text("latin-1") if path.exists() else ""
+    return "PRIVATE KEY" in text or bool(re.match(r"(ssh-\w+|ecdsa-\S+) [A-Za-z0-9+/=]+", text))
+
+
+def load_identity(path: Path, may_ask: bool = True) -> paramiko.PKey:
     """Load the user's SSH key; ClusterError says what is wrong with the file."""
     import paramiko
 
     text = path.read_text("latin-1") if path.exists() else ""
-    if re.search(r"^(ssh-\w+|ecdsa-\S+) [A-Za-z0-9+/=]+", text):
-        if identity := from_agent(path):
-            return identity
-        raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
-    if "PRIVATE KEY" not in text:
+    if not has_key(path):
         if not text or "placeholder" in text:
             raise ClusterError(
                 f"there is no SSH key {path}: copy it from the machine that launched the nodes; for nodes of this "
                 "machine's own, createNodes makes one (choose another KEYPAIR_NAME)"
             )
         raise ClusterError(f"{path} is no SSH private key: copy it from the machine that launched the nodes")
-    if stat.S_IMODE(path.stat().st_mode) & 0o077:
-        raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
-    try:
-        return to_identity(paramiko.PKey.from_path(path))
-    except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
-        if identity := from_agent(path):
-            return identity
-    except (paramiko.SSHException, ValueError) as error:
-        raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
+    is_private = "PRIVATE KEY" in text
+    if is_private:
+        if stat.S_IMODE(path.stat().st_mode) & 0o077:
+            raise ClusterError(f"{path} can be read by other users: chmod 600 {path}")
+        try:
+            return paramiko.PKey.from_path(path)
+        except (paramiko.PasswordRequiredException, TypeError):  # TypeError: cryptography's way to ask for one
+            pass
+        except (paramiko.SSHException, ValueError) as error:
+            raise ClusterError(f"{path} can't be read as an SSH private key: {error}") from error
+    if held := from_agent(path):
+        return held
+    if not is_private:
+        raise ClusterError(f"{path} holds a public key only, and ssh-agent does not have its private half: ssh-add it")
     if not (may_ask and sys.stdin.isatty()):
         raise ClusterError(f"{path} is encrypted: ssh-add it, or run this at a terminal")
     passphrase = click.prompt(f"Passphrase of {path}", hide_input=True, err=True)
     try:
         # Bytes, whatever the annotation says: cryptography, which paramiko hands it to, takes nothing else.
-        return to_identity(paramiko.PKey.from_path(path, passphrase.encode()))  # type: ignore[arg-type]
+        return paramiko.PKey.from_path(path, passphrase.encode())  # type: ignore[arg-type]
     except (paramiko.SSHException, ValueError) as error:
         raise ClusterError(f"{path} can't be unlocked: wrong passphrase?") from error
+
+
+def public_line(key: paramiko.PKey) -> str:
+    """Return a key's public half, as a line of authorized_keys has it."""
+    return f"{key.get_name()} {key.get_base64()}"
 
 
 def signed_text(group: str, host_key: str) -> bytes:
@@ -1222,9 +1195,9 @@ def is_signed(public: str, group: str, host_key: str, signature: str) -> bool:
     return False
 
 
-def is_ours(node: Node, identity: Identity) -> bool:
+def is_ours(node: Node, identity: paramiko.PKey) -> bool:
     """Tell whether NODE was launched with the user's key: anybody in the account may write tags, but not sign them."""
-    return is_signed(identity.public, node.group, node.host_key, node.signature)
+    return is_signed(public_line(identity), node.group, node.host_key, node.signature)
 
 
 def describe_owner(nodes: Sequence[Node], groups: Sequence[SecurityGroup]) -> str:
@@ -1267,17 +1240,10 @@ def hide_from_git(path: Path) -> str:
         return "" if "not a git repository" in listed.stderr else first_line(listed.stderr)
     if not listed.stdout:
         return "" if git("check-ignore", "--quiet").returncode == 0 else "it is not in .gitignore"
-    if not listed.stdout.startswith("S"):
-        why = first_line(git("update-index", "--skip-worktree").stderr)
-        if not git("ls-files", "-v").stdout.startswith("S"):  # S: skip-worktree holds
-            return why or "git update-index --skip-worktree had no effect"
-    return ""
-
-
-def has_key(path: Path) -> bool:
-    """Tell whether a file is there and holds a key: not the placeholder."""
-    text = path.read_text("latin-1") if path.exists() else ""
-    return "PRIVATE KEY" in text or text.startswith(("ssh-", "ecdsa-"))
+    if listed.stdout.startswith("S"):  # skip-worktree holds
+        return ""
+    done = git("update-index", "--skip-worktree")
+    return first_line(done.stderr) or format_exit(done.returncode) if done.returncode else ""
 
 
 def user_command(name: str, script: str, *arguments: str) -> str:
@@ -1292,12 +1258,13 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
-import concurrent.futures, contextlib, glob, json, os, re, socket, stat, subprocess, sys, threading, time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import concurrent.futures, contextlib, errno, glob, json, os, re, signal, socket, stat, subprocess, sys, threading, time
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
 
+@functools.cache
 def node_program(entry: Callable[[list[str]], object]) -> str:
     """Return a Python program for a node: ENTRY, and the functions, classes and CONSTANTS that it needs, to the letter.
 
@@ -1339,25 +1306,37 @@ class Outcome(Generic[T]):
         return not self.error
 
 
-class Facts(NamedTuple):
-    """What a node says of itself."""
+def fact(form: str, read: Callable[[str], Any] = str) -> Any:
+    """Return a field of Facts: the FORM in which a node may say it, and what it is READ as."""
+    return field(default=read(""), metadata={"form": form, "read": read})
 
-    cores: int
-    build: str = ""  # of Mitsuba: its version, SPECTRUM_SAMPLES, and 1 if of double precision; empty: not installed
-    role: str = ""  # of its server: head, worker, or none yet
-    linked: tuple[str, ...] = ()  # private addresses that the running head is linked to
-    idle: float | None = None  # seconds since its last use; None: no guard is there
-    idle_limit: float = 0  # seconds after which it ends; 0: never
-    clients: dict[str, tuple[float, float]] = {}  # noqa: RUF012 - address and port -> seconds (connected, silent)
-    boot: str = ""  # changes with each boot of the node
-    started: str = ""  # changes with each start of its server
-    clock: str = ""  # seconds since 1970
-    load: tuple[float, ...] = ()
-    memory_mb: tuple[int, ...] = ()  # used, total
-    restarts: int = 0  # of its server by systemd, since it was started
-    problem: str = ""  # what the server's log said last of an error, if it was restarted
-    relays: str = ""  # "yes": it is a sub-head, maybe of no workers any more
-    replaced: str = ""  # "yes": install has replaced Mitsuba under the server, which wants a restart
+
+@dataclass(frozen=True)
+class Facts:
+    """What a node says of itself, in strict forms: units and tables are made of it, and renderers can write to some of
+    its sources.
+    """
+
+    cores: int = fact(r"[1-9][0-9]{0,4}", lambda text: int(text or 0))
+    # Of Mitsuba: its version, SPECTRUM_SAMPLES, and 1 if of double precision; empty: not installed.
+    build: str = fact(r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?")
+    role: str = fact(r"(head|worker)?")  # of its server; empty: none yet
+    # Private addresses that the running head is linked to.
+    linked: tuple[str, ...] = fact(r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*", lambda text: tuple(text.split()))
+    relays: str = fact(r"(yes)?")  # it is a sub-head, maybe of no workers any more
+    replaced: str = fact(r"(yes)?")  # install has replaced Mitsuba under the server, which wants a restart
+    boot: str = fact(r"[0-9A-Za-z-]{0,64}")  # changes with each boot of the node
+    started: str = fact(r"[0-9A-Za-z-]{0,64}")  # changes with each start of its server
+    clock: str = fact(r"([0-9]{1,12}(\.[0-9]{1,9})?)?")  # seconds since 1970
+    load: tuple[float, ...] = fact(r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}", lambda text: tuple(map(float, text.split())))
+    memory_mb: tuple[int, ...] = fact(r"[0-9]{1,9} [0-9]{1,9}", lambda text: tuple(map(int, text.split())))  # used, all
+    restarts: int = fact(r"[0-9]{0,9}", lambda text: int(text or 0))  # of its server by systemd, since it was started
+    problem: str = fact(r".*", printable)  # what the server's log said last of an error, if it was restarted
+
+    # What its guard says: all of it in seconds.
+    idle: float | None = None  # since its last use; None: no guard is there
+    idle_limit: float = 0  # after which it ends; 0: never
+    clients: dict[str, tuple[float, float]] = field(default_factory=dict)  # address and port -> (connected, silent)
 
     @property
     def version(self) -> str:
@@ -1405,13 +1384,20 @@ esac
 """
 
 
+@functools.cache
+def connection_errors() -> tuple[type[Exception], ...]:
+    """Return what paramiko raises where a connection breaks; its import takes long."""
+    import paramiko
+
+    return paramiko.SSHException, EOFError, OSError
+
+
 class Remote:
     """A connected node: runs commands on it."""
 
     def __init__(self, node: Node, transport: paramiko.Transport) -> None:
         self.node = node
         self.transport = transport
-        self.reply_by: float | None = None  # when the node must have replied
 
     def run(
         self,
@@ -1427,10 +1413,7 @@ class Remote:
         seconds (None: STEP_LIMIT), when the node does not answer any more, or when the connection breaks.
         """
         deadline = time.monotonic() + (STEP_LIMIT if limit is None else limit)
-        with self.session() as channel:
-            channel.set_combine_stderr(True)
-            channel.settimeout(SILENCE_LIMIT)
-            self.execute(channel, line)
+        with self.session(line) as channel:
             self.feed(channel, stdin)
             tail = rest = b""
             try:
@@ -1451,19 +1434,21 @@ class Remote:
             return code, tail.decode("utf-8", "replace")
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[paramiko.Channel]:
-        """Open a session, close it in the end, and turn what breaks it into a NodeError."""
-        import paramiko
-
+    def session(self, line: str) -> Iterator[paramiko.Channel]:
+        """Start a command LINE, stderr merged into its output, and turn what breaks the body into a NodeError."""
         try:
             channel = self.open_session()
             try:
+                channel.set_combine_stderr(True)
+                channel.settimeout(SILENCE_LIMIT)
+                with self.awaiting_reply():
+                    channel.exec_command(line)
                 yield channel
             finally:
                 channel.close()
         except TimeoutError:
             raise SilentNode("does not answer any more") from None
-        except (paramiko.SSHException, EOFError, OSError) as error:
+        except connection_errors() as error:
             raise NodeError(f"the connection broke: {error or type(error).__name__}") from error
 
     def open_session(self) -> paramiko.Channel:
@@ -1479,19 +1464,16 @@ class Remote:
                     raise
                 time.sleep(0.1)
 
-    def execute(self, channel: paramiko.Channel, line: str) -> None:
-        """Start a command LINE."""
-        with self.awaiting_reply():
-            channel.exec_command(line)
-
     @contextlib.contextmanager
     def awaiting_reply(self) -> Iterator[None]:
-        """Bound the body, in which paramiko itself would wait for ever for the node's reply."""
-        self.reply_by = time.monotonic() + LIVENESS_LIMIT
+        """Give up the node if the body, in which paramiko itself would wait for ever for its reply, takes too long."""
+        timer = threading.Timer(LIVENESS_LIMIT, self.transport.close)
+        timer.daemon = True
+        timer.start()
         try:
             yield
         finally:
-            self.reply_by = None
+            timer.cancel()
 
     @staticmethod
     def feed(channel: paramiko.Channel, stdin: Iterable[bytes]) -> None:
@@ -1504,11 +1486,6 @@ class Remote:
             raise
         except OSError:
             pass
-
-    def close_if_overdue(self) -> None:
-        """Give up a node that does not reply in time; the pool's main thread asks now and then."""
-        if self.reply_by and time.monotonic() > self.reply_by:
-            self.transport.close()
 
     def receive(self, channel: paramiko.Channel, deadline: float) -> bytes:
         """Return the next output, b"" at its end; a node that is silent must open another session to show its life."""
@@ -1524,7 +1501,7 @@ class Remote:
                         self.transport.open_session(timeout=LIVENESS_LIMIT).close()
                 except paramiko.ChannelException:
                     pass  # sshd allows one only, and shows its life by saying so
-                except (paramiko.SSHException, EOFError):
+                except connection_errors():
                     raise TimeoutError from None
         raise NodeError("did not end within its time limit")
 
@@ -1536,53 +1513,34 @@ class Remote:
         return output
 
 
-def to_seconds(value: Any) -> float:
-    """Return a report's number as seconds that can be shown, whatever it is."""
-    return min(1e9, max(0.0, float(value)))
-
-
-# Fact -> what a node may say (units and tables are made of it, and renderers can write to some of its sources), and
-# what it is read as.
-FACT_FORMS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "cores": (r"[1-9][0-9]{0,4}", int),
-    "build": (r"([0-9][0-9.]{0,30}[0-9] [0-9]{1,3} [01])?", str),
-    "role": (r"(head|worker)?", str),
-    "linked": (r"([0-9]{1,3}(\.[0-9]{1,3}){3}( |$))*", lambda text: tuple(text.split())),
-    "relays": (r"(yes)?", str),
-    "boot": (r"[0-9A-Za-z-]{0,64}", str),
-    "started": (r"[0-9A-Za-z-]{0,64}", str),
-    "clock": (r"([0-9]{1,12}(\.[0-9]{1,9})?)?", str),
-    "replaced": (r"(yes)?", str),
-    "load": (r"([0-9]{1,6}\.[0-9]{1,3}( |$)){3}", lambda text: tuple(map(float, text.split()))),
-    "memory_mb": (r"[0-9]{1,9} [0-9]{1,9}", lambda text: tuple(map(int, text.split()))),
-    "restarts": (r"[0-9]{0,9}", lambda text: int(text or 0)),
-    "problem": (r".*", printable),
-}
-
-
 def fetch_facts(remote: Remote) -> Facts:
     """Ask a node about itself."""
     output = remote.check(user_command("facts", FACTS), keep=MIB)  # a head names all of its workers
     pairs = dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
     said: dict[str, Any] = {}
-    for name, (pattern, read) in FACT_FORMS.items():
-        text = pairs.get(name, "")
-        if not re.fullmatch(pattern, text):
-            raise NodeError(f"reports {name!r} as {text[:60]!r}, which can't be")
-        said[name] = read(text)
+    for one in fields(Facts):
+        if one.metadata:
+            text = pairs.get(one.name, "")
+            if not re.fullmatch(one.metadata["form"], text):
+                raise NodeError(f"reports {one.name!r} as {text[:60]!r}, which can't be")
+            said[one.name] = one.metadata["read"](text)
+
+    def seconds(value: Any) -> float:
+        return min(1e9, max(0.0, float(value)))  # what can be shown, whatever it is
+
     try:
         guard = {"idle": None, "limit": 0, "clients": {}} | json.loads(pairs.get("guard") or "{}")
         return Facts(
             **said,
-            idle=None if guard["idle"] is None else to_seconds(guard["idle"]),
-            idle_limit=to_seconds(guard["limit"]),
-            clients={printable(peer): (to_seconds(a), to_seconds(b)) for peer, (a, b) in guard["clients"].items()},
+            idle=None if guard["idle"] is None else seconds(guard["idle"]),
+            idle_limit=seconds(guard["limit"]),
+            clients={printable(peer): (seconds(a), seconds(b)) for peer, (a, b) in guard["clients"].items()},
         )
     except (KeyError, ValueError, TypeError, AttributeError):
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
-def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
+def connect(node: Node, settings: Settings, identity: paramiko.PKey) -> Remote:
     """Connect once: exchange keys, check the host key, log in."""
     import paramiko
 
@@ -1596,14 +1554,13 @@ def connect(node: Node, settings: Settings, identity: Identity) -> Remote:
         # AES-GCM first: its check is native, the other ciphers' is in Python.
         options.ciphers = tuple(sorted(options.ciphers, key=lambda cipher: "gcm" not in cipher))
         transport.start_client(timeout=EXCHANGE_LIMIT)
-        shown = transport.get_remote_server_key()
-        if f"{shown.get_name()} {shown.get_base64()}" != node.host_key:
+        if public_line(transport.get_remote_server_key()) != node.host_key:
             raise Unusable(
                 "shows another host key than the one it was launched with: something else answers at this address, "
                 "or somebody is in between; nothing was sent to it"
             )
         try:
-            transport.auth_publickey(settings.SSH_USER, identity.key)
+            transport.auth_publickey(settings.SSH_USER, identity)
         except paramiko.AuthenticationException as error:
             raise Unusable(f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}") from error
         transport.set_keepalive(15)
@@ -1635,14 +1592,14 @@ def ssh_command(node: Node, settings: Settings, *options: str) -> Iterator[list[
         yield [*words, *options, f"{settings.SSH_USER}@{node.address}"]
 
 
-def open_remote(node: Node, settings: Settings, identity: Identity, limit: float, first_boot: bool = False) -> Remote:
+def open_remote(
+    node: Node, settings: Settings, identity: paramiko.PKey, limit: float, first_boot: bool = False
+) -> Remote:
     """Connect to a node, trying again for LIMIT seconds while it is silent, refuses or resets.
 
     A wrong host key or a refused login fails at once; at the FIRST_BOOT only after a while, since
     sshd may be up with the image's own keys before cloud-init has put ours in their place.
     """
-    import paramiko
-
     if not is_ours(node, identity):
         raise NodeError(not_ours(node))
     deadline = time.monotonic() + limit
@@ -1656,7 +1613,7 @@ def open_remote(node: Node, settings: Settings, identity: Identity, limit: float
             pause = min(2 * pause, REFUSED_PAUSE)
             if not first_boot or time.monotonic() - answered > FIRST_KEY_LIMIT:
                 raise
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except connection_errors() as error:
             if time.monotonic() > deadline:
                 raise SilentNode(
                     f"port {settings.SSH_PORT} of {node.address} does not answer from here "
@@ -1743,7 +1700,7 @@ class NodePool:
     The threads are daemons, not a ThreadPoolExecutor's: the program's end must not wait for a node that is dead.
     """
 
-    def __init__(self, settings: Settings, identity: Identity) -> None:
+    def __init__(self, settings: Settings, identity: paramiko.PKey) -> None:
         self.settings = settings
         self.identity = identity
         self.remotes: dict[str, Remote] = {}
@@ -1780,19 +1737,8 @@ class NodePool:
                 remote = open_remote(node, self.settings, self.identity, limit, first_boot)
                 self.remotes[node.id] = remote
             return Outcome(node, step(remote))
-        except NodeError as error:
+        except (NodeError, ClusterError) as error:
             return Outcome(node, error=str(error), silent=isinstance(error, SilentNode))
-        except ClusterError as error:
-            return Outcome(node, error=error.message)
-
-    def wait(self, futures: Iterable[Future[Outcome[T]]], seconds: float) -> None:
-        """Wait for FUTURES, for at most SECONDS; give up the nodes that do not reply in time."""
-        if waiting := list(futures):
-            concurrent.futures.wait(waiting, seconds)
-        else:
-            time.sleep(seconds)
-        for remote in list(self.remotes.values()):
-            remote.close_if_overdue()
 
     def each(
         self,
@@ -1803,8 +1749,7 @@ class NodePool:
     ) -> list[Outcome[T]]:
         """Run STEP on all NODES at once; return their outcomes in the order of NODES."""
         futures = [self.submit(node, step, progress, limit) for node in nodes]
-        while not all(future.done() for future in futures):
-            self.wait(futures, 0.5)
+        while concurrent.futures.wait(futures, 0.5).not_done:
             if progress:
                 progress.redraw()
         return [future.result() for future in futures]
@@ -1852,8 +1797,6 @@ def open_below(folder: int, path: str) -> int:
 
     OSError where a component is a link or not our own: its owner could put a link in its place.
     """
-    import errno
-
     here = os.dup(folder)
     try:
         for name in filter(None, path.split("/")):
@@ -1878,7 +1821,7 @@ class Fetcher:
     def __init__(self, folder: str, tries: int = RANGE_TRIES, timeout: int = RANGE_TIMEOUT) -> None:
         import subprocess
 
-        self.tries, self.timeout = tries, timeout
+        self.tries, self.timeout, self.name = tries, timeout, os.path.abspath(folder)
         self.folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         self.state = open_below(self.folder, FETCH_FOLDER)
         self.ranges = concurrent.futures.ThreadPoolExecutor(RANGE_STREAMS)
@@ -1915,8 +1858,6 @@ class Fetcher:
 
     def open_target(self, one: Wanted) -> tuple[int, str]:
         """Open the folder that a file belongs into; return it, and the file's name in it."""
-        import errno
-
         folder, _, name = one.path.rpartition("/")
         if name in ("", ".", "..") or one.path.split("/")[0] == FETCH_FOLDER:
             raise OSError(errno.EINVAL, "is not a name for a file")
@@ -1940,7 +1881,6 @@ class Fetcher:
 
     def fetch_range(self, one: Wanted, part: int, begin: int, end: int) -> None:
         """Bring the bytes from BEGIN to END into the open PART; what came before an error is kept."""
-        import errno
         import http.client
         import urllib.error
         import urllib.request
@@ -2015,7 +1955,7 @@ class Fetcher:
         disk = os.fstatvfs(self.folder)
         need, free = sum(one.size for one in missing) - there, disk.f_bavail * disk.f_frsize
         if need > free:
-            raise FetchFailed(f"{format_size(need)} needed, {format_size(free)} free")
+            raise FetchFailed(f"{format_size(need)} needed, {format_size(free)} free in {self.name}", OWN_FAULT)
         return need
 
     def fetch_all(self, wanted: Sequence[Wanted]) -> dict[str, int]:
@@ -2078,18 +2018,16 @@ def fetch_files(arguments: list[str]) -> None:
     threading.Thread(target=report, daemon=True).start()
     try:
         say(**fetcher.fetch_all(wanted))
-    except FetchFailed as error:
+    except (FetchFailed, OSError) as error:
+        if isinstance(error, OSError):
+            error = FetchFailed(f"{error.filename or arguments[0]}: {error.strerror or error}", OWN_FAULT)
         say(error=str(error), status=error.status, **fetcher.bytes)
         os._exit(1)  # at once: other threads are in the midst of their ranges
-    except OSError as error:
-        say(error=f"{error.filename or arguments[0]}: {error.strerror or error}", status=OWN_FAULT)
-        os._exit(1)
 
 
-@functools.cache
-def fetch_program() -> str:
-    """Return fetch_files as a program of its own."""
-    return node_program(fetch_files)
+def python_command(entry: Callable[[list[str]], object], *arguments: str) -> str:
+    """Return the command line that runs a function of this file as the SSH user."""
+    return shlex.join(["python3", "-I", "-c", node_program(entry), *arguments])
 
 
 class Fetched(NamedTuple):
@@ -2100,14 +2038,6 @@ class Fetched(NamedTuple):
     missing: int  # have no source yet
     moved: int  # bytes
     lacking: int  # bytes that were not here before, not even from an earlier try
-
-
-class FetchError(NodeError):
-    """A node's FetchFailed, as it has told it."""
-
-    def __init__(self, text: str, status: int = 0) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 def read_report(line: bytes) -> dict[str, Any]:
@@ -2125,45 +2055,43 @@ def read_report(line: bytes) -> dict[str, Any]:
 
 
 @dataclass
-class Tally:
-    """Adds up what several tries bring to a node; SHOW hears the bytes that have come, and of how many."""
+class Delivery:
+    """What comes to one node's FOLDER, in several tries; SHOW hears how many bytes have come, and of how many."""
 
+    remote: Remote
+    folder: str
     show: Callable[[int, int], object]
-    before: int = 0  # bytes of earlier tries
-    moved: int = 0
+    moved: int = 0  # bytes
+    status: int = 0  # of the FetchFailed by which the last try ended
 
-    def count(self, moved: int, lacking: int) -> None:
-        """Take a report of the present try."""
-        self.moved = self.before + moved
-        self.show(self.moved, self.before + lacking)
+    def fetch(self, wanted: Sequence[Wanted], *patience: int) -> Fetched:
+        """Let the node fetch files, once more. PATIENCE: other tries of a range, and timeout."""
+        before, self.status = self.moved, 0
+        last: dict[str, Any] = {}
 
+        def hear(lines: bytes) -> None:
+            for line in lines.splitlines():
+                last.update(read_report(line))
+                if last.keys() >= {"moved", "lacking"}:
+                    self.moved = before + last["moved"]
+                    self.show(self.moved, before + last["lacking"])
 
-def fetch_step(folder: str, wanted: Sequence[Wanted], tally: Tally, remote: Remote, *patience: int) -> Fetched:
-    """Let a node fetch files into FOLDER, once more. PATIENCE: other tries of a range, and timeout."""
-    last: dict[str, Any] = {}
-
-    def hear(lines: bytes) -> None:
-        for line in lines.splitlines():
-            last.update(read_report(line))
-            if last.keys() >= {"moved", "lacking"}:
-                tally.count(last["moved"], last["lacking"])
-
-    tally.before = tally.moved
-    job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
-    program = shlex.join(["python3", "-I", "-c", fetch_program(), folder, *map(str, patience)])
-    code, output = remote.run(program, limit=SYNC_LIMIT, stdin=[job], sink=hear)
-    if "error" in last:
-        raise FetchError(last["error"], last.get("status", 0))
-    if code or not last.keys() >= set(Fetched._fields):
-        raise NodeError(f"{format_exit(code)}{format_tail(output)}")
-    return Fetched(**{name: last[name] for name in Fetched._fields} | {"moved": tally.moved})
+        job = json.dumps([one._asdict() for one in wanted]).encode()  # by stdin: addresses show in no command line
+        line = python_command(fetch_files, self.folder, *map(str, patience))
+        code, output = self.remote.run(line, limit=SYNC_LIMIT, stdin=[job], sink=hear)
+        if "error" in last:
+            self.status = last.get("status", 0)
+            raise NodeError(last["error"])
+        if code or not last.keys() >= set(Fetched._fields):
+            raise NodeError(f"{format_exit(code)}{format_tail(output)}")
+        return Fetched(**{name: last[name] for name in Fetched._fields} | {"moved": self.moved})
 
 
 class FileServer:
     """Answers whoever knows a token HTTP requests for ranges of files, by their numbers; runs on a node, and here."""
 
-    def __init__(self, token: str, sizes: Sequence[int], open_file: Callable[[int], int]) -> None:
-        self.token, self.sizes, self.open_file = token, sizes, open_file
+    def __init__(self, token: str, sizes: Sequence[int], paths: Sequence[str | Path]) -> None:
+        self.token, self.sizes, self.paths = token, sizes, paths
         self.counting = threading.Lock()
         self.receivers: list[str] = []  # one for each request that is being answered
 
@@ -2185,7 +2113,7 @@ class FileServer:
                 head = f"HTTP/1.1 {status} -\r\nContent-Length: {end - begin}\r\nConnection: close\r\n\r\n"
                 stream.sendall(head.encode())
                 if status == 206:
-                    with open(self.open_file(number), "rb") as file:
+                    with open(self.paths[number], "rb") as file:
                         while begin < end and (block := os.pread(file.fileno(), min(MIB, end - begin), begin)):
                             stream.sendall(block)
                             begin += len(block)
@@ -2211,8 +2139,6 @@ class FileServer:
 
 def end_predecessor(address: str, port: str) -> None:
     """End the program that serves at this address for an earlier run, whose client may have lost its network."""
-    import signal
-
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         number = int(path.split("/")[2])
         with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -2234,15 +2160,15 @@ def serve_files(arguments: list[str]) -> None:
     wanted = [Wanted(**one) for one in job["wanted"]]
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    fetcher, handles = Fetcher(folder), []
+    fetcher, paths = Fetcher(folder), []
     record = fetcher.load("record.json") or {}
     for one in wanted:
         if not fetcher.is_here(one, record):
             sys.exit(f"{one.path} is not complete here")
-        below, name = fetcher.open_target(one)
-        handles.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below))
+        below, name = fetcher.open_target(one)  # opened now: what may stand there later is not served
+        paths.append(f"/proc/self/fd/{os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=below)}")
         os.close(below)
-    server = FileServer(job["token"], [one.size for one in wanted], lambda number: os.dup(handles[number]))
+    server = FileServer(job["token"], [one.size for one in wanted], paths)
     end_predecessor(address, port)
     for pause in (0.01, 0.1, 1, 0):  # its end may take a moment
         try:
@@ -2265,17 +2191,12 @@ def serve_files(arguments: list[str]) -> None:
     os._exit(0)
 
 
-@functools.cache
-def serve_program() -> str:
-    """Return serve_files as a program of its own."""
-    return node_program(serve_files)
-
-
 @dataclass(eq=False)
 class Source:
     """Who has the files: a node, whose program starts when the first receiver comes, or this machine."""
 
     remote: Remote | None = None
+    folder: str = ""
     starting: threading.Lock = field(default_factory=threading.Lock)  # held while the node's program starts
     channel: paramiko.Channel | None = None
     session: contextlib.ExitStack | None = None  # its end closes the channel, and ends the program
@@ -2285,7 +2206,9 @@ class Source:
     @property
     def is_free(self) -> bool:
         """Tell whether one more node may fetch from here; this machine's uplink is scarce."""
-        return self.receivers < (RECEIVERS if self.remote else 1)
+        if not self.remote:
+            return not self.receivers
+        return self.receivers < RECEIVERS and self.failures < PEERS_TRIED and self.remote.transport.is_active()
 
 
 class Spread:
@@ -2295,15 +2218,14 @@ class Spread:
     Nothing runs beside the nodes' own steps: a step waits for its source, fetches, and is a source itself.
     """
 
-    def __init__(self, folder: str, wanted: Sequence[Wanted], paths: Sequence[Path], nodes: int) -> None:
+    def __init__(self, wanted: Sequence[Wanted], paths: Sequence[Path], nodes: int) -> None:
         import secrets
 
-        self.folder, self.wanted, self.paths = folder, wanted, paths
+        self.wanted, self.paths = wanted, paths
         self.token = secrets.token_hex(16)
         self.changed = threading.Condition()
         self.here = Source()
         self.sources = [self.here]
-        self.fetching = 0  # nodes
         self.waiting: list[int] = []  # the bytes that waiting nodes lack
         self.unheard, self.until = nodes, 0.0  # nodes that have not said what they have, and how long that counts
 
@@ -2318,15 +2240,16 @@ class Spread:
         """Return the source for a node that has TRIED some in vain; None: wait. The caller holds the lock."""
         peers = [source for source in self.sources if source.remote and source.is_free and source not in tried]
         if len(tried) >= PEERS_TRIED:
-            peers = [self.here]
-        elif not peers and not self.fetching and (self.unheard <= 0 or time.monotonic() > self.until):
-            # Nobody else has it, or will have it soon. The node that lacks least comes first.
-            peers = [self.here] if lacking <= min(self.waiting, default=lacking) else []
+            peers = []
+        elif not peers:  # from here only where nobody has it, or will have it soon; who lacks least comes first
+            all_heard = self.unheard <= 0 or time.monotonic() > self.until
+            fetching = any(source.receivers for source in self.sources)
+            if not all_heard or fetching or lacking > min(self.waiting, default=lacking):
+                return None
         source = min(peers, key=lambda peer: peer.receivers, default=self.here)
-        if not (peers and source.is_free):
+        if not source.is_free:
             return None
         source.receivers += 1
-        self.fetching += 1
         return source
 
     def take(self, tried: Sequence[Source], lacking: int) -> Source:
@@ -2339,20 +2262,15 @@ class Spread:
         return source
 
     def give_back(self, source: Source, failed: bool = False) -> None:
-        """Let the next node have a SOURCE; one that failed twice, or is gone, is none any more."""
+        """Let the next node have a SOURCE; one that failed twice is none any more."""
         with self.changed:
-            self.fetching -= 1
             source.receivers -= 1
             source.failures += failed
-            if (remote := source.remote) and (source.failures >= PEERS_TRIED or not remote.transport.is_active()):
-                self.sources = [one for one in self.sources if one is not source]
             self.changed.notify()
 
     @contextlib.contextmanager
     def address(self, source: Source, remote: Remote) -> Iterator[str]:
         """Yield the address at which REMOTE reaches a SOURCE: a node's private one, or a port that leads here."""
-        import paramiko
-
         if source.remote:
             with source.starting:
                 if not source.channel or source.channel.exit_status_ready():
@@ -2362,8 +2280,7 @@ class Spread:
                         raise NodeError(f"{source.remote.node.name} {error}") from error
             yield f"http://{source.remote.node.private_ip}:{PASS_ON_PORT}"
             return
-        sizes = [one.size for one in self.wanted]
-        server = FileServer(self.token, sizes, lambda number: os.open(self.paths[number], os.O_RDONLY))
+        server = FileServer(self.token, [one.size for one in self.wanted], self.paths)
 
         def accept(channel: paramiko.Channel, *_: object) -> None:
             threading.Thread(target=server.answer, args=(channel, ""), daemon=True).start()
@@ -2371,33 +2288,30 @@ class Spread:
         try:
             with remote.awaiting_reply():
                 port = remote.transport.request_port_forward("127.0.0.1", 0, accept)
-        except (paramiko.SSHException, OSError, EOFError) as error:
+        except connection_errors() as error:
             raise NodeError(f"its sshd does not forward a port to this machine: {error}") from error
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            with contextlib.suppress(paramiko.SSHException, OSError, EOFError), remote.awaiting_reply():
+            with contextlib.suppress(*connection_errors()), remote.awaiting_reply():
                 remote.transport.cancel_port_forward("127.0.0.1", port)
 
     def begin(self, source: Source, remote: Remote) -> None:
         """Start a SOURCE's program, which serves the files."""
         job = {"token": self.token, "seconds": SERVE_SECONDS, "wanted": [one._asdict() for one in self.wanted]}
-        words = ["python3", "-I", "-c", serve_program(), self.folder, remote.node.private_ip, str(PASS_ON_PORT)]
+        line = python_command(serve_files, source.folder, remote.node.private_ip, str(PASS_ON_PORT))
         with contextlib.ExitStack() as stack:
-            channel = stack.enter_context(remote.session())
-            channel.settimeout(LIVENESS_LIMIT)
-            channel.set_combine_stderr(True)
-            remote.execute(channel, shlex.join(words))
+            channel = stack.enter_context(remote.session(line))
             channel.sendall(json.dumps(job).encode() + b"\n")
             if (answer := channel.recv(4096)) != b"ready\n":
                 raise NodeError(f"does not serve files: {answer.decode('utf-8', 'replace').strip()[-200:]}")
             source.channel, source.session = channel, stack.pop_all()
 
-    def bring(self, show: Callable[[int, int], object], remote: Remote) -> Fetched:
-        """Bring the files to a node, as far as it lacks them; SHOW hears what a Tally says."""
-        tally = Tally(show)
+    def bring(self, delivery: Delivery) -> Fetched:
+        """Bring the files to a node, as far as it lacks them."""
+        remote = delivery.remote
         try:
-            done = fetch_step(self.folder, self.wanted, tally, remote)
+            done = delivery.fetch(self.wanted)
         finally:
             self.hear()
         tried: list[Source] = []
@@ -2411,18 +2325,17 @@ class Spread:
                         one._replace(url=f"{url}/{number}", headers=headers) for number, one in enumerate(self.wanted)
                     ]
                     patience = (PEER_TRIES, PEER_TIMEOUT) if source.remote else ()
-                    done = fetch_step(self.folder, wanted, tally, remote, *patience)
+                    done = delivery.fetch(wanted, *patience)
             except NodeError as error:
-                full = isinstance(error, FetchError) and error.status == OWN_FAULT
-                if not source.remote or full or isinstance(error, SilentNode) or not remote.transport.is_active():
+                own_fault = delivery.status == OWN_FAULT or isinstance(error, SilentNode)
+                if own_fault or not source.remote or not remote.transport.is_active():
                     raise
-                time_was_up = channel and channel.exit_status_ready() and channel.recv_exit_status() == 0
-                failed = not time_was_up
+                failed = not (channel and channel.exit_status_ready() and channel.recv_exit_status() == 0)  # 0: time up
                 tried += [source] if failed else []
             finally:
                 self.give_back(source, failed)
         with self.changed:
-            self.sources.append(Source(remote))
+            self.sources.append(Source(remote, delivery.folder))
             self.changed.notify(RECEIVERS)
         return done
 
@@ -2444,6 +2357,15 @@ def warn_of_secrets(path: Path, settings: Settings) -> None:
     for secret in [path] * bool(settings.AWS_SECRET_ACCESS_KEY) + [s3cfg] * bool(with_key):
         if why := hide_from_git(secret):
             warn(f"git may pick up the secrets in {secret} ({why})")
+
+
+def fingerprint(public: str) -> str:
+    """Return the SHA256:… of a public key, as ssh-keygen -l does."""
+    import base64
+    import hashlib
+
+    digest = hashlib.sha256(base64.b64decode(public.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
 class App:
@@ -2469,13 +2391,13 @@ class App:
         return open_client(self.settings, "ec2")
 
     @functools.cached_property
-    def identity(self) -> Identity:
+    def identity(self) -> paramiko.PKey:
         """The user's SSH key."""
         self.known_identity = found = load_identity(self.settings.key_file)
         return found
 
     @functools.cached_property
-    def known_identity(self) -> Identity | None:
+    def known_identity(self) -> paramiko.PKey | None:
         """The user's SSH key, or None where it can't be had without asking for a passphrase."""
         try:
             return load_identity(self.settings.key_file, may_ask=False)
@@ -2562,10 +2484,28 @@ class App:
             )
         return ready
 
+    def warn_of_rules(self, groups: Sequence[SecurityGroup], cidr: str) -> None:
+        """Name what security GROUPS let in beside this machine, at CIDR, and their own nodes."""
+        for group in groups:
+            _, _, others = sort_rules(group, self.settings, cidr, self.rule_owner)
+            if others:
+                warn(describe_rules(self.ec2, group, others))
+
     def allow_access(self, groups: Sequence[SecurityGroup], cidr: str) -> None:
-        """Make sure that this machine, at CIDR, may connect to the nodes in these security GROUPS."""
-        for security_group in groups:
-            if repair_rules(self.ec2, security_group, self.settings, cidr, self.rule_owner):
+        """Let this machine, at CIDR ("": unknown), connect to the nodes in security GROUPS; then drop its old rules."""
+        for group in groups if cidr else ():
+            missing, stale, _ = sort_rules(group, self.settings, cidr, self.rule_owner)
+            for rule in missing:
+                permission = rule.permission
+                if rule.owner:
+                    permission[rule.kind][0]["Description"] = rule.owner
+                asked = {"GroupId": group.id, "IpPermissions": [permission]}
+                with tolerate("InvalidPermission.Duplicate"):  # another machine was quicker
+                    persist(functools.partial(self.ec2.authorize_security_group_ingress, **asked))
+            for rule in stale:
+                with tolerate("InvalidPermission.NotFound"):
+                    self.ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
+            if any(rule.owner and rule.source != cidr for rule in stale):
                 note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
 
     def open_group(self, group: str) -> list[Node]:
@@ -2584,9 +2524,8 @@ class App:
             lambda: importlib.import_module("paramiko"),  # a sixth of a second that AWS's answers take anyway
         )
         ready = self.choose_running(group, nodes)
-        if cidr:
-            self.allow_access(groups, cidr)
-        warn_of_rules(ec2, groups, self.settings, cidr, self.rule_owner)
+        self.allow_access(groups, cidr)
+        self.warn_of_rules(groups, cidr)
         return ready
 
     def has_key_pair(self, ec2: Client) -> bool:
@@ -3483,7 +3422,8 @@ def guard_at_boot(minutes: float) -> list[list[str]]:
 UBUNTU = {"22.04": ("jammy", "gp2"), "24.04": ("noble", "gp3"), "26.04": ("resolute", "gp3")}
 CANONICAL = {"aws": "099720109477", "aws-us-gov": "513442679011", "aws-cn": "837727238323"}  # partition -> owner
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
-PRICE_LIMIT = 5  # the look-up of a price, or of a quota
+# botocore's patience for what is only said: a price, a quota.
+QUICK: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 2}}
 SURPLUS_PRICE = 0.05  # $ a vCPU-hour above the baseline of T3 and T3a (https://aws.amazon.com/ec2/pricing/on-demand/)
 
 # What a type begins with -> its quota of vCPUs, on demand and spot; "" is all others: A, C, D, H, I, M, R, T, Z.
@@ -3501,8 +3441,6 @@ QUOTAS = {
     "": ("L-1216C47A", "L-34B43A08"),
 }
 TAG_LENGTH = 256  # characters of a tag's value, AWS's limit; the signature of an RSA key needs several tags
-LAUNCH_LIMIT = 120  # for the answer to one RunInstances request; 100 instances are refilled at 2 a second
-LAUNCH_PAUSE = 10  # at most, between two tries
 TRACKED = 86400  # seconds that a node's security groups shall at least remember a silent TCP connection
 
 # https://docs.aws.amazon.com/autoscaling/ec2/userguide/ts-as-instancelaunchfailure.html
@@ -3530,18 +3468,20 @@ class Image(NamedTuple):
     other_devices: tuple[str, ...] = ()  # of its other EBS volumes
 
 
-class LaunchRequest(NamedTuple):
-    """What the user asked createNodes for."""
+@dataclass(frozen=True)
+class LaunchRequest:
+    """What the user asked createNodes for: its arguments and options, under their names."""
 
-    type: str
-    number: int
+    instance_type: str
+    count: int
     group: str
     spot: bool = False
     max_price: float | None = None
-    max_hours: float | None = None
-    idle_minutes: float | None = None
+    max_hours: float | None = None  # after which the nodes end themselves; 0: never; None: make_plan decides
+    idle_minutes: float | None = None  # the same, without use
     without_mitsuba: bool = False
     others: bool = False  # even into somebody else's group
+    dry_run: bool = False  # say more, make nothing
 
 
 class Subnet(NamedTuple):
@@ -3566,8 +3506,6 @@ class Plan(NamedTuple):
     on_demand: float | None  # $ an hour; None: not known, or not needed
     spot: dict[str, float]  # zone -> $ an hour
     package: str  # where Mitsuba comes from; "" where that is not known
-    hours: float  # after which the nodes end themselves; 0: never
-    idle: float  # minutes without use after which they do; 0: never
     quota: str | None  # of vCPUs; None: not asked for
 
 
@@ -3639,9 +3577,8 @@ nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
 
 def fetch_subnets(ec2: Client, settings: Settings, instance_type: str) -> list[Subnet]:
     """Return the subnets of SUBNET_ID, else the default ones, wherever INSTANCE_TYPE can be launched, by zone."""
-    wanted: dict[str, Any] = {"SubnetIds": [settings.SUBNET_ID]}
-    if not settings.SUBNET_ID:
-        wanted = {"Filters": [{"Name": "default-for-az", "Values": ["true"]}]}
+    default = [{"Name": "default-for-az", "Values": ["true"]}]
+    wanted = {"SubnetIds": [settings.SUBNET_ID]} if settings.SUBNET_ID else {"Filters": default}
     kind = [{"Name": "instance-type", "Values": [instance_type]}]
     found, offerings = side_by_side(
         lambda: ec2.describe_subnets(**wanted)["Subnets"],
@@ -3733,9 +3670,8 @@ def fetch_on_demand_price(settings: Settings, instance_type: str) -> float | Non
         "capacitystatus": "Used",
     }
     filters = [{"Type": "TERM_MATCH", "Field": name, "Value": value} for name, value in wanted.items()]
-    quick = {"connect_timeout": PRICE_LIMIT, "read_timeout": PRICE_LIMIT, "retries": {"total_max_attempts": 2}}
     with tolerate(loss="the price is unknown"), contextlib.suppress(KeyError, ValueError):
-        pricing = open_client(settings, "pricing", "us-east-1", **quick)
+        pricing = open_client(settings, "pricing", "us-east-1", **QUICK)
         products = pricing.get_products(ServiceCode="AmazonEC2", Filters=filters)["PriceList"]
         terms = [term for product in products for term in json.loads(product)["terms"]["OnDemand"].values()]
         rates = [rate["pricePerUnit"]["USD"] for term in terms for rate in term["priceDimensions"].values()]
@@ -3758,21 +3694,12 @@ def quota_code(instance_type: str, spot: bool) -> str:
 
 
 def fetch_quota(settings: Settings, instance_type: str, spot: bool) -> str:
-    """Return the account's quota of vCPUs in words; "" where it can't be had in a moment."""
-    quick: dict[str, Any] = {"connect_timeout": 2, "read_timeout": 3, "retries": {"total_max_attempts": 1}}
+    """Return the account's quota of vCPUs in words; "" where it can't be had."""
     with tolerate():
-        quotas = open_client(settings, "service-quotas", **quick)
+        quotas = open_client(settings, "service-quotas", **QUICK)
         quota = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=quota_code(instance_type, spot))["Quota"]
         return f"{quota['Value']:g} ({printable(quota['QuotaName'])})"
     return ""
-
-
-def format_price(instance_type: str, count: int, price: float, public: bool = True) -> str:
-    """Return what COUNT nodes cost, as createNodes says it before the launch."""
-    addresses = count * PUBLIC_ADDRESS_PRICE if public else 0
-    more = f", and {format_money(addresses)} for public addresses" if public else ""
-    day = format_money(24 * (count * price + addresses))
-    return f"{count} × {instance_type}: {format_money(count * price)} an hour{more}; {day} a day"
 
 
 def check_key_pair(app: App) -> None:
@@ -3780,7 +3707,7 @@ def check_key_pair(app: App) -> None:
     name, path = app.settings.KEYPAIR_NAME, app.settings.key_file
     pair = app.ec2.describe_key_pairs(KeyNames=[name], IncludePublicKey=True)["KeyPairs"][0]
     has_file = has_key(path)
-    if not has_file or pair.get("PublicKey", "").split()[:2] != app.identity.public.split()[:2]:
+    if not has_file or pair.get("PublicKey", "").split()[:2] != public_line(app.identity).split()[:2]:
         missing = "" if has_file else f"there is no key in {path}, and "
         raise ClusterError(
             f"{missing}EC2 has another key under the name {name!r}: choose another KEYPAIR_NAME in {Call.settings}, or "
@@ -3792,27 +3719,27 @@ def check_rules(app: App, group: SecurityGroup, cidr: str) -> list[Rule]:
     """Return what GROUP lets in for other machines with the user's key; refuse what others have added."""
     _, _, rules = sort_rules(group, app.settings, cidr, app.rule_owner)
     key = app.rule_owner.rpartition(" ")[0]
-    one_port = [r for r in rules if r.way == ("tcp", r.first, r.first, "IpRanges", r.source)]  # as this tool's are
-    if len([rule for rule in one_port if rule.owner.startswith(f"{key} ")]) < len(rules):
+    ours = [one for one in rules if one.owner.startswith(f"{key} ")]
+    if [one for one in ours if one.way == ("tcp", one.first, one.first, "IpRanges", one.source)] != rules:
         raise ClusterError(f"nothing is launched: {describe_rules(app.ec2, group, rules)}")
     return rules
 
 
-def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
-    """Look up all that can be known before a launch, and refuse what can't work; a DRY_RUN asks for more prices."""
+def make_plan(app: App, request: LaunchRequest) -> Plan:
+    """Look up all that can be known before a launch, and refuse what can't work; a dry run asks for more prices."""
     settings, ec2 = app.settings, app.ec2
     app.left = "Nothing was launched."
     ssm = open_client(settings, "ssm")
     instance_type, image, subnets, cidr, before, on_demand, spot, package, quota = side_by_side(
-        lambda: fetch_instance_type(ec2, request.type),
+        lambda: fetch_instance_type(ec2, request.instance_type),
         lambda: fetch_image(ec2, ssm, settings),
-        lambda: fetch_subnets(ec2, settings, request.type),
+        lambda: fetch_subnets(ec2, settings, request.instance_type),
         lambda: fetch_client_cidr(settings),
         lambda: fetch_nodes(ec2, request.group),
-        lambda: fetch_on_demand_price(settings, request.type) if dry_run or not request.spot else None,
-        lambda: fetch_spot_prices(ec2, request.type) if dry_run or request.spot else {},
+        lambda: fetch_on_demand_price(settings, request.instance_type) if request.dry_run or not request.spot else None,
+        lambda: fetch_spot_prices(ec2, request.instance_type) if request.dry_run or request.spot else {},
         lambda: check_package(settings, request.without_mitsuba),
-        lambda: fetch_quota(settings, request.type, request.spot) if dry_run else None,
+        lambda: fetch_quota(settings, request.instance_type, request.spot) if request.dry_run else None,
     )
     app.check_owner(request.group, before, request.others)
     check_image(instance_type, image)
@@ -3821,45 +3748,50 @@ def make_plan(app: App, request: LaunchRequest, dry_run: bool = False) -> Plan:
     lowest = subnets[0].price
     if request.max_price is not None and lowest is not None and request.max_price < lowest:
         raise ClusterError(
-            f"the spot price of {request.type} is {format_money(lowest)} an hour now, above your maximum of "
-            f"{format_money(request.max_price)}; see {command('spotPrices', request.type)}"
+            f"the spot price of {request.instance_type} is {format_money(lowest)} an hour now, above your maximum of "
+            f"{format_money(request.max_price)}; see {command('spotPrices', request.instance_type)}"
         )
-    if dry_run:  # what a launch would refuse or say once it begins to make what it needs
+    if request.dry_run:  # what a launch would refuse or say once it begins to make what it needs
         with tolerate("InvalidKeyPair.NotFound"):
             check_key_pair(app)
         for group in fetch_security_groups(ec2, request.group):
-            if rules := check_rules(app, group, cidr):
-                warn(describe_rules(ec2, group, rules))
+            check_rules(app, group, cidr)
+            app.warn_of_rules([group], cidr)
     present = [node for node in before if node.is_inside and node.state in ("pending", "running")]
     hours, idle = request.max_hours, request.idle_minutes
     if hours is None:  # a group's limit is meant for what is added to it, too
         hours = max((node.max_hours for node in present if node.max_hours), default=settings.MAX_HOURS)
     if idle is None:
         idle = max((node.idle_minutes for node in present if node.idle_minutes), default=settings.IDLE_MINUTES)
-    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, hours, idle, quota)
+    request = replace(request, max_hours=hours, idle_minutes=idle)
+    return Plan(request, instance_type, image, subnets, cidr, present, on_demand, spot, package, quota)
 
 
 def describe(app: App, plan: Plan) -> Iterator[str]:
     """Yield, line by line, what a launch makes and what it costs: createNodes says it, --dry-run says nothing else."""
-    request, settings, cores = plan.request, app.settings, plan.type.cores * plan.request.number
+    request, settings, price = plan.request, app.settings, plan.subnets[0].price
+    count, kind, cores = request.count, request.instance_type, plan.type.cores * request.count
     if plan.present:
         group = app.where(request.group)
-        yield f"{group} has {format_count(len(plan.present), 'node')} already; adding {request.number} more"
-    if plan.subnets[0].price is None:
-        warn(f"the price of {request.type} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
+        yield f"{group} has {format_count(len(plan.present), 'node')} already; adding {count} more"
+    if price is None:
+        warn(f"the price of {kind} could not be looked up; see https://aws.amazon.com/ec2/pricing/on-demand")
     else:
-        yield format_price(request.type, request.number, plan.subnets[0].price, not settings.PRIVATE_NODES)
+        addresses = 0 if settings.PRIVATE_NODES else count * PUBLIC_ADDRESS_PRICE
+        more = f", and {format_money(addresses)} for public addresses" if addresses else ""
+        day = format_money(24 * (count * price + addresses))
+        yield f"{count} × {kind}: {format_money(count * price)} an hour{more}; {day} a day"
     if plan.spot:
-        shown = ", ".join(f"{format_money(price)} in {zone}" for zone, price in plan.spot.items())
+        shown = ", ".join(f"{format_money(now)} in {zone}" for zone, now in plan.spot.items())
         beside = f"; on demand: {format_money(plan.on_demand)}" if plan.on_demand is not None else ""
         yield f"An hour of a spot node, now: {shown}{beside}"
     if plan.spot and find_partition(settings.AWS_REGION)[0] == "aws-cn":
         yield "Spot prices in China are in yuan (CNY), also where a $ is shown"
-    if plan.type.burstable and request.type.startswith("t2."):
-        yield f"{request.type} is burstable: after some minutes of full load it falls to a fraction of its speed"
+    if plan.type.burstable and kind.startswith("t2."):
+        yield f"{kind} is burstable: after some minutes of full load it falls to a fraction of its speed"
     elif plan.type.burstable:
         most = f"up to {format_money(SURPLUS_PRICE * cores)} an hour more for all"
-        yield f"{request.type} is burstable: full load costs a surcharge, {most}; a c type has none"
+        yield f"{kind} is burstable: full load costs a surcharge, {most}; a c type has none"
     zones = ", ".join(dict.fromkeys(subnet.zone for subnet in plan.subnets))
     yield f"Image: {plan.image.id} ({plan.image.name})"
     yield f"Zones, in the order in which they are tried: {zones}"
@@ -3870,15 +3802,14 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
         )
     elif closed := [subnet.id for subnet in plan.subnets if not subnet.gives_addresses]:
         yield f"Without public addresses of its own: {', '.join(closed)}; the nodes ask for one each"
-    ends = [format_count(plan.hours, "hour")] if plan.hours else []
-    ends += [f"{format_count(plan.idle, 'minute')} without use"] if plan.idle else []
+    ends = [format_count(request.max_hours, "hour")] if request.max_hours else []
+    ends += [f"{format_count(request.idle_minutes, 'minute')} without use"] if request.idle_minutes else []
     for_ever = f"They run until {command('terminateAll', request.group)}; see --max-hours and --idle-minutes."
     yield f"Each ends itself after {', or '.join(ends)}." if ends else for_ever
     if plan.package:
         yield f"To be installed: {plan.package}"
     if plan.quota is not None:
         quota = plan.quota or "could not be looked up (servicequotas:GetServiceQuota)"
-        price = plan.subnets[0].price
         each = f", {format_money(price / plan.type.cores)} an hour each" if price is not None and cores else ""
         yield f"vCPUs: {cores} asked{each}; your quota, for all your instances together: {quota}"
 
@@ -3900,14 +3831,12 @@ def write_secret(path: Path, text: str) -> None:
 
 def make_ed25519() -> tuple[str, str]:
     """Return a new key: (private half as OpenSSH writes it, public half as one line)."""
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
     key = Ed25519PrivateKey.generate()
-    openssh = serialization.PrivateFormat.OpenSSH
-    private = key.private_bytes(serialization.Encoding.PEM, openssh, serialization.NoEncryption())
-    form = serialization.PublicFormat.OpenSSH
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, form)
+    private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return private.decode(), public.decode()
 
 
@@ -3940,11 +3869,11 @@ def ensure_key(app: App) -> None:
         return check_key_pair(app)
     ensure_key_file(app.settings.key_file)
     tags = [{"ResourceType": "key-pair", "Tags": [{"Key": "mitsuba-key", "Value": app.identity.fingerprint}]}]
-    pair = {"KeyName": app.settings.KEYPAIR_NAME, "PublicKeyMaterial": app.identity.public.encode()}
+    pair = {"KeyName": app.settings.KEYPAIR_NAME, "PublicKeyMaterial": public_line(app.identity).encode()}
     with tolerate("InvalidKeyPair.Duplicate"):  # another run was quicker; with the same key?
         app.ec2.import_key_pair(**pair, TagSpecifications=tags)
         return None
-    return once_known(lambda: check_key_pair(app))
+    return persist(lambda: check_key_pair(app))
 
 
 def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
@@ -3981,15 +3910,15 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
     return "#cloud-config\n" + json.dumps(config)
 
 
-def sign_launch(identity: Identity, group: str, host_key: str) -> dict[str, str]:
+def sign_launch(identity: paramiko.PKey, group: str, host_key: str) -> dict[str, str]:
     """Return the tags of nodes that the user's key (or ssh-agent) vouches for."""
     import base64
 
     import paramiko
 
-    algorithm = "rsa-sha2-512" if identity.public.startswith("ssh-rsa ") else None
+    algorithm = "rsa-sha2-512" if public_line(identity).startswith("ssh-rsa ") else None
     try:
-        signed = identity.key.sign_ssh_data(signed_text(group, host_key), algorithm)
+        signed = identity.sign_ssh_data(signed_text(group, host_key), algorithm)
     except paramiko.SSHException as error:
         raise ClusterError(f"ssh-agent does not sign with your key ({error})") from error
     text = base64.b64encode(signed if isinstance(signed, bytes) else signed.asbytes()).decode()
@@ -4002,18 +3931,18 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
     settings, ec2, request = app.settings, app.ec2, plan.request
     ensure_key(app)
     group = ensure_security_group(ec2, request.group, plan.subnets[0].vpc)
-    if rules := check_rules(app, group, plan.cidr):
-        if plan.present:  # another machine of the user's may be at work with them
-            warn(describe_rules(ec2, group, rules))
-        else:  # anybody may have written the user's mark, which is no secret
-            with tolerate("InvalidPermission.NotFound"):
-                ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
-            note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
-    repair_rules(ec2, group, settings, plan.cidr, app.rule_owner)
+    rules = check_rules(app, group, plan.cidr)
+    if plan.present:  # another machine of the user's may be at work with them
+        app.warn_of_rules([group], plan.cidr)
+    elif rules:  # anybody may have written the user's mark, which is no secret
+        with tolerate("InvalidPermission.NotFound"):
+            ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission for rule in rules])
+        note(f"Security group {group.name} lets in no more: {', '.join(map(str, rules))}")
+    app.allow_access([group], plan.cidr)
     private, public = make_ed25519()
     tags = {TAG_GROUP: request.group, TAG_HOST_KEY: public} | sign_launch(app.identity, request.group, public)
-    tags |= {TAG_HOURS: f"{plan.hours:g}"} if plan.hours else {}
-    tags |= {TAG_IDLE: f"{plan.idle:g}"} if plan.idle else {}
+    tags |= {TAG_HOURS: f"{request.max_hours:g}"} if request.max_hours else {}
+    tags |= {TAG_IDLE: f"{request.idle_minutes:g}"} if request.idle_minutes else {}
     size = max(settings.ROOT_VOLUME_GB, plan.image.root_gb)
     disk = {"VolumeSize": size, "VolumeType": "gp3", "DeleteOnTermination": True}
     interface = {"DeviceIndex": 0, "Groups": [group.id], "AssociatePublicIpAddress": not settings.PRIVATE_NODES}
@@ -4021,9 +3950,9 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
         interface["ConnectionTrackingSpecification"] = {"TcpEstablishedTimeout": TRACKED}
     parameters: dict[str, Any] = {
         "ImageId": plan.image.id,
-        "InstanceType": request.type,
+        "InstanceType": request.instance_type,
         "KeyName": settings.KEYPAIR_NAME,
-        "UserData": make_user_data(private, public, plan.hours, plan.idle),
+        "UserData": make_user_data(private, public, request.max_hours or 0, request.idle_minutes or 0),
         "NetworkInterfaces": [interface],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
@@ -4053,31 +3982,6 @@ def in_subnet(parameters: dict[str, Any], subnet: Subnet) -> dict[str, Any]:
     }
 
 
-def launch_batch(ec2: Client, parameters: dict[str, Any]) -> list[Node]:
-    """Send one RunInstances request until its answer is known.
-
-    A lost answer, a throttle, or a security group or key that is not known yet: the same parameters and token, so that
-    EC2 launches once.
-    """
-    from botocore.exceptions import ClientError, HTTPClientError
-    from botocore.parsers import ResponseParserError
-
-    begun = time.monotonic()
-    pause = POLL / 2
-    while True:
-        try:
-            return [to_node(raw) for raw in ec2.run_instances(**parameters)["Instances"]]
-        except (HTTPClientError, ResponseParserError, ClientError) as error:
-            code = error_code(error)
-            passing = code in RETRY_CODES or code in NEW_CODES or not isinstance(error, ClientError)
-            if not passing or time.monotonic() - begun > (NEW_LIMIT if code in NEW_CODES else LAUNCH_LIMIT):
-                raise
-            if code not in NEW_CODES:
-                note(f"RunInstances: {code or type(error).__name__}; trying again, the same request")
-        time.sleep(pause)
-        pause = min(2 * pause, LAUNCH_PAUSE)
-
-
 def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -> tuple[list[Node], str]:
     """Launch what was ordered, zone after zone; return the nodes that exist and why they are fewer, or "".
 
@@ -4089,29 +3993,32 @@ def launch_nodes(app: App, plan: Plan, parameters: dict[str, Any], token: str) -
     for subnet in plan.subnets:
         zone, asked = subnet.zone, in_subnet(parameters, subnet)
         try:
-            while (missing := request.number - len(nodes)) > 0:
-                size = min(missing, LAUNCH_BATCH)
-                sizes = {"MinCount": 1, "MaxCount": size, "ClientToken": token + os.urandom(8).hex()}
-                got = launch_batch(app.ec2, asked | sizes)
-                nodes += got
+            while len(nodes) < request.count:
+                size = min(request.count - len(nodes), LAUNCH_BATCH)
+                # The same token in each try, so that EC2 launches once.
+                asked |= {"MinCount": 1, "MaxCount": size, "ClientToken": token + os.urandom(8).hex()}
+                got = persist(functools.partial(app.ec2.run_instances, **asked), "RunInstances")["Instances"]
+                nodes += map(to_node, got)
                 if len(got) < size:
                     why = f"{zone} had no more"
                     break
-            if len(nodes) == request.number:
+            if len(nodes) == request.count:
                 return nodes, ""
-            note(f"{zone} gave {len(nodes)} of {format_count(request.number, 'node')}")
+            note(f"{zone} gave {len(nodes)} of {format_count(request.count, 'node')}")
         except (BotoCoreError, ClientError) as error:
             code, why = error_code(error), f"{zone}: {explain(error)}"
-            if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.type, request.spot)):
-                note(f"{plan.type.cores * request.number} vCPUs asked, your quota is {quota}")
+            if code in QUOTA_CODES and (quota := fetch_quota(app.settings, request.instance_type, request.spot)):
+                note(f"{plan.type.cores * request.count} vCPUs asked, your quota is {quota}")
             if code not in CAPACITY_CODES:
-                if not nodes:
-                    raise
-                break
+                if nodes:
+                    break
+                if code and code not in RETRY_CODES:  # a plain refusal: nothing runs
+                    app.left = ""
+                raise
             dear = f"{zone} asks more than your maximum"
-            what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.type} in {zone}"
+            what = dear if code == "SpotMaxPriceTooLow" else f"no capacity for {request.instance_type} in {zone}"
             note(f"{what} ({code}); trying the next zone")
-    return nodes, why or "no zone had capacity"
+    return nodes, why
 
 
 @functools.cache
@@ -4190,7 +4097,10 @@ def await_nodes(
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running")
         at_work = [begun[name] for name in waiting if name in begun]
-        app.pool.wait(at_work, POLL if len(at_work) == len(waiting) else POLL / 3)
+        if at_work:
+            concurrent.futures.wait(at_work, POLL if len(at_work) == len(waiting) else POLL / 3)
+        else:
+            time.sleep(POLL / 3)
         for node in list(waiting.values()):
             if outcome := decide(app, node, begun.get(node.id), time.monotonic() - began):
                 done[node.id] = outcome
@@ -4204,20 +4114,13 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
 
     Ctrl-C says in WAYS what can be done with nodes that may be there.
     """
-    from botocore.exceptions import ClientError
-
     request, token = plan.request, os.urandom(16).hex()
     parameters = prepare(app, plan)
     app.left = f"Nodes of {app.where(request.group)} may be running and cost money: {ways}."
-    try:
-        nodes, why = launch_nodes(app, plan, parameters, token)
-    except ClientError as error:
-        if error_code(error) not in RETRY_CODES:
-            app.left = ""  # a plain refusal: nothing runs
-        raise
+    nodes, why = launch_nodes(app, plan, parameters, token)
     if not nodes:
-        raise ClusterError(f"EC2 gave no {request.type}: {why}")
-    launched = f"{len(nodes)} of {format_count(request.number, 'node')} launched"
+        raise ClusterError(f"EC2 gave no {request.instance_type}: {why}")
+    launched = f"{len(nodes)} of {format_count(request.count, 'node')} launched"
     late = "they cost money, and status may show them some seconds late"
     app.left = f"{launched} in {app.where(request.group)}; {late}: {ways}."
     note(f"{launched}; waiting until each answers")
@@ -4227,12 +4130,12 @@ def launch_plan(app: App, plan: Plan, ways: str) -> tuple[list[Node], str, str]:
     return nodes, why, token
 
 
-def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
-    """Do what createNodes and addSpotNodes have in common; a DRY_RUN makes nothing."""
-    plan = make_plan(app, request, dry_run)
+def create(app: App, request: LaunchRequest) -> None:
+    """Do what createNodes and addSpotNodes have in common."""
+    plan = make_plan(app, request)
     for line in describe(app, plan):
-        (result if dry_run else note)(line)
-    if dry_run:
+        (result if request.dry_run else note)(line)
+    if request.dry_run:
         return
     where = app.where(request.group)
     ways = (
@@ -4246,7 +4149,7 @@ def create(app: App, request: LaunchRequest, dry_run: bool = False) -> None:
     note(f"This took {format_duration(time.monotonic() - started)}.")
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed or why:
-        good = f"{len(outcomes) - len(failed)} of {format_count(request.number, 'node')}"
+        good = f"{len(outcomes) - len(failed)} of {format_count(request.count, 'node')}"
         raise ClusterError(f"{good} ready in {where}{f' ({why})' if why else ''}; {ways}")
     note(f"{format_count(len(outcomes), 'node')} ready. Next: {command('install', request.group)}")
 
@@ -4280,17 +4183,17 @@ spot_option = click.option("--spot", is_flag=True, help="Spot nodes: cheaper, an
 @cli.command("createNodes")
 @launch_options(spot_option)
 @click.pass_obj
-def create_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def create_nodes(app: App, /, **asked: Any) -> None:
     """Allocate COUNT nodes of TYPE and wait until each answers."""
-    create(app, LaunchRequest(instance_type, count, group, **options), dry_run)
+    create(app, LaunchRequest(**asked))
 
 
 @cli.command("addSpotNodes")
 @launch_options(click.argument("max_price", metavar="MAXPRICE", type=Number(0, 1000, above=True)))
 @click.pass_obj
-def add_spot_nodes(app: App, /, instance_type: str, count: int, group: str, dry_run: bool, **options: Any) -> None:
+def add_spot_nodes(app: App, /, **asked: Any) -> None:
     """Like createNodes --spot, for at most MAXPRICE $ an hour."""
-    create(app, LaunchRequest(instance_type, count, group, spot=True, **options), dry_run)
+    create(app, LaunchRequest(**asked, spot=True))
 
 
 # --- install -----------------------------------------------------------------
@@ -4797,7 +4700,7 @@ class Installation:
         if package.is_file:  # it is passed on, into a folder in the user's home
             path, sha256 = Path(source), package.sha256
             source = f"{PACKAGE_FOLDER}/{sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
-            self.spread = Spread(".", [Wanted(source, path.stat().st_size, sha256, sha256, "", {})], [path], nodes)
+            self.spread = Spread([Wanted(source, path.stat().st_size, sha256, sha256, "", {})], [path], nodes)
         recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
         digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
         self.arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, node_program(learn_build)]
@@ -4838,7 +4741,7 @@ class Installation:
         if self.spread:
             tell("waiting")
             try:
-                self.spread.bring(show, remote)
+                self.spread.bring(Delivery(remote, ".", show))
             except NodeError as error:
                 raise type(error)(f"the package can't be brought to its home folder: {error}") from error
         line = root_command("install", INSTALL, *self.arguments, remote.node.type)
@@ -5065,7 +4968,7 @@ def ask_server(remote: Remote, build: str) -> int:
         raise NodeError("its mtssrv accepts connections, but stays silent") from None
     except ValueError as error:
         raise NodeError(str(error)) from None
-    except (paramiko.SSHException, OSError, EOFError) as error:
+    except connection_errors() as error:
         if isinstance(error, paramiko.ChannelException) and error.code == PROHIBITED:
             raise ClusterError(  # no NodeError: another try does not help
                 "its sshd forbids forwarding (AllowTcpForwarding in /etc/ssh/sshd_config), which this tool needs"
@@ -5140,7 +5043,7 @@ def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
     heads = [node for node in nodes if node.role == "head" and node.state == "running"]
     for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
         future = app.pool.submit(head, fetch_facts, limit=limit)
-        app.pool.wait([future], limit)
+        concurrent.futures.wait([future], limit)
         if future.done() and future.result().ok:
             return future.result().value
     return Facts(0)
@@ -5180,7 +5083,7 @@ def worker_step(plan: StartPlan, remote: Remote) -> Served:
         if node.private_ip in plan.linked:
             raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
         configure_node(remote, plan.guard, guard_plan, server_unit("worker", node.private_ip, facts.cores, plan.data))
-        cores, facts = await_server(remote, facts.build), facts._replace(linked=(), relays="")
+        cores, facts = await_server(remote, facts.build), replace(facts, linked=(), relays="")
     elif facts.relays:
         return Served(facts, cores, action)  # a sub-head, see branch_step
     else:
@@ -5518,29 +5421,29 @@ def end_excess(ec2: Client, nodes: Sequence[Node], count: int, token: str) -> li
     return list(nodes[:count])
 
 
-def find_or_launch(app: App, request: LaunchRequest, again: str, dry_run: bool) -> tuple[list[Node], str, str]:
+def find_or_launch(app: App, request: LaunchRequest, again: str) -> tuple[list[Node], str, str]:
     """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    where, group, count = app.where(request.group), request.group, request.number
-    tell = result if dry_run else note
+    where, group, count = app.where(request.group), request.group, request.count
+    tell = result if request.dry_run else note
     nodes, plan = poll_nodes(app.ec2, group), None
     if len(nodes) < count:
         nodes, plan = side_by_side(
-            functools.partial(count_nodes, app.ec2, group, nodes), functools.partial(make_plan, app, request, dry_run)
+            functools.partial(count_nodes, app.ec2, group, nodes), functools.partial(make_plan, app, request)
         )
     app.check_owner(group, nodes, request.others)
-    if others := [node for node in nodes if node.type != request.type]:
+    if others := [node for node in nodes if node.type != request.instance_type]:
         types = ", ".join(sorted({node.type for node in others}))
         tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
     if not plan or len(nodes) >= count:
         more = f", more than {count}: none is ended" if len(nodes) > count else ""
         tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
         return nodes, "", ""
-    plan = plan._replace(request=request._replace(number=count - len(nodes)), present=nodes)
+    plan = plan._replace(request=replace(plan.request, count=count - len(nodes)), present=nodes)
     for line in describe(app, plan):
         tell(line)
-    if dry_run:
+    if request.dry_run:
         return [], "", ""
     ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
     try:
@@ -5593,24 +5496,23 @@ def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Se
 @launch_options(spot_option)
 @tree_option
 @click.pass_obj
-def up(
-    app: App, /, instance_type: str, count: int, group: str, dry_run: bool, tree: bool | None, **options: Any
-) -> None:
+def up(app: App, /, tree: bool | None, **asked: Any) -> None:
     """Create, install and start what GROUP lacks of COUNT nodes.
 
     Run it again to complete or mend the group, whatever became of the first run.
     """
     again = f"{Call.program} {shlex.join(sys.argv[1:])}"  # with its options, which a second run needs, too
     package = plan_package(app.settings)
-    nodes, why, token = find_or_launch(app, LaunchRequest(instance_type, count, group, **options), again, dry_run)
-    if dry_run:
+    request = LaunchRequest(**asked)
+    group, count = request.group, request.count
+    nodes, why, token = find_or_launch(app, request, again)
+    if request.dry_run:
         return
     app.left = f"{again} goes on; the nodes keep running and cost money until {command('terminateAll', group)}."
     if not token:  # as a launch does
         groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
-        if cidr:
-            app.allow_access(groups, cidr)
-        warn_of_rules(app.ec2, groups, app.settings, cidr, app.rule_owner)
+        app.allow_access(groups, cidr)
+        app.warn_of_rules(groups, cidr)
     most = max(count, len(nodes))
     while True:
         if not (mine := app.ours(nodes)):
@@ -6016,7 +5918,7 @@ def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) ->
     progress = Progress("Asking", len(running))
     deadline = time.monotonic() + ANSWER_LIMIT + len(running) / ANSWER_RATE
     while (left := deadline - time.monotonic()) > 0 and progress.done < len(running):
-        app.pool.wait(futures, min(0.2, left))
+        concurrent.futures.wait(futures, min(0.2, left))
         progress.done = sum(future.done() for future in futures)
         progress.redraw()
     late = f"frozen or cut off: no answer within {ANSWER_LIMIT} s"
@@ -6162,7 +6064,7 @@ def show_status(
             put(f"{paint(node.name, fg=SERVER_WORDS[said.server][0])}: {printable_lines(said.server_text)}")
         guarded = [rules for one in groups if one.region == home for rules in one.security_groups]
         if guarded and app.known_identity:
-            warn_of_rules(app.ec2, guarded, app.settings, try_client_cidr(app.settings), app.rule_owner)
+            app.warn_of_rules(guarded, try_client_cidr(app.settings))
     else:
         note(nothing())
     if problems:
@@ -6216,6 +6118,7 @@ NEVER_SENT = {".aws", ".git", ".s3cfg", ".ssh"}
 PRIVATE_KEY = re.compile(rb"\s*(-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File)")
 SIGNED_SECONDS = (900, 7 * 24 * 3600)  # the shortest and (AWS's limit) the longest life of an address
 READERS = 4  # files that are hashed at once
+DIGEST_CALLS = 32  # of S3, at once
 SLOWEST = 1_000_000  # bytes a second that a node is given time for
 
 
@@ -6335,33 +6238,35 @@ def plan_files(name: str, settings: Settings, config: Path) -> dict[str, Path]:
 
     ClusterError where that would send what nobody can have meant: an unset variable makes NAME empty.
     """
-    source, base = Path(name), os.path.basename(os.path.abspath(name))
-    top = Path(os.path.realpath(source))
     if not name.strip():
         raise ClusterError("NAME is empty: is a variable unset?")
+    source, base = Path(name), os.path.basename(os.path.abspath(name))
+    top = Path(os.path.realpath(source))
     if source.is_file():
         if why := why_left_out(source, top.parent, settings, config):
             raise ClusterError(f"{name}: {why}")
         return {base: source}
+    if not source.is_dir():
+        return {}
     dear = {
         "the tool's folder": HERE,
         "your home folder": Path.home(),
         "the SSH key's folder": settings.key_file.parent,
     }
     for what, home in dear.items():
-        if source.is_dir() and home.resolve().is_relative_to(top):
+        if home.resolve().is_relative_to(top):
             raise ClusterError(f"{name} is {what}, or contains it: nothing is sent; name a folder that holds data only")
     files: dict[str, Path] = {}
     for folder, folders, names in os.walk(source):
-        links = [one for one in folders if one in NEVER_SENT or Path(folder, one).is_symlink()]
-        folders[:] = sorted(set(folders) - set(links))
-        for one in sorted(links + names):
+        not_entered = {one for one in folders if one in NEVER_SENT or Path(folder, one).is_symlink()}
+        folders[:] = sorted(set(folders) - not_entered)
+        for one in sorted([*not_entered, *names]):
             path = Path(folder, one)
             if why := why_left_out(path, top, settings, config):
                 note(f"Left out: {path} ({why})")
             else:
                 files[f"{base}/{path.relative_to(source).as_posix()}"] = path
-    if source.is_dir() and not files:
+    if not files:
         raise ClusterError(f"there is no file to send in {name}")
     return files
 
@@ -6376,16 +6281,6 @@ def confirm_size(name: str, files: dict[str, Path]) -> None:
         raise ClusterError(f"{what}; add --yes to send so much without being asked")
     if not click.confirm(f"{what}. Send all of it?", err=True):
         raise ClusterError("nothing was sent")
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[concurrent.futures.ThreadPoolExecutor]:
-    """Yield COUNT threads for which nobody waits in the end: Ctrl-C must not wait for a large file."""
-    pool = concurrent.futures.ThreadPoolExecutor(count)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -6431,8 +6326,9 @@ def upload(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None
     there = list_objects(s3, bucket, os.path.commonprefix(list(keys)))  # noqa: RUF071 - keys are no paths
     transfer = TransferConfig(PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=16)
     size, sent = sum(path.stat().st_size for path in files.values()), 0
+    hasher = concurrent.futures.ThreadPoolExecutor(1)
     try:
-        with counted("Uploading", size) as count, threads(1) as hasher:
+        with counted("Uploading", size) as count:
             read = functools.partial(count, 0)
             hashes = hasher.map(lambda path: digest_file(path, "sha256", read), keys.values())
             for (key, path), sha256 in zip(keys.items(), hashes):
@@ -6444,6 +6340,8 @@ def upload(s3: Client, bucket: str, prefix: str, files: dict[str, Path]) -> None
                 sent += 1
     except OSError as error:
         raise ClusterError(f"{error.filename or 'a file'} can't be read: {error.strerror or error}") from error
+    finally:
+        hasher.shutdown(wait=False, cancel_futures=True)
     where = "/".join(filter(None, ["s3:/", bucket, prefix]))
     note(f"Uploaded {sent} of {format_count(len(keys), 'file')} to {where} ({len(keys) - sent} there already)")
 
@@ -6453,8 +6351,9 @@ def plan_objects(s3: Client, bucket: str, prefix: str, name: str) -> tuple[dict[
     found = list_objects(s3, bucket, f"{prefix}/{name}" if prefix else name)
     paths = {key: plan_relative_path(key, prefix) for key in found}
     good = [key for key in found if paths[key] is not None]
-    with threads(32) as pool:
-        digests = list(pool.map(lambda key: fetch_digest(s3, bucket, key, found[key][1]), good))
+    digests = side_by_side(
+        *(functools.partial(fetch_digest, s3, bucket, key, found[key][1]) for key in good), limit=DIGEST_CALLS
+    )
     objects = {}
     for key, digest in zip(good, digests):
         size, etag = found[key]
@@ -6474,39 +6373,27 @@ def sign(s3: Client, bucket: str, objects: dict[str, Wanted]) -> list[Wanted]:
     return [one._replace(url=address(key)) for key, one in objects.items()]
 
 
-def bring_from_s3(
-    data: str,
-    wanted: list[Wanted],
-    sign_again: Callable[[], list[Wanted]],
-    show: Callable[[int, int], object],
-    remote: Remote,
-) -> Fetched:
+def bring_from_s3(wanted: list[Wanted], sign_again: Callable[[], list[Wanted]], delivery: Delivery) -> Fetched:
     """Let a node fetch WANTED by signed addresses; they die with the session's credentials: boto3 may have new ones."""
-    tally = Tally(show)
     while True:
+        before = delivery.moved
         try:
-            return fetch_step(data, wanted, tally, remote)
-        except FetchError as error:
+            return delivery.fetch(wanted)
+        except NodeError as error:
             if "InvalidObjectState" in str(error):
                 raise NodeError(f"{error}; the object is archived: restore it in S3, then run this again") from error
-            if error.status not in (401, 403):
+            if delivery.status not in (401, 403):
                 raise
-            if tally.moved == tally.before:
+            if delivery.moved == before:
                 raise NodeError(f"{error}; if your AWS session has expired, renew it and run this again") from error
             wanted = sign_again()
 
 
-def sync_nodes(
-    app: App,
-    nodes: Sequence[Node],
-    wanted: Sequence[Wanted],
-    bring: Callable[[Callable[[int, int], object], Remote], Fetched],
-) -> None:
+def sync_nodes(app: App, nodes: Sequence[Node], wanted: Sequence[Wanted], bring: Callable[[Delivery], Fetched]) -> None:
     """Let BRING bring the files to all NODES, with a bar, and report."""
     size = sum(one.size for one in wanted)
     note(f"{format_count(len(wanted), 'file')}, {format_size(size)}, for {format_count(len(nodes), 'node')}")
     progress = Progress("Fetching", len(nodes), lambda one: f"{one.node.name}: {one.value}", size * len(nodes))
-
     whole = {node.id: size for node in nodes}  # bytes that each lacks, as far as known
 
     def step(remote: Remote) -> str:
@@ -6514,7 +6401,7 @@ def sync_nodes(
             progress.moved[remote.node.id], whole[remote.node.id] = moved, of
             progress.size = sum(whole.values())
 
-        done = bring(show, remote)
+        done = bring(Delivery(remote, app.settings.DATA_DIR, show))
         there = f"; {done.present} there already" if done.present else ""
         fetched = f"fetched {format_count(done.fetched, 'file')}, {format_size(done.moved)}{there}"
         return fetched if done.fetched else "has everything already"
@@ -6525,16 +6412,10 @@ def sync_nodes(
 def read_files(files: dict[str, Path]) -> list[Wanted]:
     """Return FILES as what the nodes shall have, once all are hashed."""
     sizes = [path.stat().st_size for path in files.values()]
-    with counted("Reading", sum(sizes)) as count, threads(READERS) as pool:
-        digests = pool.map(lambda path: digest_file(path, "sha256", count), files.values())
-        return [Wanted(name, size, sha256, sha256, "", {}) for name, size, sha256 in zip(files, sizes, digests)]
-
-
-def sync_from_here(app: App, group: str, files: dict[str, Path]) -> None:
-    """Send FILES once, to a node, and from node to node."""
-    nodes = app.open_group(group)
-    wanted = read_files(files)
-    sync_nodes(app, nodes, wanted, Spread(app.settings.DATA_DIR, wanted, list(files.values()), len(nodes)).bring)
+    with counted("Reading", sum(sizes)) as count:
+        reads = (functools.partial(digest_file, path, "sha256", count) for path in files.values())
+        digests = side_by_side(*reads, limit=READERS)
+    return [Wanted(name, size, sha256, sha256, "", {}) for name, size, sha256 in zip(files, sizes, digests)]
 
 
 def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
@@ -6561,7 +6442,7 @@ def sync_by_s3(app: App, name: str, group: str, files: dict[str, Path]) -> None:
             f"fetch, up to {size} in all, at $0.02 a GB (from some regions more)"
         )
     sign_all = functools.partial(sign, s3, bucket, objects)
-    bring = functools.partial(bring_from_s3, app.settings.DATA_DIR, sign_all(), sign_all)
+    bring = functools.partial(bring_from_s3, sign_all(), sign_all)
     sync_nodes(app, nodes, list(objects.values()), bring)
     if refused:
         raise ClusterError(f"{format_count(len(refused), 'object')} left out")
@@ -6584,10 +6465,12 @@ def sync_data(app: App, name: str, group: str, yes: bool) -> None:
         confirm_size(name, files)
     if app.settings.bucket[0]:
         sync_by_s3(app, name, group, files)
-    elif files:
-        sync_from_here(app, group, files)
-    else:
+        return
+    if not files:
         raise ClusterError(f"there is no file {name!r} here, and S3_PATH is not set in {Call.settings}")
+    nodes = app.open_group(group)
+    wanted = read_files(files)
+    sync_nodes(app, nodes, wanted, Spread(wanted, list(files.values()), len(nodes)).bring)
 
 
 # --- terminateAll ------------------------------------------------------------
@@ -6610,41 +6493,33 @@ class Ended(NamedTuple):
     left: list[Node]  # that have the group's tag, and are not the user's to end
     cancelled: int  # spot requests
     removed: bool  # whether its security group was there to remove
-    found: bool  # whether there was anything of the group
 
 
 def terminate_nodes(ec2: Client, nodes: Sequence[Node]) -> tuple[list[Node], list[Node]]:
     """Start the end of NODES, a thousand a call; return those that are protected from it, and those not known (yet).
 
     For one id that it does not know (yet) EC2 ends none of a request, for a protected one none of its zone: such a
-    request is sent again without those that the refusal names, in halves where it names none. One that AWS is too busy
-    for is sent again as it is. https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
+    request is sent again without those that the refusal names, in halves where it names none.
+    https://docs.aws.amazon.com/AWSEC2/latest/APIReference/API_TerminateInstances.html
     """
-    from botocore.exceptions import ClientError, HTTPClientError
-    from botocore.parsers import ResponseParserError
+    from botocore.exceptions import ClientError
 
     requests = [nodes[at : at + TERMINATE_BATCH] for at in range(0, len(nodes), TERMINATE_BATCH)]
     refused: dict[str, list[Node]] = {"OperationNotPermitted": [], "InvalidInstanceID.NotFound": []}
-    deadline = time.monotonic() + POLL_ERROR_LIMIT
     while requests:
         request = requests.pop()
+        end = functools.partial(ec2.terminate_instances, InstanceIds=[node.id for node in request])
         try:
-            ec2.terminate_instances(InstanceIds=[node.id for node in request])
-        except (HTTPClientError, ResponseParserError, ClientError) as error:
-            code = error_code(error)
-            if code in refused:
-                named = re.findall(r"i-\w+", str(error))
-                out = [node for node in request if node.id in named or len(request) == 1]
-                rest = [node for node in request if node not in out]
-                half = 0 if out else len(rest) // 2
-                refused[code] += out
-                requests += [part for part in (rest[:half], rest[half:]) if part]
-            elif time.monotonic() < deadline and (code in RETRY_CODES or not isinstance(error, ClientError)):
-                note(f"TerminateInstances: {code or type(error).__name__}; trying again")
-                requests.append(request)
-                time.sleep(POLL)
-            else:
+            persist(end, "TerminateInstances", new=())
+        except ClientError as error:
+            if (code := error_code(error)) not in refused:
                 raise
+            named = re.findall(r"i-\w+", str(error))
+            out = [node for node in request if node.id in named or len(request) == 1]
+            rest = [node for node in request if node not in out]
+            half = 0 if out else len(rest) // 2
+            refused[code] += out
+            requests += [part for part in (rest[:half], rest[half:]) if part]
     return refused["OperationNotPermitted"], refused["InvalidInstanceID.NotFound"]
 
 
@@ -6663,8 +6538,9 @@ def terminate_young(ec2: Client, nodes: Sequence[Node]) -> list[Node]:
     return protected
 
 
-def with_untagged(requests: Sequence[SpotRequest], nodes: Sequence[Node]) -> list[SpotRequest]:
-    """Return REQUESTS, and those of NODES that lack our tag: each node names the request that it came by."""
+def fetch_all_requests(ec2: Client, nodes: Sequence[Node], group: str | None = None) -> list[SpotRequest]:
+    """Return the spot requests of GROUP (None: of all), and those without our tag that NODES say they came by."""
+    requests = fetch_spot_requests(ec2, group)
     known = {"", *(request.id for request in requests)}
     untagged = [node for node in nodes if node.spot_request not in known and node.state in ALIVE]
     return [*requests, *(SpotRequest(one.spot_request, one.group, "active", "", None, one.id) for one in untagged)]
@@ -6687,21 +6563,22 @@ def remove_security_group(ec2: Client, group: SecurityGroup) -> bool:
     return False
 
 
-def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[str], None]) -> Ended:
+def end_group(app: App, ec2: Client, group: str, others: bool) -> Ended | None:
     """End the user's nodes of GROUP (OTHERS: everybody's), then its security group; return once EC2 says so.
 
     The security group is the anchor: while it can't be deleted there are nodes that no list shows yet, so each poll
-    ends whatever runs by then. ClusterError where something remains.
+    ends whatever runs by then. None where there was nothing of the group; ClusterError where something remains.
     """
     from botocore.exceptions import BotoCoreError, ClientError
     from botocore.parsers import ResponseParserError
 
+    progress = Progress(f"Terminating in {ec2.meta.region_name}", 0)
     seen: dict[str, Node] = {}
     protected: dict[str, Node] = {}
     cancelled: list[str] = []
-    before: Any = None
+    before: set[str] | None = None  # ids of the nodes that had not ended at the last poll
     removed = False
-    since = good = time.monotonic()
+    changed = good = time.monotonic()
     while True:
         try:
             listed = fetch_nodes(ec2, group)
@@ -6710,13 +6587,13 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
             targets = inside if others else app.launched(inside, ec2)
             running = [node for node in targets if node.id not in protected and node.state != "shutting-down"]
             protected |= {node.id: node for node in terminate_nodes(ec2, running)[0]}
-            living = [node for node in targets if node.id not in protected]
-            seen |= {node.id: node for node in living if node.id not in seen or node.public_ip}
+            living = {node.id: node for node in targets if node.id not in protected}
+            seen |= {name: node for name, node in living.items() if name not in seen or node.public_ip}
             if before is None:  # after the nodes' end, since nothing about spot requests may keep nodes alive
                 with tolerate(loss="their spot requests are not cancelled"):
-                    cancelled = cancel_spot_requests(ec2, with_untagged(fetch_spot_requests(ec2, group), targets))
-            present = (len(seen), {node.id for node in living})
-            since, before = (since if present == before else time.monotonic()), present
+                    cancelled = cancel_spot_requests(ec2, fetch_all_requests(ec2, targets, group))
+            if living.keys() != before:
+                before, changed = set(living), time.monotonic()
             held = len(protected) + len(inside) > len(targets)
             groups = [] if living or held else fetch_security_groups(ec2, group)
             waiting = [one for one in groups if not remove_security_group(ec2, one)]
@@ -6728,22 +6605,22 @@ def end_group(app: App, ec2: Client, group: str, others: bool, show: Callable[[s
                 raise
             time.sleep(POLL)
             continue
-        waited = time.monotonic() - since
+        waited = time.monotonic() - changed
         something = bool(seen or groups or len(listed) > len(nodes))
         if not living and not waiting and (waited > UNSEEN_LIMIT or (something and not held)):
             left = [node for node in nodes if node not in targets]
-            found = something or bool(nodes)
-            return Ended(list(seen.values()), list(protected.values()), left, len(cancelled), removed, found)
+            ended = Ended(list(seen.values()), list(protected.values()), left, len(cancelled), removed)
+            return ended if something or nodes else None
         again = f"run {command('terminateAll', group)} again"
         if living and waited > TERMINATE_LIMIT:
-            raise ClusterError(f"EC2 does not say terminated of {', '.join(n.id for n in living)} yet; {again}")
+            raise ClusterError(f"EC2 does not say terminated of {', '.join(living)} yet; {again}")
         if waiting and waited > HOLD_LIMIT:
             raise ClusterError(
                 f"security group {waiting[0].id} is still in use by something that EC2 does not list as a node of "
                 f"{group!r}; {again}, and look at it in the EC2 console"
             )
         held_up = "; the security group is still in use" if waiting else ""
-        show(f"{len(seen) - len(living)} of {format_count(len(seen), 'node')} ended{held_up}")
+        progress.show(f"{len(seen) - len(living)} of {format_count(len(seen), 'node')} ended{held_up}")
         time.sleep(POLL)
 
 
@@ -6758,58 +6635,47 @@ def protected_error(ec2: Client, nodes: Sequence[Node]) -> ClusterError:
 
 def terminate_in(app: App, ec2: Client, group: str, others: bool) -> bool:
     """Terminate GROUP in one region and say what was verified; return whether there was anything of it."""
-    region = ec2.meta.region_name
-    progress = Progress(f"Terminating in {region}", 0)
-    done = end_group(app, ec2, group, others, progress.show)
+    region, done = ec2.meta.region_name, end_group(app, ec2, group, others)
+    if not done:
+        return False
     for node in done.nodes:
         result(f"{node.name}: terminated")
     for node in done.left:
         why = "was launched with another key" if node.is_inside else f"is not in security group mitsuba-{group}"
         note(f"Left alone: {node.id} has the tag of group {group!r}, but {why}")
-    parts = [f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"]
+    said = f"{format_count(len(done.nodes), 'node')} terminated" if done.nodes else "No node was running"
     if done.cancelled:
-        parts.append(f"{format_count(done.cancelled, 'spot request')} cancelled")
+        said += f", {format_count(done.cancelled, 'spot request')} cancelled"
     if done.protected:
-        note(f"{', '.join(parts)} in {region}")
+        note(f"{said} in {region}")
         raise protected_error(ec2, done.protected)
-    if done.found:
-        cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
-        paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
-        parts += ["security group removed"] if done.removed else []
-        end = "" if done.left else f": nothing of group {group!r} is left in {region}"
-        note(f"{', '.join(parts)}{end}.{paid}")
-    return done.found
+    said += ", security group removed" if done.removed else ""
+    said += "" if done.left else f": nothing of group {group!r} is left in {region}"
+    cost = sum_known(spent(node, datetime.now(timezone.utc)) for node in done.nodes)
+    paid = f" They cost {at_least(done.nodes)}{format_money(cost)}." if cost is not None else ""
+    note(f"{said}.{paid}")
+    return True
 
 
-class Present(NamedTuple):
+class RegionState(NamedTuple):
     """What terminateAll finds in a region."""
 
     ec2: Client
     nodes: list[Node]  # not terminated, of all groups
-    security_groups: list[SecurityGroup]
+    chosen: list[str]  # groups that are to end
 
 
-def fetch_present(ec2: Client) -> Present:
-    """Return all that could be ended in a region."""
-    nodes, groups = side_by_side(lambda: fetch_nodes(ec2), lambda: fetch_security_groups(ec2))
-    return Present(ec2, [node for node in nodes if node.state in ALIVE], groups)
-
-
-def own_groups(app: App, present: Present) -> list[str]:
-    """Return the groups in which the user has nodes, or that a launch of the user's left behind empty."""
-    taken = {node.group for node in present.nodes}
-    key = app.fingerprint
-    empty = [one for one in present.security_groups if one.group not in taken]
-    mine = {one.group for one in empty if any(key in rule.owner.split() for rule in one.rules)}
-    return sorted(mine | {node.group for node in app.launched(present.nodes, present.ec2) if node.is_inside})
-
-
-def name_running(app: App, present: Present, ended: Sequence[str]) -> None:
-    """Name the user's other groups that run on, with their cost."""
-    region = f" in {present.ec2.meta.region_name}" if present.ec2 is not app.ec2 else ""
-    for group, about in app.running_groups(present.nodes, present.ec2).items():
-        if group not in ended:
-            note(f"Group {group} runs on{region}: {about}")
+def choose_groups(app: App, group: str | None, ec2: Client) -> RegionState:
+    """Return what a region has. To end there is GROUP, or (None) each group with nodes of the user's, or left empty."""
+    found, security_groups = side_by_side(lambda: fetch_nodes(ec2), lambda: fetch_security_groups(ec2))
+    nodes = [node for node in found if node.state in ALIVE]
+    taken = {node.group for node in nodes}
+    if group:
+        there = ec2 is app.ec2 or group in taken | {one.group for one in security_groups}  # here lists may lag
+        return RegionState(ec2, nodes, [group] if there else [])
+    mine = {node.group for node in app.launched(nodes, ec2) if node.is_inside}
+    marked = {one.group for one in security_groups for rule in one.rules if app.fingerprint in rule.owner.split()}
+    return RegionState(ec2, nodes, sorted(mine | (marked - taken)))
 
 
 @cli.command("terminateAll")
@@ -6831,29 +6697,29 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
     problems: list[str] = []
     found: list[str] = []
 
-    def end(region: str, present: Present, name: str) -> None:
-        nodes = [node for node in present.nodes if node.group == name]
+    def end(region: str, state: RegionState, name: str) -> None:
+        nodes = [node for node in state.nodes if node.group == name]
         try:
-            app.check_owner(name, nodes, others, present.ec2)
+            app.check_owner(name, nodes, others, state.ec2)
             client = describe_client(ask_head(app, nodes, LAST_ASK_LIMIT))
-            found.extend([name] if terminate_in(app, present.ec2, name, others) else [])
+            found.extend([name] if terminate_in(app, state.ec2, name, others) else [])
             if client:
                 note(f"{client}, was connected to the head of group {name!r}")
         except (ClusterError, BotoCoreError, ClientError) as error:
             problem = explain(error) if isinstance(error, ClusterError) else app.explain(error)
             problems.append(f"{region}: {problem}" if all_regions else problem)
 
-    regions = app.in_all_regions(fetch_present, problems) if all_regions else {home: fetch_present(app.ec2)}
-    chosen: dict[str, list[str]] = {}
-    for region, present in regions.items():
-        there = {node.group for node in present.nodes} | {one.group for one in present.security_groups}
-        chosen[region] = own_groups(app, present) if all_groups else [group] if region == home or group in there else []
-    ends = [functools.partial(end, name, regions[name], one) for name, groups in chosen.items() for one in groups]
+    look = functools.partial(choose_groups, app, None if all_groups else group)
+    regions = app.in_all_regions(look, problems) if all_regions else {home: look(app.ec2)}
+    ends = [functools.partial(end, name, state, one) for name, state in regions.items() for one in state.chosen]
     if ends:
         side_by_side(*ends)  # no group waits for another's end
-    for region, present in regions.items():
-        name_running(app, present, chosen[region])
-    if all_groups and app.key_problem and any(present.nodes for present in regions.values()):
+    for region, state in regions.items():
+        where = f" in {region}" if region != home else ""
+        for name, about in app.running_groups(state.nodes, state.ec2).items():
+            if name not in state.chosen:
+                note(f"Group {name} runs on{where}: {about}")
+    if all_groups and app.key_problem and any(state.nodes for state in regions.values()):
         ways = f"end a group of yours with {command('terminateAll', 'GROUP', '--others')}"
         problems.append(f"{app.key_problem}. So nothing tells which groups are yours; {ways}")
     if not found and not problems:
@@ -6924,11 +6790,17 @@ def spot_prices(app: App, instance_type: str, as_json: bool) -> None:
     return result(format_table(rows, terminal_width()))
 
 
-def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
-    """Cancel REQUESTS and say what that leaves running."""
+def cancel_requests(app: App, name: str | None = None) -> None:
+    """Cancel the spot request of this NAME (None: all that this tool made); say what that leaves running."""
+    nodes = [node for node in fetch_nodes(app.ec2) if node.is_inside]
+    requests = [one for one in fetch_all_requests(app.ec2, nodes) if name in (None, one.id)]
+    if name is not None and not requests:
+        raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
+    if name is not None and not live(requests):
+        raise ClusterError(f"spot request {name} is {requests[0].state} already")
     cancelled = cancel_spot_requests(app.ec2, requests)
-    for name in cancelled:
-        result(f"Cancelled {name}")
+    for one in cancelled:
+        result(f"Cancelled {one}")
     running = [request.node_id for request in requests if request.node_id and request.id in cancelled]
     if running:
         note(f"Their nodes keep running and cost money: {', '.join(running)}; terminate or terminateAll ends them")
@@ -6936,30 +6808,19 @@ def cancel_requests(app: App, requests: Sequence[SpotRequest]) -> None:
         note("No spot request is open")
 
 
-def our_requests(app: App) -> list[SpotRequest]:
-    """Return all spot requests that this tool made."""
-    nodes = [node for node in fetch_nodes(app.ec2) if node.is_inside]
-    return with_untagged(fetch_spot_requests(app.ec2), nodes)
-
-
 @cli.command("cancelSpot")
 @click.argument("name", metavar="ID")
 @click.pass_obj
 def cancel_spot(app: App, name: str) -> None:
     """Cancel one spot request."""
-    found = [request for request in our_requests(app) if request.id == name]
-    if not found:
-        raise ClusterError(f"no spot request {printable(name)!r} of this tool in {app.settings.AWS_REGION}")
-    if found[0].state not in ("open", "active"):
-        raise ClusterError(f"spot request {name} is {found[0].state} already")
-    cancel_requests(app, found)
+    cancel_requests(app, name)
 
 
 @cli.command("cancelAllSpot")
 @click.pass_obj
 def cancel_all_spot(app: App) -> None:
     """Cancel all spot requests that this tool made."""
-    cancel_requests(app, our_requests(app))
+    cancel_requests(app)
 
 
 # --- Small commands ----------------------------------------------------------

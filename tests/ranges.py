@@ -70,7 +70,7 @@ def range_server(content: bytes) -> Iterator[RangeServer]:
 
 def run_sync(folder: Path, job: list[dict[str, Any]]) -> dict[str, Any]:
     """Run the nodes' half of syncData in FOLDER; return its last report."""
-    words = [sys.executable, "-I", "-c", cluster.fetch_program(), str(folder)]
+    words = [sys.executable, "-I", "-c", cluster.node_program(cluster.fetch_files), str(folder)]
     done = subprocess.run(words, input=json.dumps(job), text=True, capture_output=True, check=False)
     assert not done.stderr
     last: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -245,7 +245,7 @@ def test_object_name_that_leads_out(tmp_path: Path, small_s3: RangeServer, monke
     assert cluster.plan_relative_path("prefix/../outside", "prefix") is None
     assert "leads out of the folder" in run_sync(data, small_s3.job("../outside"))["error"]
     assert not (tmp_path / "outside").exists()
-    careless = cluster.fetch_program().replace('if name in (".", ".."):', "if False:")
-    monkeypatch.setattr(cluster, "fetch_program", lambda: careless.replace("!= os.geteuid()", "is None"))
+    careless = cluster.node_program(cluster.fetch_files).replace('if name in (".", ".."):', "if False:")
+    monkeypatch.setattr(cluster, "node_program", lambda _: careless.replace("!= os.geteuid()", "is None"))
     assert run_sync(data, small_s3.job("../outside"))["fetched"] == 1
     assert (tmp_path / "outside").exists()

@@ -148,7 +148,7 @@ def test_odd_names_arrive(tmp_path: Path, small_s3: RangeServer, path: str) -> N
 def test_a_second_sync_waits_for_the_first(tmp_path: Path, small_s3: RangeServer) -> None:
     """The first may have lost its connection and still be at work: both would write the same part file."""
     (tmp_path / ".mitsuba-cluster").mkdir()
-    program = [sys.executable, "-I", "-c", cluster.fetch_program(), str(tmp_path)]
+    program = [sys.executable, "-I", "-c", cluster.node_program(cluster.fetch_files), str(tmp_path)]
     with (tmp_path / ".mitsuba-cluster" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:

@@ -186,7 +186,7 @@ def test_the_guard_is_a_program_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     plan = {"role": "head", "build": BUILD, "workers": {good.address: 4, greedy.address: 2}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     path = tmp_path / "guard.py"
-    path.write_text(cluster.node_program(cluster.guard_node))
+    path.write_text(cluster.node_program.__wrapped__(cluster.guard_node))
     done = subprocess.run([sys.executable, "-I", str(path), "filter"], capture_output=True, text=True, check=False)
     assert done.stdout == f"{greedy.address} is left out: it announces 4 cores, and its node has 2\n", done
     assert (tmp_path / "linked").read_text() == f"{good.address}\n"
@@ -209,7 +209,7 @@ def test_what_ends_a_node_stands_in_its_journal(tmp_path: Path, monkeypatch: pyt
     for name, text in (("systemctl", SYSTEMCTL), ("ss", "#!/bin/sh\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    program = cluster.node_program(cluster.guard_node).replace("/dev/pts/", f"{tmp_path}/pts/")
+    program = cluster.node_program.__wrapped__(cluster.guard_node).replace("/dev/pts/", f"{tmp_path}/pts/")
     words = [sys.executable, "-I", "-u", "-c", program]
     given = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(words, env=given, capture_output=True, text=True, check=False, timeout=120)
@@ -519,7 +519,9 @@ def test_start_and_extend_begin_the_idle_time_anew_at_the_last_moment() -> None:
 
 def test_no_clock_but_the_monotonic_one_decides() -> None:
     """Nodes of the local cloud share this machine's clock: none can jump a day there."""
-    clocks = re.findall(r"\b(?:time\.\w+|datetime|st_[a-z]*time\w*)\b", cluster.node_program(cluster.guard_node))
+    clocks = re.findall(
+        r"\b(?:time\.\w+|datetime|st_[a-z]*time\w*)\b", cluster.node_program.__wrapped__(cluster.guard_node)
+    )
     assert set(clocks) == {"time.monotonic", "time.sleep", "st_atime_ns"}
     clock = Clock("worker").after(60, touched={"/dev/pts/0": 10**18})
     assert clock.after(3600).idle

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -343,8 +344,6 @@ def test_a_launch_that_leaves_nodes_says_how_to_go_on(cloud: LocalCloud, group: 
 def test_a_new_security_group_that_stays_unknown_is_not_waited_for_as_a_lost_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from botocore.exceptions import ClientError
-
     class Ec2:
         """Knows no security group."""
 
@@ -354,7 +353,7 @@ def test_a_new_security_group_that_stays_unknown_is_not_waited_for_as_a_lost_ans
 
     monkeypatch.setattr(cluster, "NEW_LIMIT", -1)
     with pytest.raises(ClientError):
-        cluster.launch_batch(Ec2(), {})
+        cluster.persist(Ec2().run_instances, "RunInstances")
 
 
 class Ec2:
@@ -380,7 +379,7 @@ def plan(count: int) -> cluster.Plan:
     image = cluster.Image("ami-1", "x86_64", "legacy-bios", "hvm", "/dev/sda1", 8, "ubuntu")
     subnets = [cluster.Subnet("us-east-1a", "subnet-1", "vpc-1", True)]
     request = cluster.LaunchRequest("c1.xlarge", count, "default")
-    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", [], None, {}, "", 0, 0, None)
+    return cluster.Plan(request, kind, image, subnets, "192.0.2.1/32", [], None, {}, "", None)
 
 
 def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -> None:
@@ -394,8 +393,6 @@ def test_a_launch_goes_out_in_requests_of_a_hundred_with_tokens_of_their_own() -
 
 @pytest.mark.parametrize("code", ["InsufficientVolumeCapacity", "UnfulfillableCapacity"])
 def test_a_zone_that_has_no_volumes_or_spot_nodes_left_is_passed_over(code: str) -> None:
-    from botocore.exceptions import ClientError
-
     class Full(Ec2):
         """Has nothing in its first zone."""
 
@@ -415,13 +412,13 @@ def test_a_zone_that_has_no_volumes_or_spot_nodes_left_is_passed_over(code: str)
 
 def prepared(monkeypatch: pytest.MonkeyPatch, whole: cluster.Plan | None = None, **request: Any) -> dict[str, Any]:
     """Return what a request for one node asks EC2 for, where no key and no security group must be made."""
-    for name in ("ensure_key", "check_rules", "repair_rules"):
+    for name in ("ensure_key", "check_rules"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(cluster, "ensure_security_group", lambda *_: cluster.SecurityGroup("sg-1", "g", "n", "vpc-1"))
     monkeypatch.setattr(cluster, "sign_launch", lambda *_: {})
-    app: Any = SimpleNamespace(ec2=Ec2(), settings=cluster.Settings(), identity=None, rule_owner="")
+    app: Any = MagicMock(ec2=Ec2(), settings=cluster.Settings())
     whole = whole or plan(1)
-    return cluster.prepare(app, whole._replace(request=whole.request._replace(**request), hours=1.5))
+    return cluster.prepare(app, whole._replace(request=replace(whole.request, max_hours=1.5, **request)))
 
 
 def test_nodes_give_their_metadata_to_sessions_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,9 +444,9 @@ def test_other_disks_of_an_image_go_with_their_nodes_too(monkeypatch: pytest.Mon
         {"DeviceName": "/dev/sdb", "VirtualName": "ephemeral0"},
     ]
     ec2 = MagicMock()
-    ec2.describe_images.return_value = {"Images": [{"RootDeviceName": "/dev/sda1", "BlockDeviceMappings": disks}]}
-    settings = cluster.Settings(AMI_IDS={"us-east-1": "ami-1"})
-    image = cluster.fetch_image(ec2, None, settings)
+    raw = {"ImageId": "ami-1", "RootDeviceName": "/dev/sda1", "BlockDeviceMappings": disks}
+    ec2.describe_images.return_value = {"Images": [raw]}
+    image = cluster.fetch_image(ec2, MagicMock(), cluster.Settings())
     _, *others = prepared(monkeypatch, plan(1)._replace(image=image))["BlockDeviceMappings"]
     assert others == [{"DeviceName": "/dev/sdf", "Ebs": {"DeleteOnTermination": True}}]
 

@@ -89,6 +89,7 @@ MISTAKES = [
     Mistake("malformed node", ("login", "; rm -rf /"), "no node '; rm -rf /' of this tool"),
     Mistake("no head", ("tunnel", "empty"), "no running nodes in group 'empty'"),
     Mistake("unknown request", ("cancelSpot", "sir-nothing"), "no spot request 'sir-nothing' of this tool"),
+    Mistake("a request's name that is empty", ("cancelSpot", ""), "no spot request '' of this tool"),
     Mistake(
         "no such file, and no bucket",
         ("syncData", "x"),

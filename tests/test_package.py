@@ -218,7 +218,7 @@ def test_too_new_a_build_ends_create_nodes_before_it_costs_anything(
 
 def learn_build(folder: Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Learn the build of the mtssrv in FOLDER."""
-    words = [sys.executable, "-I", "-c", cluster.node_program(cluster.learn_build), "0.6.0"]
+    words = [sys.executable, "-I", "-c", cluster.node_program.__wrapped__(cluster.learn_build), "0.6.0"]
     env = {"PATH": f"{folder}:{os.environ['PATH']}"} | env
     return subprocess.run(words, env=env, cwd=cwd, text=True, capture_output=True, check=False)
 

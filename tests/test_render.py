@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ MISSING = 'WARN  con0 [StreamBackend] Uncaught exception "The file "a.vol" could
 )
 def test_who_is_to_blame(attempt: Attempt, changes: dict[str, Any], server_error: str, blame: str, reason: str) -> None:
     after: dict[str, Facts | str] = {
-        name: change if isinstance(change := changes.get(name, {}), str) else facts._replace(**change)
+        name: change if isinstance(change := changes.get(name, {}), str) else replace(facts, **change)
         for name, facts in FACTS.items()
     }
     found = cluster.judge(attempt, FACTS, after, server_error)

@@ -281,16 +281,16 @@ def test_an_rsa_key_in_the_agent_signs(cloud: LocalCloud, tmp_path: Path) -> Non
 def test_a_signature_that_is_none(tmp_path: Path, signature: str) -> None:
     cluster.ensure_key_file(tmp_path / "key")
     identity = cluster.load_identity(tmp_path / "key")
-    assert not cluster.is_signed(identity.public, "default", "ssh-ed25519 AAAA", signature)
+    assert not cluster.is_signed(cluster.public_line(identity), "default", "ssh-ed25519 AAAA", signature)
 
 
 def test_a_signature_is_for_one_group_and_one_host_key(tmp_path: Path) -> None:
     cluster.ensure_key_file(tmp_path / "key")
     identity = cluster.load_identity(tmp_path / "key")
     signature = "".join(cluster.sign_launch(identity, "default", "ssh-ed25519 AAAA").values())
-    assert cluster.is_signed(identity.public, "default", "ssh-ed25519 AAAA", signature)
-    assert not cluster.is_signed(identity.public, "other", "ssh-ed25519 AAAA", signature)
-    assert not cluster.is_signed(identity.public, "default", "ssh-ed25519 BBBB", signature)
+    assert cluster.is_signed(cluster.public_line(identity), "default", "ssh-ed25519 AAAA", signature)
+    assert not cluster.is_signed(cluster.public_line(identity), "other", "ssh-ed25519 AAAA", signature)
+    assert not cluster.is_signed(cluster.public_line(identity), "default", "ssh-ed25519 BBBB", signature)
 
 
 # Security groups that others have changed
@@ -330,7 +330,7 @@ def test_a_planted_security_group(cloud: LocalCloud, group: str) -> None:
     planted = make_group(cloud, group, f"mitsuba-{group}")
     make_group(cloud, group, "of-another-name")
     everything = [permission("-1", "0.0.0.0/0")]
-    cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=everything))
+    cluster.persist(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=everything))
     wait_until(lambda: ingress(cloud, group))
     for words in (("--dry-run",), ()):
         refused = cloud.cluster("createNodes", "c1.xlarge", "1", group, *words)
@@ -359,7 +359,7 @@ def test_a_rule_with_a_forged_mark_does_not_outlive_the_launch(cloud: LocalCloud
     mark = f"mitsuba-cluster {cluster.load_identity(key).fingerprint} me@elsewhere"
     rule = permission("tcp", "0.0.0.0/0", mark, FromPort=22, ToPort=22)
     ec2 = cloud.client("ec2")
-    cluster.once_known(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=[rule]))
+    cluster.persist(lambda: ec2.authorize_security_group_ingress(GroupId=planted, IpPermissions=[rule]))
     wait_until(lambda: ingress(cloud, group))
     dry = cloud.cluster("createNodes", "c1.xlarge", "1", group, "--dry-run")
     assert dry.code == 0, dry.err

@@ -129,7 +129,7 @@ class Idle:
 
 def make_spread(nodes: int) -> cluster.Spread:
     """Return the plan for files of no matter."""
-    return cluster.Spread(".", [], [], nodes)
+    return cluster.Spread([], [], nodes)
 
 
 @pytest.mark.parametrize(("count", "most"), [(1, 1), (2, 2), (8, 3), (64, 5)])
@@ -233,7 +233,7 @@ class Ended:
 @pytest.mark.parametrize(("code", "from_here"), [(0, False), (1, True)])
 def test_a_source_whose_time_is_up_has_not_failed(code: int, from_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large file takes longer than a program serves: what came is kept, and the same node goes on."""
-    spread = cluster.Spread(".", [cluster.Wanted("big", 5, "", "", "", {})], [], 1)
+    spread = cluster.Spread([cluster.Wanted("big", 5, "", "", "", {})], [], 1)
     peer = cluster.Source(Idle())  # type: ignore[arg-type]
     spread.sources.append(peer)
     breaks, asked = 3, list[str]()
@@ -243,21 +243,21 @@ def test_a_source_whose_time_is_up_has_not_failed(code: int, from_here: bool, mo
         source.channel = Ended(code) if source.remote else None  # type: ignore[assignment]
         yield "peer" if source.remote else "here"
 
-    def fetch(folder: str, wanted: list[cluster.Wanted], *_: Any) -> cluster.Fetched:
+    def fetch(_: cluster.Delivery, wanted: list[cluster.Wanted], *patience: int) -> cluster.Fetched:
         asked.append(wanted[0].url)
         if 0 < len(asked) - 1 <= breaks and wanted[0].url == "peer/0":
             raise cluster.NodeError("it can't be fetched")
         return cluster.Fetched(1, 0, len(asked) == 1, 5, 0)
 
     monkeypatch.setattr(spread, "address", address)
-    monkeypatch.setattr(cluster, "fetch_step", fetch)
-    assert spread.bring(lambda *_: None, Idle()).fetched == 1  # type: ignore[arg-type]
+    monkeypatch.setattr(cluster.Delivery, "fetch", fetch)
+    assert spread.bring(cluster.Delivery(Idle(), ".", lambda *_: None)).fetched == 1  # type: ignore[arg-type]
     assert asked == (["", "peer/0", "here/0"] if from_here else ["", *4 * ["peer/0"]])
     assert peer.failures == from_here
 
 
 def test_a_source_that_another_receiver_has_started_anew_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    spread = cluster.Spread(".", [cluster.Wanted("big", 5, "", "", "", {})], [], 1)
+    spread = cluster.Spread([cluster.Wanted("big", 5, "", "", "", {})], [], 1)
     peer, old = cluster.Source(Idle()), Ended(0)  # type: ignore[arg-type]
     peer.channel = old  # type: ignore[assignment]
     spread.sources.append(peer)
@@ -270,29 +270,32 @@ def test_a_source_that_another_receiver_has_started_anew_has_not_failed(monkeypa
         raise cluster.NodeError("it can't be fetched")
 
     monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
-    monkeypatch.setattr(cluster, "fetch_step", fetch)
-    assert spread.bring(lambda *_: None, Idle()).fetched == 1  # type: ignore[arg-type]
+    monkeypatch.setattr(cluster.Delivery, "fetch", fetch)
+    assert spread.bring(cluster.Delivery(Idle(), ".", lambda *_: None)).fetched == 1  # type: ignore[arg-type]
     assert peer.failures == 0
 
 
 @pytest.mark.parametrize(
-    "error", [cluster.FetchError("No space left on device", cluster.OWN_FAULT), cluster.SilentNode("is silent")]
+    ("error", "status"), [(cluster.NodeError("No space left"), cluster.OWN_FAULT), (cluster.SilentNode("is silent"), 0)]
 )
-def test_a_receivers_own_fault_is_not_its_sources(error: cluster.NodeError, monkeypatch: pytest.MonkeyPatch) -> None:
-    spread = cluster.Spread(".", [], [], 1)
+def test_a_receivers_own_fault_is_not_its_sources(
+    error: cluster.NodeError, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = cluster.Spread([], [], 1)
     peer = cluster.Source(Idle())  # type: ignore[arg-type]
     spread.sources.append(peer)
     reports = iter([cluster.Fetched(0, 0, 1, 0, 5)])
 
-    def fetch(*_: Any) -> cluster.Fetched:
+    def fetch(delivery: cluster.Delivery, *_: Any) -> cluster.Fetched:
         for report in reports:
             return report
+        delivery.status = status
         raise error
 
     monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
-    monkeypatch.setattr(cluster, "fetch_step", fetch)
+    monkeypatch.setattr(cluster.Delivery, "fetch", fetch)
     with pytest.raises(cluster.NodeError, match=str(error)):
-        spread.bring(lambda *_: None, Idle())  # type: ignore[arg-type]
+        spread.bring(cluster.Delivery(Idle(), ".", lambda *_: None))  # type: ignore[arg-type]
     assert (peer.failures, peer.receivers, peer in spread.sources) == (0, 0, True)
 
 
@@ -333,15 +336,15 @@ def test_a_node_that_freezes_while_it_is_fed_from_here_is_given_up(which: str, m
             return report
         raise cluster.SilentNode("is silent")
 
-    monkeypatch.setattr(cluster, "fetch_step", fetch)
+    monkeypatch.setattr(cluster.Delivery, "fetch", fetch)
     node, transport = cluster.to_node({"InstanceId": "i-1", "State": {"Name": "running"}}), Frozen(which)
-    spread = cluster.Spread(".", [], [], 1)
+    spread = cluster.Spread([], [], 1)
     pool = cluster.NodePool(cluster.Settings(), None)  # type: ignore[arg-type]
     pool.remotes[node.id] = cluster.Remote(node, transport)  # type: ignore[arg-type]
-    (outcome,) = pool.each([node], lambda remote: spread.bring(lambda *_: None, remote))
+    (outcome,) = pool.each([node], lambda remote: spread.bring(cluster.Delivery(remote, ".", lambda *_: None)))
     assert not outcome.ok
     assert transport.closed.is_set(), "paramiko was asked with a time limit"
-    assert (spread.fetching, spread.here.receivers, spread.sources) == (0, 0, [spread.here])
+    assert (spread.here.receivers, spread.sources) == (0, [spread.here])
 
 
 class Reporting(Idle):
@@ -366,10 +369,10 @@ def test_the_bytes_of_several_sources_add_up(monkeypatch: pytest.MonkeyPatch) ->
         [{"moved": 0}, {"moved": 90, "lacking": 100}, {"moved": 90, "lacking": 100, "error": "it can't be fetched"}],
         [{"moved": 0}, {"moved": 10, "lacking": 10} | end | {"fetched": 1}],
     )
-    spread, heard = cluster.Spread(".", [cluster.Wanted("big", 120, "", "", "", {})], [], 1), list[tuple[int, int]]()
+    spread, heard = cluster.Spread([cluster.Wanted("big", 120, "", "", "", {})], [], 1), list[tuple[int, int]]()
     spread.sources.append(cluster.Source(Idle()))  # type: ignore[arg-type]
     monkeypatch.setattr(spread, "address", lambda source, remote: contextlib.nullcontext("peer"))
-    done = spread.bring(lambda *numbers: heard.append(numbers), node)  # type: ignore[arg-type]
+    done = spread.bring(cluster.Delivery(node, ".", lambda *numbers: heard.append(numbers)))  # type: ignore[arg-type]
     assert (done.fetched, done.moved) == (1, 100)
     assert heard == [(0, 100), (90, 100), (90, 100), (100, 100)]
 
@@ -400,7 +403,7 @@ def test_the_bar_is_of_what_the_nodes_lack() -> None:
         one.id = str(number)
     done = cluster.Fetched(1, 0, 0, 60, 60)
     wanted = [cluster.Wanted("big", 100, "", "", "", {})]
-    cluster.sync_nodes(app, nodes, wanted, lambda show, _: (show(*next(bring)), done)[1])  # type: ignore[arg-type]
+    cluster.sync_nodes(app, nodes, wanted, lambda delivery: (delivery.show(*next(bring)), done)[1])  # type: ignore[arg-type]
     assert (app.size, app.moved) == (60, 60)
 
 
@@ -410,7 +413,7 @@ def serve(folder: Path, address: str, port: int, token: str) -> subprocess.Popen
     wanted = cluster.Wanted("data", 2_048_000, "m", "", "", {})
     fetcher = cluster.Fetcher(str(folder))
     fetcher.save("record.json", {"data": fetcher.entry(wanted)})
-    words = [sys.executable, "-I", "-c", cluster.serve_program(), str(folder), address, str(port)]
+    words = [sys.executable, "-I", "-c", cluster.node_program(cluster.serve_files), str(folder), address, str(port)]
     child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin
     assert child.stdout
@@ -503,7 +506,7 @@ def test_a_source_serves_two_at_once() -> None:
             assert release.wait(20)
             self.sent += data
 
-    server = cluster.FileServer("x", [1], lambda number: os.open("/dev/zero", os.O_RDONLY))
+    server = cluster.FileServer("x", [1], ["/dev/zero"])
     streams = {peer: Held() for peer in ("a", "b", "c")}
     threads = []
     for peer in ("a", "b"):

@@ -71,7 +71,7 @@ class Talking(cluster.Remote):
         self.blocks = [*blocks, b""]
 
     @contextlib.contextmanager
-    def session(self) -> Iterator[Any]:
+    def session(self, line: str) -> Iterator[Any]:
         """Open a session for a command that succeeds."""
         yield Mock(**{"recv_exit_status.return_value": 0})
 

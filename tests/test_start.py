@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,7 +97,7 @@ def test_a_head_is_asked_again_just_before_its_restart(
         return cluster.Node(f"i-{number}", "g", "c1.xlarge", "running", when, private_ip=f"10.0.0.{number}")
 
     looked = cluster.Facts(4, "0.6.0", "head", ("10.0.0.2", "10.0.0.3"))
-    now = looked._replace(clients={"203.0.113.9:1": (60, 5)} if clients else {})
+    now = replace(looked, clients={"203.0.113.9:1": (60, 5)} if clients else {})
     given: list[tuple[set[str], bool]] = []
     monkeypatch.setattr(cluster, "ask_server", ask_server)
     monkeypatch.setattr(cluster, "await_server", lambda remote, version, cores, workers: cores)

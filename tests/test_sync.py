@@ -195,7 +195,7 @@ def test_many_small_files(tmp_path: Path) -> None:
 
 def test_a_file_larger_than_the_free_space(tmp_path: Path) -> None:
     job = [cluster.Wanted("k", 1 << 60, "e", "", "http://127.0.0.1:1/", {})._asdict()]
-    assert re.fullmatch(r"[\d.]+ \wB needed, [\d.]+ \wB free", run_sync(tmp_path, job)["error"])
+    assert re.fullmatch(rf"[\d.]+ \wB needed, [\d.]+ \wB free in {tmp_path}", run_sync(tmp_path, job)["error"])
     assert not list(tmp_path.glob("k*"))
 
 

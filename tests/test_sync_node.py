@@ -25,7 +25,7 @@ def wanted(server: RangeServer, *names: str, **changes: Any) -> list[cluster.Wan
 
 
 def test_every_name_that_is_sent_to_a_node_is_known_there() -> None:
-    for program in (cluster.fetch_program(), cluster.node_program(cluster.guard_node)):
+    for program in (cluster.node_program(cluster.fetch_files), cluster.node_program(cluster.guard_node)):
         words = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select=F821", "-"]
         done = subprocess.run(words, input=program, text=True, capture_output=True, check=False)
         missing = re.findall(r"Undefined name `(\w+)`", done.stdout)
@@ -220,21 +220,19 @@ class LocalRemote(cluster.Remote):
 )
 def test_a_report_that_makes_no_sense(line: bytes) -> None:
     with pytest.raises(cluster.NodeError, match="sends a malformed report"):
-        cluster.fetch_step(
-            "/nowhere", [], cluster.Tally(lambda *_: None), LocalRemote(b'{"moved": 0}\n' + line + b"\n")
-        )
+        cluster.Delivery(LocalRemote(b'{"moved": 0}\n' + line + b"\n"), "/nowhere", lambda *_: None).fetch([])
 
 
 def test_reports_that_lack_something_are_no_success() -> None:
     last = b'{"moved": 1, "fetched": 1, "present": 0}\n'
     for said in (last, b"", b"[" * 100_000 + b"\n", b'{"moved": 5}\nSegmentation fault\n'):
         with pytest.raises(cluster.NodeError, match="exit code 0"):
-            cluster.fetch_step("/nowhere", [], cluster.Tally(lambda *_: None), LocalRemote(said))
+            cluster.Delivery(LocalRemote(said), "/nowhere", lambda *_: None).fetch([])
 
 
 def test_a_node_that_can_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(cluster.NodeError, match=r"nowhere can't be written to \(No such file or directory\); install"):
-        cluster.fetch_step(str(tmp_path / "nowhere"), [], cluster.Tally(lambda *_: None), LocalRemote())
+        cluster.Delivery(LocalRemote(), str(tmp_path / "nowhere"), lambda *_: None).fetch([])
 
 
 def sync_by(server: RangeServer, remote: LocalRemote, folder: Path) -> cluster.Fetched:
@@ -244,7 +242,7 @@ def sync_by(server: RangeServer, remote: LocalRemote, folder: Path) -> cluster.F
     def sign_again() -> list[cluster.Wanted]:
         return [one._replace(url=f"{one.url}{next(numbers)}") for one in wanted(server, "big")]
 
-    return cluster.bring_from_s3(str(folder), sign_again(), sign_again, lambda *_: None, remote)
+    return cluster.bring_from_s3(sign_again(), sign_again, cluster.Delivery(remote, str(folder), lambda *_: None))
 
 
 def test_addresses_that_die_are_signed_again(tmp_path: Path) -> None:
@@ -266,12 +264,13 @@ def test_addresses_that_are_dead_at_once_are_named(tmp_path: Path) -> None:
 
 
 def test_an_archived_object_is_no_expired_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> NoReturn:
-        raise cluster.FetchError("big: its source answers 403 InvalidObjectState", 403)
+    def refuse(delivery: cluster.Delivery, *_: Any) -> NoReturn:
+        delivery.status = 403
+        raise cluster.NodeError("big: its source answers 403 InvalidObjectState")
 
-    monkeypatch.setattr(cluster, "fetch_step", refuse)
+    monkeypatch.setattr(cluster.Delivery, "fetch", refuse)
     with pytest.raises(cluster.NodeError) as failure:
-        cluster.bring_from_s3(str(tmp_path), [], list, lambda *_: None, LocalRemote())
+        cluster.bring_from_s3([], list, cluster.Delivery(LocalRemote(), str(tmp_path), lambda *_: None))
     assert str(failure.value) == (
         "big: its source answers 403 InvalidObjectState; the object is archived: restore it in S3, then run this again"
     )
@@ -288,7 +287,7 @@ def test_what_an_interrupted_run_has_brought_need_not_come_from_here_again(tmp_p
         job = [one._asdict() for one in wanted(server, "big", url="")]
         assert run_sync(tmp_path, job)["lacking"] <= PART
     assert run_sync(tmp_path / cluster.FETCH_FOLDER, job)["lacking"] == 3 * PART
-    spread = cluster.Spread("/mnt", [], [], 2)
+    spread = cluster.Spread([], [], 2)
     spread.unheard, spread.waiting = 0, [PART, 3 * PART]
     assert spread.choose([], 3 * PART) is None
     assert spread.choose([], PART)

@@ -9,6 +9,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,7 +129,7 @@ class Linking:
         clients = {"203.0.113.9:1": (60.0, 5.0)} if client else {}
         self.head = cluster.Facts(4, BUILD, "head", clients=clients)
         served = {one.private_ip: cluster.Facts(4, BUILD, "worker") for one in workers}
-        served |= {own: served[own]._replace(relays="yes", linked=tuple(branch)) for own, branch in linked.items()}
+        served |= {own: replace(served[own], relays="yes", linked=tuple(branch)) for own, branch in linked.items()}
         outcomes = [
             cluster.Outcome(one, cluster.Served(served[one.private_ip], self.cores(linked, one.private_ip), "serves"))
             for one in workers

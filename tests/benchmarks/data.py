@@ -130,7 +130,7 @@ def measure_downloads(cloud: LocalCloud, path: Path, folder: Path, rounds: int) 
             else:
                 sha256 = digest if way == "cluster.py" else ""
                 big = cluster.Wanted("big", size, etag, sha256, url, {"If-Match": f'"{etag}"'})
-                program = [sys.executable, "-I", "-c", cluster.fetch_program(), str(target)]
+                program = [sys.executable, "-I", "-c", cluster.node_program(cluster.fetch_files), str(target)]
                 commands.append((program, json.dumps([big._asdict()]).encode()))
         server = int(cloud.where.pid.read_text())
         return measure.with_server(server, lambda: measure.timed(lambda: side_by_side(commands)))
