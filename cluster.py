@@ -1259,7 +1259,7 @@ def root_command(name: str, script: str, *arguments: str) -> str:
 NODE_HEADER = '''"""A part of cluster.py, which wrote this."""
 from __future__ import annotations
 import concurrent.futures, contextlib, errno, glob, json, os, re, signal, socket, stat, subprocess, sys, threading, time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 '''
 
