@@ -397,6 +397,11 @@ def is_images(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) and text(ami) for key, ami in value.items())
 
 
+# mtssrv's unit hides or protects them, and their owner must not change.
+SYSTEM_FOLDERS = (
+    r"/(bin|boot|dev|etc|home|lib(32|64|x32)?|proc|root|run|sbin|sys|tmp|usr|var/(lock|run|tmp))(/|$)|/var(/lib)?$"
+)
+
 # name -> (check, what is expected)
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "AWS_ACCESS_KEY_ID": (matches(r"\w*"), 'an access key id such as "AKIA…", or ""'),
@@ -420,7 +425,10 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         matches(r"(?!http://)[^\0\n]*?(#sha256=[0-9a-f]{64})?"),
         'a path or an https address, with "#sha256=" and 64 hex digits if you like, or ""',
     ),
-    "DATA_DIR": (matches(r"(/[\w.-]*[\w-][\w.-]*)+"), 'an absolute path such as "/mnt"'),
+    "DATA_DIR": (
+        matches(rf"(?!{SYSTEM_FOLDERS})(/[\w.-]*[\w-][\w.-]*)+"),
+        'an absolute path such as "/mnt", outside home, temporary and system folders, which mtssrv can\'t use',
+    ),
     "S3_PATH": (matches(r"(s3://[^/\s]+(/[^\0\n]*)?)?"), '"s3://bucket/prefix", or ""'),
 }
 
@@ -1540,6 +1548,15 @@ def fetch_facts(remote: Remote) -> Facts:
         raise NodeError(f"says strange things about itself{format_tail(output)}") from None
 
 
+def to_ssh_error(get_exception: Callable[[], Exception | None]) -> Exception | None:
+    """Return what has ended a connection: paramiko hands on whatever a malformed packet raises."""
+    import paramiko
+
+    error = get_exception()
+    known = error is None or isinstance(error, (paramiko.SSHException, EOFError, OSError))
+    return error if known else paramiko.SSHException(f"malformed packet: {error!r}")
+
+
 def connect(node: Node, settings: Settings, identity: paramiko.PKey) -> Remote:
     """Connect once: exchange keys, check the host key, log in."""
     import paramiko
@@ -1549,6 +1566,7 @@ def connect(node: Node, settings: Settings, identity: paramiko.PKey) -> Remote:
     try:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # 0.05 of 0.66 s with 8 nodes
         transport = paramiko.Transport(plain)
+        transport.get_exception = functools.partial(to_ssh_error, transport.get_exception)  # type: ignore[method-assign]
         transport.banner_timeout = transport.auth_timeout = EXCHANGE_LIMIT
         options = transport.get_security_options()
         # AES-GCM first: its check is native, the other ciphers' is in Python.
@@ -1562,6 +1580,8 @@ def connect(node: Node, settings: Settings, identity: paramiko.PKey) -> Remote:
         try:
             transport.auth_publickey(settings.SSH_USER, identity)
         except paramiko.AuthenticationException as error:
+            if not transport.is_active() or "timeout" in str(error):
+                raise  # no refusal: paramiko calls a connection that breaks, or is slow, the same
             raise Unusable(f"refuses the key {settings.SSH_PRIVATE_KEY_FILE} for user {settings.SSH_USER}") from error
         transport.set_keepalive(15)
         plain.settimeout(IDLE_POLL)
@@ -2938,8 +2958,9 @@ def format_nodes(nodes: Sequence[Node], wide: bool = False, more: Sequence[Seque
 # links nodes that come back, and ends idle nodes (node_program sends its functions). All times are monotonic.
 
 HELLO = b"\x1b\xcd"
+REFUSAL = b"\x00\x0d"
 QUIT = b"\x00\x0c"
-NAME_BYTES = 256  # of a node's name, and of what a server may say after the quit message
+ANSWER_BYTES = 256  # of what a server answers, at most: hello, its cores, its node's name
 GUARD_TIMEOUT = 2.0  # seconds for one handshake
 WATCH_PAUSE = 1.0  # seconds between two rounds of handshakes, and as many more as there are
 WATCH_RATE = 200  # such numbers of servers: a thousand handshakes at once would take the head's spare cores
@@ -2956,6 +2977,7 @@ LINK_BYTES = 1000  # and as many more for each worker: `systemLoad --watch` read
 CLIENT_SILENCE = 240 * 60  # seconds: a sleeping laptop leaves its connection behind
 RELAY = "relay-"  # what the name of a sub-head's server begins with: it links the workers of its branch
 RELAY_LIMIT = 15  # seconds that a head waits for a sub-head that restarts; below systemd's TimeoutStartSec
+RESTART_LIMIT = 3  # and for its workers: one may be restarted in the same second
 HEAD_ASKED = 3  # times, a look apart, before a worker takes its head for gone
 MOST_CORES = 32767  # that a server can announce: its handshake has 16 bits, with a sign, for them
 
@@ -2964,23 +2986,11 @@ PLAN_PATH = "/etc/mitsuba-cluster/plan.json"  # what start wants: role, build, o
 IDLE_PATH = "/etc/mitsuba-cluster/idle-minutes"
 LINKED_PATH = "/run/mitsuba-cluster/linked"  # the workers with which a head or sub-head was started
 MEMORY_PATH = "/run/mitsuba-cluster/memory.json"
-STATE_PATH = "/run/mitsuba-cluster/state.json"
+STATE_PATH = "/run/mitsuba-cluster/state.json"  # what status shows: the seconds of idleness, its limit, the clients
 
 
 class AnotherBuild(Exception):
     """The server is a Mitsuba of another version, or with other spectrum samples or precision."""
-
-
-def receive_exactly(stream: Stream, size: int, deadline: float) -> bytes:
-    """Receive SIZE bytes before DEADLINE (TimeoutError); EOFError where the server closes first."""
-    data = b""
-    while len(data) < size:
-        stream.settimeout(max(0.001, deadline - time.monotonic()))
-        part = stream.recv(size - len(data))
-        if not part:
-            raise EOFError("the server closed the connection")
-        data += part
-    return data
 
 
 def handshake(
@@ -2991,29 +3001,32 @@ def handshake(
     AnotherBuild where it refuses. The end is an ordinary one, read to the last byte (but of a server that talks on and
     on): a reset that comes before the server has accepted ends it, and its head with it.
     """
+    version, samples, double = build.split()
     deadline = time.monotonic() + limit
     with open_stream(limit) as stream:
-        version, samples, double = build.split()
-        stream.settimeout(max(0.001, deadline - time.monotonic()))
+
+        def read(size: int) -> bytes:
+            stream.settimeout(max(0.001, deadline - time.monotonic()))
+            return stream.recv(size)
+
+        stream.settimeout(limit)
         stream.sendall(HELLO + version.encode() + b"\0" + bytes([int(samples), int(double)]))
-        answer = receive_exactly(stream, 2, deadline)
-        if answer == b"\x00\x0d":
-            raise AnotherBuild
-        if answer != HELLO:
-            raise ValueError("what answers is not mtssrv")
-        cores = int.from_bytes(receive_exactly(stream, 2, deadline), "big", signed=True)
-        name = b""
-        while not name.endswith(b"\0"):
-            if len(name) > NAME_BYTES:
-                raise ValueError("its node's name does not end")
-            name += receive_exactly(stream, 1, deadline)
-        try:
+        answer = b""
+        while len(answer) < 5 or not answer.endswith(b"\0"):  # hello, two bytes of cores, the name and its end
+            byte = read(1)
+            answer += byte
+            if not byte:
+                raise EOFError("the server closed the connection")
+            if answer == REFUSAL:
+                raise AnotherBuild
+            if (len(answer) == 2 and answer != HELLO) or len(answer) > ANSWER_BYTES:
+                raise ValueError("what answers is not mtssrv")
+        with contextlib.suppress(OSError):
             stream.sendall(QUIT)
             stream.shutdown(socket.SHUT_WR)
-            receive_exactly(stream, NAME_BYTES, deadline)
-        except (OSError, EOFError):
-            pass
-        return cores, name[:-1].decode("utf-8", "replace")
+            while time.monotonic() < deadline and read(ANSWER_BYTES):
+                pass
+        return int.from_bytes(answer[2:4], "big", signed=True), answer[4:-1].decode("utf-8", "replace")
 
 
 class Answer(NamedTuple):
@@ -3066,19 +3079,25 @@ def write_file(path: str, text: str) -> None:
 
 def pick_workers(plan: dict[str, Any], answers: dict[str, Answer]) -> list[str]:
     """Return whom to link of those that gave ANSWERS: each that can be, but for the workers of sub-heads that serve."""
-    branches = plan.get("branches", {}).items()
-    below = {one for head, workers in branches if answers[head].relays for one in workers}
+    below = {one for head, workers in plan["branches"].items() if answers[head].relays for one in workers}
     return [one for one in plan["workers"] if not answers[one].problem and one not in below]
+
+
+def ask_patiently(addresses: dict[str, int], build: str, limit: float) -> dict[str, Answer]:
+    """Ask many servers, again for LIMIT seconds while some of them restart."""
+    deadline = time.monotonic() + limit
+    answers = ask_all(addresses, build)
+    while any(one.refuses for one in answers.values()) and time.monotonic() < deadline:
+        time.sleep(WATCH_PAUSE)
+        answers = ask_all(addresses, build)
+    return answers
 
 
 def filter_workers(plan: dict[str, Any]) -> None:
     """Before each start of a head or sub-head: note those of its workers that answer, and name the others."""
-    plan = {"workers": {}} | plan  # a sub-head may have lost them all
-    heads = {one: plan["workers"][one] for one in plan.get("branches", ())}
-    deadline = time.monotonic() + RELAY_LIMIT
-    while any(one.refuses for one in ask_all(heads, plan["build"]).values()) and time.monotonic() < deadline:
-        time.sleep(WATCH_PAUSE)
-    answers = ask_all(plan["workers"], plan["build"])
+    heads = {one: plan["workers"][one] for one in plan["branches"]}
+    ask_patiently(heads, plan["build"], RELAY_LIMIT)
+    answers = ask_patiently(plan["workers"], plan["build"], RESTART_LIMIT)
     for one, answer in answers.items():
         if answer.problem:
             print(f"{one} is left out: it {answer.problem}")
@@ -3148,22 +3167,21 @@ class Look(NamedTuple):
     at: float
     computed: float  # seconds of a core that mtssrv.service has used
     left: bool  # of a head: a client has left since the look before
-    servers: dict[str, int]  # of a head: peer -> bytes moved, of the connections to mtssrv
-    logins: dict[str, int]  # the same of those to sshd
+    servers: dict[str, float]  # of a head: peer -> seconds of silence, of the connections to mtssrv
+    logins: dict[str, int]  # peer -> bytes moved, of those to sshd
     touched: dict[str, int]  # terminals and the mark: when each was last used
-    working: bool = False  # a command of cluster.py is at work
 
 
-def read_connections(text: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Return peer -> bytes moved, of mtssrv's connections and of sshd's, from ss, which leaves out what is 0."""
+def read_connections(text: str) -> tuple[dict[str, float], dict[str, int]]:
+    """Return mtssrv's connections (peer -> seconds of silence) and sshd's (peer -> bytes), from ss, which omits a 0."""
     servers, logins = {}, {}
     for line in text.splitlines():
         _, _, own, peer, *_ = line.split()
-        moved = sum(map(int, re.findall(r"\bbytes_(?:acked|received):(\d+)", line)))
+        found = {name: int(value) for name, value in re.findall(r"\b(\w+):(\d+)", line)}
         if own.endswith(f":{SERVER_PORT}"):
-            servers[peer] = moved
+            servers[peer] = min(found.get("lastsnd", 0), found.get("lastrcv", 0)) / 1000
         elif '"sshd' in line:
-            logins[peer] = moved
+            logins[peer] = found.get("bytes_acked", 0) + found.get("bytes_received", 0)
     return servers, logins
 
 
@@ -3198,30 +3216,18 @@ def run_quietly(*words: str) -> str:
 
 
 def take_look(ends: subprocess.Popen[bytes] | None) -> Look:
-    """Look at this node; ENDS: of a head, see watch_ends."""
+    """Look at this node; ENDS: of a head, see watch_ends. A command at work, which holds the mark, touches it so."""
     cpu = run_quietly("systemctl", "show", "-P", "CPUUsageNSec", "mtssrv.service").strip()
     servers, logins = read_connections(run_quietly("ss", "-HtinpO", "state", "established"))
+    if is_held(MARK_PATH):
+        os.utime(MARK_PATH)
     touched = {}
     for path in [MARK_PATH, *glob.glob("/dev/pts/[0-9]*")]:
         with contextlib.suppress(OSError):
             touched[path] = os.stat(path).st_atime_ns  # of a terminal: its input; its mtime is its output
-    return Look(
-        time.monotonic(),
-        int(cpu) / 1e9 if cpu.isdigit() else 0.0,
-        ends is not None and has_left(ends),
-        servers if ends else {},
-        logins,
-        touched,
-        is_held(MARK_PATH),
-    )
-
-
-class Connection(NamedTuple):
-    """A connection to mtssrv."""
-
-    since: float
-    moved: float  # when it last moved bytes
-    total: int  # of those
+    computed = int(cpu) / 1e9 if cpu.isdigit() else 0.0
+    left = ends is not None and has_left(ends)
+    return Look(time.monotonic(), computed, left, servers if ends else {}, logins, touched)
 
 
 class Memory(NamedTuple):
@@ -3232,21 +3238,22 @@ class Memory(NamedTuple):
     used: float  # when the node was last used, and
     how: str  # by what
     quiet: float  # since when nobody has connected to mtssrv, as far as is known
-    connections: dict[str, Connection]
+    connections: dict[str, list[float]]  # to mtssrv: peer -> [when it was first seen, seconds of silence]
 
 
-def find_clients(memory: Memory) -> dict[str, Connection]:
-    """Return the clients: connections to mtssrv that two looks have seen; a probe's is short."""
-    return {peer: one for peer, one in memory.connections.items() if memory.at - one.since >= CLIENT_LOOK}
+def find_clients(memory: Memory) -> dict[str, list[float]]:
+    """Return the clients, peer -> seconds [connected, silent]: two looks have seen them, and a probe is short."""
+    ages = {peer: [memory.at - since, silent] for peer, (since, silent) in memory.connections.items()}
+    return {peer: age for peer, age in ages.items() if age[0] >= CLIENT_LOOK}
 
 
-def find_use(base: Look, look: Look, clients: Iterable[Connection], workers: int) -> str:
-    """Say by what a node was used between two looks; "" if by nothing that counts."""
+def find_use(base: Look, look: Look, silences: Iterable[float], workers: int) -> str:
+    """Say by what a node was used between two looks, by clients with these SILENCES, too; "" if by nothing."""
     if look.computed - base.computed > BUSY_CORES * (look.at - base.at):
         return "mtssrv computed"
     if any(base.touched.get(path) != when for path, when in look.touched.items()):
         return "a terminal had input, or a command of cluster.py was at work"
-    if any(one.moved > base.at for one in clients):
+    if any(look.at - silent > base.at for silent in silences):
         return "a client moved bytes"
     most = LOGIN_BYTES + LINK_BYTES * workers
     if any(count - base.logins.get(peer, 0) > most for peer, count in look.logins.items()):
@@ -3258,18 +3265,13 @@ def remember(memory: Memory | None, look: Look, workers: int = 0) -> Memory:
     """Carry MEMORY on with one more LOOK."""
     if not memory:
         memory = Memory(look.at, look, look.at, "the node booted", look.at, {})
-    seen = {}
-    for peer, count in look.servers.items():
-        old = memory.connections.get(peer)
-        if not old or count < old.total:
-            old = Connection(look.at, look.at, count)
-        seen[peer] = old if count == old.total else old._replace(moved=look.at, total=count)
+    seen = {peer: [memory.connections.get(peer, [look.at])[0], silent] for peer, silent in look.servers.items()}
     left = look.left or find_clients(memory).keys() - seen.keys()
-    quiet = look.at if seen or left else memory.quiet
-    how = "a command of cluster.py is at work" if look.working else "a client left" if left else ""
-    memory = memory._replace(at=look.at, quiet=quiet, connections=seen)
+    how = "a client left" if left else ""
+    memory = memory._replace(at=look.at, quiet=look.at if seen or left else memory.quiet, connections=seen)
     if look.at - memory.base.at >= USE_LOOK:
-        how = find_use(memory.base, look, find_clients(memory).values(), workers) or how
+        silences = [silent for _, silent in find_clients(memory).values()]
+        how = find_use(memory.base, look, silences, workers) or how
         memory = memory._replace(base=look)
     return memory._replace(used=look.at, how=how) if how else memory
 
@@ -3278,25 +3280,16 @@ def is_idle(memory: Memory, limit: float) -> bool:
     """Tell whether a node has been unused for LIMIT seconds (0: there is no limit), or far longer under a client."""
     clients = find_clients(memory)
     patience = max(limit, CLIENT_SILENCE) if clients else limit
-    arrived = clients != memory.connections  # somebody has, who may become a client
+    arrived = clients.keys() != memory.connections.keys()  # somebody has, who may become a client
     return limit > 0 and memory.at - memory.used >= patience and not arrived
 
 
 def restore_memory(text: str) -> Memory | None:
     """Return what an earlier guard of this boot knew; None where there is nothing of use."""
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         kept = json.loads(text)
-        kept["base"] = Look(*kept["base"])
-        kept["connections"] = {peer: Connection(*one) for peer, one in kept["connections"].items()}
-        return Memory(**kept)
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def node_state(memory: Memory, limit: float) -> dict[str, Any]:
-    """Return what status shows: seconds of idleness, of the limit, and of each client (connected, silent)."""
-    clients = {peer: [memory.at - one.since, memory.at - one.moved] for peer, one in find_clients(memory).items()}
-    return {"idle": memory.at - memory.used, "limit": limit, "clients": clients}
+        return Memory(**kept | {"base": Look(*kept["base"])})
+    return None
 
 
 def restart_head(why: str) -> None:
@@ -3318,10 +3311,10 @@ def keep_serving(plan: dict[str, Any], links: Links) -> Links:
     seen = {one: answer for one, answer in answers.items() if one in wanted or answer.problem}
     links = renew_links(links, time.monotonic(), own, linked, seen)
     if not answers[own].alive and run_quietly("systemctl", "is-active", "mtssrv.service").strip() == "activating":
-        links = links._replace(missed={})  # its filter, which may wait for sub-heads, chooses anew whom to link
+        return links._replace(missed={})  # its filter, which may wait for sub-heads, chooses anew whom to link
     if silent := find_silent(links, time.monotonic()):
         restart_head(f"since these are silent: {' '.join(silent)}")
-        links = links._replace(missed={})
+        return links._replace(missed={})
     return links
 
 
@@ -3350,7 +3343,8 @@ def guard_node(arguments: list[str]) -> None:
                 restart_head(f"to link {' '.join(joining)}")
                 links = links._replace(missed={}, answering={})
             write_file(MEMORY_PATH, json.dumps(memory._asdict()))
-            write_file(STATE_PATH, json.dumps(node_state(memory, limit)))
+            state = {"idle": memory.at - memory.used, "limit": limit, "clients": find_clients(memory)}
+            write_file(STATE_PATH, json.dumps(state))
             if memory.at == memory.base.at:  # use is known up to now
                 idle = is_idle(memory, limit)
                 unused = f"unused for {format_duration(memory.at - memory.used)} (before that: {memory.how})"
@@ -3890,7 +3884,7 @@ def ensure_security_group(ec2: Client, group: str, vpc: str) -> SecurityGroup:
     raise ClusterError(f"a security group {name} that is not this tool's is in the way; rename it")
 
 
-def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0) -> str:
+def make_user_data(private: str, public: str, max_hours: float, idle_minutes: float = 0, user: str = "ubuntu") -> str:
     """Return the nodes' cloud-config (JSON is YAML too): host key, metadata rules, deadline, guard.
 
     https://docs.cloud-init.io/en/latest/reference/modules.html#ssh and #bootcmd
@@ -3898,7 +3892,7 @@ def make_user_data(private: str, public: str, max_hours: float, idle_minutes: fl
     config = {
         "ssh_keys": {"ed25519_private": private, "ed25519_public": public},
         "ssh_pwauth": False,
-        "disable_root": True,
+        "disable_root": user != "root",
         # One script for cloud-init, which sees its exit code: the guard ends an idle node even where BOOT fails.
         "bootcmd": [
             ["bash", "-c", BOOT, "boot", str(round(max_hours * 3600))],
@@ -3952,7 +3946,9 @@ def prepare(app: App, plan: Plan) -> dict[str, Any]:
         "ImageId": plan.image.id,
         "InstanceType": request.instance_type,
         "KeyName": settings.KEYPAIR_NAME,
-        "UserData": make_user_data(private, public, request.max_hours or 0, request.idle_minutes or 0),
+        "UserData": make_user_data(
+            private, public, request.max_hours or 0, request.idle_minutes or 0, settings.SSH_USER
+        ),
         "NetworkInterfaces": [interface],
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 1, "HttpEndpoint": "enabled"},
@@ -4245,8 +4241,16 @@ export DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1
 
 step() { echo "step: $1"; }
 
+# By tee, which outlives its reader: a client that goes away would break apt's output, and with it dpkg's work.
 apt() {
-  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" < /dev/null
+  apt-get -q -y -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Options::=--force-confold "$@" \
+    < /dev/null 2>&1 | tee -p /dev/null
+}
+
+# What an installation that was cut off has left half-configured stops apt; where another one runs, apt waits for it.
+apt_install() {
+  dpkg --force-confold --configure -a < /dev/null 2>&1 | tee -p /dev/null || true
+  apt install "$@"
 }
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
@@ -4301,7 +4305,7 @@ check_libraries() {
   [ -n "$missing" ] || return 0
   update || true
   if grep -qE '^lib(GL|X)' <<< "$missing"; then
-    apt install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
+    apt_install --no-install-recommends libgl1 libglu1-mesa libx11-6 libxxf86vm1 || true
     missing=$(missing_libraries "$1")
   fi
   for name in $missing; do
@@ -4344,7 +4348,7 @@ install_mitsuba() {
   esac
   update
   step unpacking
-  apt install --allow-downgrades "$package"
+  apt_install --reinstall --allow-downgrades "$package"
   # What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
   for name in mtssrv mitsuba; do
     if grep -qs '"/opt/mitsuba/' "/usr/local/bin/$name"; then rm "/usr/local/bin/$name"; fi
@@ -4405,6 +4409,9 @@ echo "$build" > "$state/build"
 echo "$recipe" > "$state/installed"
 echo "version $version"
 """
+
+
+CHECK_PYTHON = "python3 -I -c 'import sys; sys.exit(sys.version_info < (3, 9))'"
 
 
 def learn_build(arguments: list[str]) -> None:
@@ -4737,6 +4744,8 @@ class Installation:
         tell("booting")
         wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
         remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=write)  # what failed in it may not matter
+        if remote.run(user_command("check-python", CHECK_PYTHON))[0]:
+            raise NodeError("has no Python 3.9 or newer, which this tool needs on its nodes: choose another image")
         check_metadata_rules(remote)
         if self.spread:
             tell("waiting")
@@ -4772,8 +4781,6 @@ LINK_LIMIT = 0.1  # more for each worker, to which a head connects one after the
 TREE_WORTH = 30  # workers for each Gbit/s of the head, from which on two levels are worth two cores a sub-head
 SCENE_GBITS = 4  # of 500 MB
 HANDSHAKE_LIMIT = 15  # a whole handshake; up to 0.35 s were seen in mid-render, more where hundreds are asked at once
-
-
 PROHIBITED = 1  # why sshd opens no channel: SSH_OPEN_ADMINISTRATIVELY_PROHIBITED of RFC 4254
 NOT_INSTALLED = "Mitsuba is not installed here; run install first"
 
@@ -4807,7 +4814,6 @@ START_SERVER = r"""
 set -euo pipefail
 role=$1 server=$2 guard=$3 program=$4 relay=$5
 IFS= read -r plan
-command -v mtssrv > /dev/null || { echo 'Mitsuba is not installed here; run install first'; exit 1; }
 units=/etc/systemd/system library=/usr/local/lib/mitsuba-cluster relays=/run/systemd/system/mtssrv.service.d
 mkdir -p /etc/mitsuba-cluster $library /run/mitsuba-cluster
 printf '%s\n' "$plan" > /etc/mitsuba-cluster/plan.json
@@ -4864,12 +4870,13 @@ ProtectKernelModules=yes
 ProtectControlGroups=yes
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 IPAddressDeny=169.254.169.254 fd00:ec2::254
-{links}
+
 [Install]
 WantedBy=multi-user.target
 """
 
-# The filter runs as root, so that nothing of the renderer's can stand in the place of what it writes.
+# What makes it link workers. The filter runs as root, so that nothing of the renderer's can stand in the place of what
+# it writes.
 LINKS_UNIT = """
 [Service]
 ExecStartPre=+/usr/bin/python3 -I /usr/local/lib/mitsuba-cluster/guard.py filter
@@ -4878,62 +4885,29 @@ ExecStart=/usr/bin/env mtssrv -i {address} -l {port} -n {name} -p {cores} -s {li
 """
 
 
-def links_unit(name: str, address: str, cores: int) -> str:
-    """Return what makes mtssrv.service link workers; CORES are the node's own."""
-    cores = plan_head_cores(cores)
-    return LINKS_UNIT.format(name=name, address=address, port=SERVER_PORT, cores=cores, linked=LINKED_PATH)
-
-
-def server_unit(role: str, address: str, cores: int, data: str) -> str:
-    """Return the text of mtssrv.service; CORES are the node's own."""
-    links = links_unit("%H", address, cores) if role == "head" else ""
-    return SERVER_UNIT.format(role=role, data=data, address=address, port=SERVER_PORT, links=links)
-
-
-def local_mitsuba() -> str:
-    """Return the version of this machine's own mitsuba, or ""."""
-    import subprocess
-
-    program = shutil.which("mitsuba")
-    if not program:
-        return ""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        words = [program, "-h"]
-        done = subprocess.run(words, env=clean_environment(), capture_output=True, timeout=10, check=False)
-        found = re.search(rb"version (\d[\d.]*\d)", done.stdout + done.stderr, re.I)
-        return found[1].decode() if found else ""
-    return ""
-
-
 class StartPlan(NamedTuple):
     """What start wants of every node."""
 
     head: Node
     data: str  # directory
-    types: dict[str, InstanceType]  # those of the nodes, by name
+    most: dict[str, int]  # private address -> the cores that the node's own server may announce, by its type
     guard: str  # the program
+    gbits: float = 0  # a second that the head sends, where that is known
     client: str = ""  # the head has one, whom no restart may end
-    linked: frozenset[str] = frozenset()  # private addresses of the workers that serve this client
+    linked: frozenset[str] = frozenset()  # private addresses of the workers that would serve it
     force: bool = False  # whatever client there is
     tree: bool = False  # link in two levels
+    levels: bool = False  # in two now, or until now: a worker's line waits for its branch
 
-    def most_cores(self, worker: Outcome[Served]) -> int:
-        """Return how many cores a worker's own server may announce: its type's, or more where it says to have more."""
-        kind, own = worker.node.type, worker.value.facts.cores if worker.ok else 0
-        return max(own, (kind in self.types and self.types[kind].cores) or MOST_CORES)
-
-    def node_plan(self, role: str, node: Node, build: str, **more: Any) -> dict[str, Any]:
-        """Return the plan for a node's guard."""
-        return {"role": role, "build": build, "own": node.private_ip, "head": self.head.private_ip} | more
-
-    def head_plan(
-        self, build: str, workers: Iterable[Outcome[Served]], branches: dict[str, list[str]]
+    def guard_plan(
+        self, role: str, own: str, build: str, workers: Iterable[str] = (), branches: dict[str, list[str]] | None = None
     ) -> dict[str, Any]:
-        """Return the plan for the head's guard: these WORKERS, each with the most cores that it may announce."""
-        most = {one.node.private_ip: self.most_cores(one) for one in workers}
-        for one in branches:
-            most[one] = min(MOST_CORES, most[one] + sum(most.get(worker, MOST_CORES) for worker in branches[one]))
-        return self.node_plan("head", self.head, build, workers=most, branches=branches)
+        """Return the plan for a node's guard: WORKERS, each with the most cores that it may announce, and BRANCHES."""
+        most = {one: self.most.get(one, MOST_CORES) for one in workers}
+        for one, branch in (branches or {}).items():
+            most[one] = min(MOST_CORES, most[one] + sum(self.most.get(worker, MOST_CORES) for worker in branch))
+        plan = {"role": role, "build": build, "own": own, "head": self.head.private_ip}
+        return plan | {"workers": most, "branches": branches or {}}
 
 
 class Served(NamedTuple):
@@ -4942,26 +4916,23 @@ class Served(NamedTuple):
     facts: Facts
     cores: int
     action: str
-    waiting: str = ""  # what start has left to the guard, and why
-
-
-@contextlib.contextmanager
-def server_stream(remote: Remote, limit: float) -> Iterator[paramiko.Channel]:
-    """Connect to a node's mtssrv, from the node itself."""
-    target = (remote.node.private_ip, SERVER_PORT)
-    channel = remote.transport.open_channel("direct-tcpip", target, ("127.0.0.1", 0), timeout=limit)
-    try:
-        yield channel
-    finally:
-        channel.close()
+    client: str = ""  # for whom start has left the head as it is
 
 
 def ask_server(remote: Remote, build: str) -> int:
-    """Return the cores that a node's server offers; NodeError where it does not answer, ClusterError if none can."""
+    """Return the cores that a node's server offers, asked from the node itself.
+
+    NodeError where it does not answer, ClusterError if none can.
+    """
     import paramiko
 
+    target, source = (remote.node.private_ip, SERVER_PORT), ("127.0.0.1", 0)
     try:
-        return handshake(functools.partial(server_stream, remote), build, HANDSHAKE_LIMIT)[0]
+        return handshake(
+            lambda limit: remote.transport.open_channel("direct-tcpip", target, source, timeout=limit),
+            build,
+            HANDSHAKE_LIMIT,
+        )[0]
     except AnotherBuild:
         raise NodeError("its mtssrv is another build of Mitsuba than what is installed there") from None
     except TimeoutError:
@@ -4976,85 +4947,58 @@ def ask_server(remote: Remote, build: str) -> int:
         raise NodeError("its mtssrv does not answer") from error
 
 
-def await_server(remote: Remote, build: str, cores: int | None = None, workers: int = 0) -> int:
-    """Wait until a node's server answers, with CORES cores if they are given; return its cores."""
-    deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * workers
-    while True:
-        try:
-            offered = ask_server(remote, build)
-            if cores in (None, offered):
-                return offered
-            problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
-        except NodeError as error:
-            problem = str(error)
-        if time.monotonic() > deadline:
-            log = remote.run(root_command("server-log", SERVER_LOG))[1]
-            raise NodeError(f"{problem}{format_tail(log)}")
-        time.sleep(0.1)
+def find_offer(remote: Remote, facts: Facts, role: str) -> int:
+    """Return the cores that a node's server of this ROLE offers; 0 where it has none that answers."""
+    if facts.role == role:
+        with contextlib.suppress(NodeError):
+            return ask_server(remote, facts.build)
+    return 0
 
 
-def say_how_to_connect(app: App, group: str, head: Node, served: Served, branches: int) -> None:
+def refused_mitsuba(version: str) -> str:
+    """Say so where the mitsuba on this machine is of another VERSION than the nodes'; else ""."""
+    import subprocess
+
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        words = ["mitsuba", "-h"]
+        done = subprocess.run(words, env=clean_environment(), capture_output=True, timeout=10, check=False)
+        found = re.search(rb"version (\d[\d.]*\d)", done.stdout + done.stderr, re.I)
+        if found and found[1].decode() != version:
+            return f"the mitsuba on this machine is {found[1].decode()}, and the nodes' {version} will refuse it"
+    return ""
+
+
+def say_how_to_connect(app: App, head: Node, served: Served, branches: int) -> None:
     """Tell the user what to type into Mitsuba; the head's name comes last."""
-    version, local = served.facts.version, local_mitsuba()
+    version, own = served.facts.version, served.facts.cores
     result(f"{head.name}: head, {format_count(served.cores, 'core')} in all, {served.action}")
-    own = served.facts.cores
     if relaying := own - plan_head_cores(own):
         too = f", and so does each of {format_count(branches, 'worker')} with workers of its own" if branches else ""
         note(f"The head keeps {relaying} of its own {format_count(own, 'core')} free to relay{too}")
-    if local and local != version:
-        warn(f"the mitsuba on this machine is {local}, and the nodes' {version} will refuse it")
+    if problem := refused_mitsuba(version):
+        warn(problem)
     if app.settings.PUBLIC_SERVER_PORT:
         result(f"In Mitsuba {version}: Tools, Settings, Network, Plus: direct connection, port {SERVER_PORT}")
         result(f"On the command line: mitsuba -c {head.name} scene.xml")
     else:
         result(
-            f"Port {SERVER_PORT} is closed. Run {command('tunnel', group)} and connect Mitsuba {version} to localhost"
+            f"Port {SERVER_PORT} is closed. Run {command('tunnel', head.group)} and connect Mitsuba {version} to "
+            "localhost"
         )
     result(f"Head node: {head.name}")
 
 
-def tag_roles(ec2: Client, head: Node | None, workers: Sequence[Node]) -> None:
-    """Note in EC2 who is head and who is worker, where that has changed."""
-    if head and head.role != "head":
-        tag_nodes(ec2, [head], TAG_ROLE, "head")
-    tag_nodes(ec2, [node for node in workers if node.role != "worker"], TAG_ROLE, "worker")
-
-
 def describe_client(facts: Facts, silent_for: float = float("inf")) -> str:
-    """Return "client 203.0.113.9, silent for 41m" of the client that moved bytes last.
+    """Return "client 203.0.113.9, silent for 41m" of the client of a head that moved bytes last.
 
-    "" where there is none, or it has been SILENT_FOR longer.
+    "" where there is none, or it has been SILENT_FOR longer. A worker's only client is its head, which may be gone.
     """
-    silent, peer = min(((silent, peer) for peer, (_, silent) in facts.clients.items()), default=(float("inf"), ""))
-    if not peer or silent > silent_for:
+    if facts.role != "head" or not facts.clients:
         return ""
+    silent, peer = min((silent, peer) for peer, (_, silent) in facts.clients.items())
     more = f" (and {len(facts.clients) - 1} more)" if len(facts.clients) > 1 else ""
-    return f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
-
-
-def head_client(facts: Facts) -> str:
-    """Describe the client of a node that is a head."""
-    return describe_client(facts) if facts.role == "head" else ""
-
-
-def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
-    """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
-    identity = app.known_identity
-    heads = [node for node in nodes if node.role == "head" and node.state == "running"]
-    for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
-        future = app.pool.submit(head, fetch_facts, limit=limit)
-        concurrent.futures.wait([future], limit)
-        if future.done() and future.result().ok:
-            return future.result().value
-    return Facts(0)
-
-
-def fetch_types(ec2: Client, nodes: Sequence[Node]) -> dict[str, InstanceType]:
-    """Return the NODES' instance types by name, as far as EC2 tells."""
-    with tolerate(loss="the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
-        types = sorted({node.type for node in nodes})
-        return dict(zip(types, side_by_side(*(functools.partial(fetch_instance_type, ec2, one) for one in types))))
-    return {}
+    text = f"client {peer.rpartition(':')[0]}{more}, silent for {format_duration(silent)}"
+    return text if silent <= silent_for else ""
 
 
 def configure_node(remote: Remote, program: str, guard_plan: dict[str, Any], unit: str = "", relay: str = "") -> None:
@@ -5071,101 +5015,99 @@ def look_step(remote: Remote) -> Facts:
     return facts
 
 
+def restart_server(
+    plan: StartPlan, remote: Remote, facts: Facts, guard_plan: dict[str, Any], cores: int | None = None
+) -> int:
+    """(Re)start a node's server, which links the workers of its guard's plan, and wait until it answers.
+
+    Return the cores that it offers, which are to be so many CORES if they are given.
+    """
+    role, own, workers = guard_plan["role"], guard_plan["own"], guard_plan["workers"]
+    place = {"address": own, "port": SERVER_PORT}
+    unit, links = SERVER_UNIT.format(role=role, data=plan.data, **place), ""
+    if role == "head" or workers:
+        name, used = "%H" if role == "head" else f"{RELAY}{own}", plan_head_cores(facts.cores)
+        links = LINKS_UNIT.format(name=name, cores=used, linked=LINKED_PATH, **place)
+    if role == "head":
+        unit, links = unit + links, ""
+    configure_node(remote, plan.guard, guard_plan, unit, links)
+    deadline = time.monotonic() + SERVER_LIMIT + LINK_LIMIT * len(workers)
+    while True:
+        try:
+            offered = ask_server(remote, facts.build)
+            if cores in (None, offered):
+                return offered
+            problem = f"its mtssrv offers {format_count(offered, 'core')}, not {cores}"
+        except NodeError as error:
+            problem = str(error)
+        if time.monotonic() > deadline:
+            log = remote.run(root_command("server-log", SERVER_LOG))[1]
+            raise NodeError(f"{problem}{format_tail(log)}")
+        time.sleep(0.1)
+
+
 def worker_step(plan: StartPlan, remote: Remote) -> Served:
-    """Make a worker serve, unless it does."""
-    facts, node, cores = look_step(remote), remote.node, None
-    guard_plan = plan.node_plan("worker", node, facts.build)
-    if facts.role == "worker" and not facts.replaced:
-        with contextlib.suppress(NodeError):
-            cores = ask_server(remote, facts.build)
-    action = "started" if cores is None else "serves already"
-    if cores is None:
-        if node.private_ip in plan.linked:
-            raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
-        configure_node(remote, plan.guard, guard_plan, server_unit("worker", node.private_ip, facts.cores, plan.data))
-        cores, facts = await_server(remote, facts.build), replace(facts, linked=(), relays="")
-    elif facts.relays:
-        return Served(facts, cores, action)  # a sub-head, see branch_step
+    """Make a worker serve, unless it does; a sub-head that serves goes on linking whom it links."""
+    facts, own = look_step(remote), remote.node.private_ip
+    cores = 0 if facts.replaced else find_offer(remote, facts, "worker")
+    action = "serves already" if cores else "started"
+    if cores:
+        configure_node(remote, plan.guard, plan.guard_plan("worker", own, facts.build, facts.linked))
+    elif plan.client and own in plan.linked:
+        raise NodeError(f"its mtssrv needs a restart, which would end {plan.client}: start --force does it")
     else:
-        configure_node(remote, plan.guard, guard_plan)
-    served = Outcome(node, Served(facts, cores, action))
-    if not 0 < cores <= (most := plan.most_cores(served)):
+        facts = replace(facts, linked=(), relays="")
+        cores = restart_server(plan, remote, facts, plan.guard_plan("worker", own, facts.build))
+    most = max(facts.cores, plan.most.get(own, MOST_CORES))
+    if not (0 < cores <= most or facts.relays):
         raise NodeError(f"its mtssrv announces {format_count(cores, 'core')}, and the node has {most}")
-    return served.value
+    return Served(facts, cores, action)
 
 
-def branch_step(
-    plan: StartPlan, good: dict[str, Outcome[Served]], branches: dict[str, list[str]], remote: Remote
+def link_step(
+    plan: StartPlan, workers: Iterable[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
 ) -> Served:
-    """Make a worker that serves link the workers of its branch and no others, unless it does."""
-    node, address = remote.node, remote.node.private_ip
-    (facts, offered, *_), cores, relay = good[address].value, None, ""
-    # Under a client a branch keeps those of its workers that SSH can't reach.
-    workers = [one for one in branches.get(address, ()) if plan.client or good[one].ok]
-    guard_plan = plan.node_plan("worker", node, facts.build)
-    action = f"with {format_count(len(workers), 'worker')} of its own, " if workers else ""
-    if workers:
-        guard_plan["workers"] = {one: plan.most_cores(good[one]) if one in good else MOST_CORES for one in workers}
-        cores = plan_head_cores(facts.cores) + sum(good[one].value.cores for one in workers if one in good)
-        relay = links_unit(f"{RELAY}{address}", address, facts.cores)
-    if plan.client or (offered == cores and set(facts.linked) == set(workers)):
-        configure_node(remote, plan.guard, guard_plan)
-        return Served(facts, offered, f"{action}serves already")
-    configure_node(remote, plan.guard, guard_plan, server_unit("worker", address, facts.cores, plan.data), relay)
-    return Served(facts, await_server(remote, facts.build, cores, len(workers)), f"{action}started")
+    """Make the head, or a worker, link its own of those WORKERS that serve, unless it does, or a client would lose it.
 
-
-def head_step(
-    plan: StartPlan, workers: Sequence[Outcome[Served]], branches: dict[str, list[str]], remote: Remote
-) -> Served:
-    """Make the head serve with those WORKERS that do, but for branches, unless it does, or a client would lose it."""
+    A worker's own are those of its branch, the head's are those of none.
+    """
     facts = fetch_facts(remote)  # since the first look minutes of installing and another link may have passed
-    good = [one for one in workers if one.ok]
-    mismatches = [one.node.name for one in good if one.value.facts.build != facts.build]
-    if mismatches:
+    own, good = remote.node.private_ip, {one.node.private_ip: one for one in workers if one.ok}
+    if mismatches := [one.node.name for one in good.values() if one.value.facts.build != facts.build]:
         raise NodeError(
             f"runs Mitsuba {facts.version}, and these run another build: {', '.join(mismatches)}; run install again"
         )
-    below = {one for branch in branches.values() for one in branch}
-    wanted = {one.node.private_ip: one.value.cores for one in good if one.node.private_ip not in below}
-    cores = sum(wanted.values()) + plan_head_cores(facts.cores)
-    if cores > MOST_CORES:
-        raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
-    own, offered = remote.node.private_ip, None
-    guard_plan = plan.head_plan(facts.build, good, branches)
-    serving = facts.role == "head"
-    if serving:
-        with contextlib.suppress(NodeError):
-            offered = ask_server(remote, facts.build)
-    if offered == cores and set(facts.linked) == wanted.keys() and not facts.replaced:
+    if own == plan.head.private_ip:
+        wanted = good.keys() - {one for branch in branches.values() for one in branch}
+        guard_plan = plan.guard_plan("head", own, facts.build, good, branches)
+    else:
+        wanted = good.keys() & branches.get(own, ())
+        guard_plan = plan.guard_plan("worker", own, facts.build, wanted)
+    cores = None
+    if wanted or own == plan.head.private_ip:
+        cores = plan_head_cores(facts.cores) + sum(good[one].value.cores for one in wanted)
+        if cores > MOST_CORES:
+            raise NodeError(f"can't link {cores} cores: mtssrv counts to {MOST_CORES} only; use fewer nodes a group")
+    offered, client = find_offer(remote, facts, guard_plan["role"]), describe_client(facts)
+    if offered == cores and set(facts.linked) == wanted and not facts.replaced:
         configure_node(remote, plan.guard, guard_plan)
-        return Served(facts, cores, "serves already")
-    if offered is not None and not plan.force and (client := describe_client(facts)):
+        return Served(facts, offered, "serves already")
+    if offered and client and not plan.force:
         # A linked worker that SSH can't reach is still the guard's to watch.
-        kept = [one for one in workers if one.ok or one.node.private_ip in facts.linked]
-        configure_node(remote, plan.guard, plan.head_plan(facts.build, kept, branches))
-        count = len(wanted.keys() - set(facts.linked))
-        waiting = f"{format_count(count, 'node')} {'waits' if count == 1 else 'wait'} to be linked"
-        what = waiting if count else "the head waits to be restarted"
-        return Served(facts, offered, "serves already", f"{what}: {client}")
-    configure_node(remote, plan.guard, guard_plan, server_unit("head", own, facts.cores, plan.data))
-    lost = ": a render that was running is lost" if head_client(facts) else ""
-    action = f"restarted{lost}" if serving else "started"
-    return Served(facts, await_server(remote, facts.build, cores, len(wanted)), action)
+        kept = {one: plan.most.get(one, MOST_CORES) for one in facts.linked} | guard_plan["workers"]
+        configure_node(remote, plan.guard, guard_plan | {"workers": kept})
+        return Served(facts, offered, "serves already", client)
+    action = "restarted" if facts.role == "head" else "started"
+    lost = ": a render that was running is lost" if client else ""
+    cores = restart_server(plan, remote, facts, guard_plan, cores)
+    return Served(replace(facts, linked=tuple(wanted)), cores, f"{action}{lost}")
 
 
 def describe_server(outcome: Outcome[Served]) -> str:
     """Return the line of one worker in start's output."""
     served = outcome.value
-    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {served.action}"
-
-
-def explain_failed_head(group: str, head: Outcome[Any], failed: Sequence[str]) -> str:
-    """Say what to do where the head does not serve."""
-    if head.error == NOT_INSTALLED:
-        return f"Mitsuba is not installed on {', '.join(failed)}: {command('install', group)} comes first"
-    ways = f"{command('terminate', head.node.id)}, then {command('start', group)}, makes another node the head"
-    return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
+    own = f"with {format_count(len(served.facts.linked), 'worker')} of its own, " if served.facts.linked else ""
+    return f"{outcome.node.name}: worker, {format_count(served.cores, 'core')}, {own}{served.action}"
 
 
 def plan_start(
@@ -5173,15 +5115,21 @@ def plan_start(
 ) -> StartPlan:
     """Return what every node's server needs; no restart may end the client of a head that was LOOKED at, but by FORCE.
 
-    A worker's only client is its head, which may be gone. TREE: None to stay with what was chosen before.
+    TREE: None to stay with what was chosen before.
     """
-    is_tree = any(node.tree for node in nodes)
-    plan = StartPlan(plan_head(nodes), app.settings.DATA_DIR, fetch_types(app.ec2, nodes), node_program(guard_node))
-    plan = plan._replace(force=force, tree=is_tree if tree is None else tree)
-    if not force and looked and looked.ok and (client := head_client(looked.value)):
-        linked = [node.private_ip for node in nodes] if is_tree else looked.value.linked
-        plan = plan._replace(client=client, linked=frozenset(linked))
-    return plan
+    head, was_tree = plan_head(nodes), any(node.tree for node in nodes)
+    types: dict[str, InstanceType] = {}
+    with tolerate(loss="the cores that servers announce are not checked"), contextlib.suppress(ClusterError):
+        names = sorted({node.type for node in nodes})
+        types = dict(zip(names, side_by_side(*(functools.partial(fetch_instance_type, app.ec2, one) for one in names))))
+    most = {node.private_ip: types[node.type].cores or MOST_CORES for node in nodes if node.type in types}
+    gbits = types[head.type].gbits if head.type in types else 0
+    facts = looked.value if looked and looked.ok else Facts(0)
+    client = "" if force else describe_client(facts)
+    linked = frozenset(node.private_ip for node in nodes) if was_tree else frozenset(facts.linked)
+    tree = was_tree if tree is None else tree
+    program = node_program(guard_node)
+    return StartPlan(head, app.settings.DATA_DIR, most, program, gbits, client, linked, force, tree, tree or was_tree)
 
 
 def link_branches(
@@ -5189,94 +5137,111 @@ def link_branches(
 ) -> tuple[dict[str, list[str]], Sequence[Outcome[Served]], str]:
     """Make the sub-heads of a tree link their workers, and former ones none, unless a client would lose its render.
 
-    Return the branches that there are now, what has become of the WORKERS, and what waits for which client.
+    Return the branches that there are now, what has become of the WORKERS, and for which client other branches wait.
     """
     build = looked.value.build
     good = {one.node.private_ip: one for one in workers if one.ok and one.value.facts.build == build}
     now = {own: list(one.value.facts.linked) for own, one in good.items() if one.value.facts.relays}
-    branches, waiting = plan_branches([one.node for one in good.values()]) if plan.tree else {}, ""
+    branches = plan_branches([one.node for one in good.values()]) if plan.tree else {}
     if not now and not branches:
         return {}, workers, ""
     (asked,) = app.pool.each([looked.node], fetch_facts)
-    plan = plan._replace(client=head_client(asked.value) if asked.ok and not plan.force else "")
-    if plan.client:
-        if {own: set(branch) for own, branch in now.items()} != {own: set(one) for own, one in branches.items()}:
-            waiting = f"the nodes wait to be linked in another way: {plan.client}"
-        branches = now
-    elif asked.ok and asked.value.role == "head":
+    if asked.ok and not plan.force and (client := describe_client(asked.value)):
+        same = {own: set(branch) for own, branch in now.items()} == {own: set(one) for own, one in branches.items()}
+        return now, workers, "" if same else client
+    if asked.ok and asked.value.role == "head":
         # First, since it loses its links to them, and its guard is to link nobody twice then.
-        guard_plan = plan.head_plan(build, good.values(), branches)
+        guard_plan = plan.guard_plan("head", looked.node.private_ip, build, good, branches)
         app.pool.each([looked.node], lambda remote: configure_node(remote, plan.guard, guard_plan))
     for some in (now.keys() - branches.keys(), branches.keys()):  # a former sub-head may be another's worker
         heads = [good[own].node for own in some]
-        step = functools.partial(branch_step, plan, good, branches)
-        progress = Progress("Linking branches", len(heads), describe_server)
-        good |= {one.node.private_ip: one for one in app.pool.each(heads, step, progress)}
+        step = functools.partial(link_step, plan, list(good.values()), branches)
+        good |= {one.node.private_ip: one for one in app.pool.each(heads, step, Progress("Linking", len(heads)))}
     branches = {own: branch for own, branch in branches.items() if good[own].ok}
-    return branches, [good.get(one.node.private_ip, one) for one in workers], waiting
+    return branches, [good.get(one.node.private_ip, one) for one in workers], ""
 
 
-def suggest_tree(group: str, plan: StartPlan, workers: int) -> None:
+def suggest_tree(plan: StartPlan, workers: int) -> None:
     """Name --tree where the head alone would send a big scene to its WORKERS for long."""
-    gbits = plan.head.type in plan.types and plan.types[plan.head.type].gbits
-    if gbits and not plan.tree and workers / gbits >= TREE_WORTH:
+    if plan.gbits and not plan.tree and workers / plan.gbits >= TREE_WORTH:
         heads = round(workers**0.5)
-        flat, tree = (format_duration(SCENE_GBITS * copies / gbits) for copies in (workers, heads + workers / heads))
+        copies = (workers, heads + workers / heads)
+        flat, tree = (format_duration(SCENE_GBITS * count / plan.gbits) for count in copies)
         note(
-            f"A scene of 500 MB takes the head {flat} to send to {workers} workers at {gbits:g} Gbit/s, and in two "
-            f"levels about {tree}: {command('start', group, '--tree')}"
+            f"A scene of 500 MB takes the head {flat} to send to {workers} workers at {plan.gbits:g} Gbit/s, and in "
+            f"two levels about {tree}: {command('start', plan.head.group, '--tree')}"
         )
 
 
-def link_group(
-    app: App, group: str, plan: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]
-) -> None:
+def explain_failed_head(head: Outcome[Any], failed: Sequence[str]) -> str:
+    """Say what to do where the head does not serve."""
+    group = head.node.group
+    if head.error == NOT_INSTALLED:
+        return f"Mitsuba is not installed on {', '.join(failed)}: {command('install', group)} comes first"
+    ways = f"{command('terminate', head.node.id)}, then {command('start', group)}, makes another node the head"
+    return f"the head node does not serve; failed: {', '.join(failed)}. If it stays so: {ways}"
+
+
+def explain_waiting(plan: StartPlan, client: str, alone: int, other_branches: bool) -> str:
+    """Say what waits for CLIENT to leave (ALONE workers without links, OTHER_BRANCHES, or the head), and what to do."""
+    levels = ["--tree" if plan.tree else "--flat"] if other_branches else []
+    again = command("start", plan.head.group, *levels)
+    what, does, later = "the head waits to be restarted", "does that", f"{again} once it has left"
+    if other_branches:
+        what = "the nodes wait to be linked in another way"
+    elif alone:  # the guard links nodes by itself, and does nothing else
+        what = f"{format_count(alone, 'node')} {'waits' if alone == 1 else 'wait'} to be linked"
+        does, later = "links them", "they join when it leaves"
+    return f"{what}: {client}; {again} --force {does} now and ends that client, else {later}"
+
+
+def link_group(app: App, plan: StartPlan, looked: Outcome[Facts], workers: Sequence[Outcome[Served]]) -> None:
     """Link the WORKERS that serve to the head, note the roles, and say how to connect; ClusterError for what failed."""
-    head, waiting = looked.node, ""
+    head, waits_for = looked.node, ""  # it knows its public name by now
+    own = {one.node.private_ip: one.value.facts.cores for one in workers if one.ok}  # which may exceed the types'
+    most = {one: max(cores, plan.most.get(one, MOST_CORES)) for one, cores in own.items()}
+    plan = plan._replace(most=plan.most | most)
     branches: dict[str, list[str]] = {}
     ready: Outcome[Any] = looked
     if looked.ok:
-        branches, workers, waiting = link_branches(app, plan, looked, workers)
-        step = functools.partial(head_step, plan, workers, branches)
-        (ready,) = app.pool.each([head], step, Progress("Linking", 1))
-    else:
-        note(f"{head.name}: {looked.error}")
-    tag_roles(app.ec2, head if ready.ok else None, [outcome.node for outcome in workers if outcome.ok])
-    if not waiting:
+        branches, workers, waits_for = link_branches(app, plan, looked, workers)
+    for one in workers if plan.levels else ():
+        if one.ok:
+            result(describe_server(one))
+    if looked.ok:
+        (ready,) = app.pool.each([head], functools.partial(link_step, plan, workers, branches), Progress("Linking", 1))
+    good = [one.node for one in workers if one.ok]
+    tag_nodes(app.ec2, [head] if ready.ok and head.role != "head" else [], TAG_ROLE, "head")
+    tag_nodes(app.ec2, [node for node in good if node.role != "worker"], TAG_ROLE, "worker")
+    if not waits_for:
         others = [node for node in (head, *(one.node for one in workers)) if node.tree != plan.tree]
         tag_nodes(app.ec2, others, TAG_TREE, "yes" if plan.tree else "no")
-    failed = [outcome.node.name for outcome in [*workers, ready] if not outcome.ok]
+    failed = [one.node.name for one in [*workers, ready] if not one.ok]
     if not ready.ok:
-        raise ClusterError(explain_failed_head(group, ready, failed))
-    suggest_tree(group, plan, len(workers))
-    say_how_to_connect(app, group, head, ready.value, len(branches))
-    problems, what = [], waiting or ready.value.waiting
+        raise ClusterError(explain_failed_head(ready, failed))
+    suggest_tree(plan, len(workers))
+    say_how_to_connect(app, head, ready.value, len(branches))
+    problems, client = [], waits_for or ready.value.client
     linked = {*ready.value.facts.linked, *(one for branch in branches.values() for one in branch)}
-    alone = sum(one.ok and one.node.private_ip not in linked for one in workers) if what else 0
+    alone = sum(node.private_ip not in linked for node in good) if client else 0
     if failed:
         count = len(workers) + 1
         serving = f"{count - len(failed) - alone} of {format_count(count, 'node')} serving"
         problems.append(f"{serving}; failed: {', '.join(failed)}")
-    if what:
-        again = [group, "--tree" if plan.tree else "--flat"] if waiting else [group]
-        does, later = "does that", f"{command('start', *again)} once it has left"
-        if alone and not waiting:  # the guard links nodes by itself, and does nothing else
-            does, later = "links them", "they join when it leaves"
-        problems.append(f"{what}; {command('start', *again, '--force')} {does} now and ends that client, else {later}")
+    if client:
+        problems.append(explain_waiting(plan, client, alone, bool(waits_for)))
     if problems:
         raise ClusterError("; ".join(problems))
 
 
-def start_group(app: App, group: str, nodes: Sequence[Node], force: bool, tree: bool | None = None) -> None:
+def start_group(app: App, nodes: Sequence[Node], force: bool, tree: bool | None = None) -> None:
     """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
-    (looked,) = app.pool.each([head], look_step)
+    (looked,) = app.pool.each([head], look_step, Progress("Looking", 1))
     plan = plan_start(app, nodes, looked, tree, force)
-    workers = app.pool.each(
-        others, functools.partial(worker_step, plan), Progress("Starting", len(others), describe_server)
-    )
-    link_group(app, group, plan, looked, workers)
+    progress = Progress("Starting", len(others), None if plan.levels else describe_server)
+    link_group(app, plan, looked, app.pool.each(others, functools.partial(worker_step, plan), progress))
 
 
 tree_option = click.option(
@@ -5293,17 +5258,7 @@ tree_option = click.option(
 @click.pass_obj
 def start(app: App, group: str, tree: bool | None, force: bool) -> None:
     """Start Mitsuba's servers; the last line names the head node."""
-    start_group(app, group, app.open_group(group), force, tree)
-
-
-def check_local_port(port: int) -> None:
-    """Refuse a port of this machine that is taken."""
-    try:
-        socket.create_server(("127.0.0.1", port)).close()
-    except OSError as error:
-        raise ClusterError(
-            f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
-        ) from error
+    start_group(app, app.open_group(group), force, tree)
 
 
 @contextlib.contextmanager
@@ -5311,11 +5266,10 @@ def open_tunnel(head: Node, settings: Settings, port: int) -> Iterator[subproces
     """Forward a PORT of this machine to HEAD's server inside the with block; ClusterError where ssh can't."""
     import subprocess
 
-    forward = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}"]
+    options = ["-N", "-L", f"127.0.0.1:{port}:{head.private_ip}:{SERVER_PORT}", "-o", "ExitOnForwardFailure=yes"]
     # ssh runs the local command once its port listens: nobody needs to connect to it to find that out.
-    options = {"ExitOnForwardFailure": "yes", "PermitLocalCommand": "yes", "LocalCommand": "echo listening"}
-    forward += [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-    with ssh_command(head, settings, *forward) as words:
+    options += ["-o", "PermitLocalCommand=yes", "-o", "LocalCommand=echo listening"]
+    with ssh_command(head, settings, *options) as words:
         ssh = subprocess.Popen(words, env=clean_environment() | {"SHELL": "/bin/sh"}, stdout=subprocess.PIPE)
         try:
             if not (ssh.stdout and ssh.stdout.readline()):
@@ -5340,7 +5294,11 @@ def tunnel(app: App, group: str, port: int) -> None:
     """Forward localhost:7554 to the head's server over SSH."""
     app.open_group(group)
     head = find_head(app, group)
-    check_local_port(port)
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        problem = f"port {port} of this machine is taken ({error.strerror}); choose another: --port"
+        raise ClusterError(problem) from error
     app.left = f"The tunnel is closed. {app.left}"
     with open_tunnel(head, app.settings, port) as ssh:
         result(f"In Mitsuba: direct connection to localhost, port {port} (or: mitsuba -c localhost:{port} scene.xml)")
@@ -5473,21 +5431,21 @@ def bring_up(
     head = plan_head(nodes)
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
     plan = plan_start(app, nodes, looked, tree)
-    board = Board(nodes, lambda outcome: "" if outcome.node.id == head.id else describe_server(outcome))
+    board = Board(nodes, lambda outcome: "" if plan.levels or outcome.node.id == head.id else describe_server(outcome))
     # For one node: whoever comes first need not wait for the others.
     step = functools.partial(up_step, Installation(app.settings, group, package, 1, board), plan)
     return plan, await_nodes(app, group, nodes, step, board)
 
 
-def link_up(app: App, group: str, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
+def link_up(app: App, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
     """Link the nodes that serve; ClusterError for what has failed. Any of them can be a new group's head."""
     head = next(outcome for outcome in outcomes if outcome.node.id == plan.head.id)
     workers = [outcome for outcome in outcomes if outcome is not head]
     good = [outcome.node for outcome in workers if outcome.ok]
     if head.ok or plan.head.role == "head" or not good:  # the head that the user knows is not replaced unasked
         looked = Outcome(head.node, head.value.facts) if head.ok else Outcome[Facts](head.node, error=head.error)
-        return link_group(app, group, plan, looked, workers)
-    start_group(app, group, good, force=False, tree=plan.tree)
+        return link_group(app, plan, looked, workers)
+    start_group(app, good, force=False, tree=plan.tree)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
     raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
 
@@ -5524,7 +5482,7 @@ def up(app: App, /, tree: bool | None, **asked: Any) -> None:
             break
     outcomes = [one for one in outcomes if one.node.id in kept or not one.ok]
     try:
-        link_up(app, group, plan, outcomes)
+        link_up(app, plan, outcomes)
     except ClusterError as error:
         raise ClusterError(f"{error.message}; {again} tries again") from error
     if why or len(nodes) < count:
@@ -5571,6 +5529,11 @@ def find_error(log: str) -> str:
     return printable(found[-1]) if found else ""
 
 
+def has_restarted(facts: Facts, started: str) -> bool:
+    """Tell whether a server has started anew since it STARTED; systemd may not tell for a moment ("")."""
+    return "" not in (facts.started, started) and facts.started != started
+
+
 def judge(
     attempt: Attempt, before: dict[str, Facts], after: dict[str, Facts | str], server_error: str
 ) -> tuple[str, str]:
@@ -5585,7 +5548,7 @@ def judge(
     lost += [f"{name} has rebooted" for name in now if now[name].boot != before[name].boot]
     if lost or attempt.ended:
         return "cluster", ", ".join(lost) or attempt.ended
-    died = [name for name in now if now[name].started != before[name].started]
+    died = [name for name in now if has_restarted(now[name], before[name].started)]
     heads = [name for name in died if now[name].role == "head" or before[name].relays]
     changed = [name for name in heads if now[name].linked != before[name].linked]
     if changed and died == heads:
@@ -5641,7 +5604,7 @@ class RenderCluster:
                 problem = "the head node is gone"
                 note("The head node is gone: another node becomes the head")
                 with tolerate(), contextlib.suppress(ClusterError):
-                    start_group(self.app, self.group, self.running, force=False)
+                    start_group(self.app, self.running, force=False)
             if waited > HEAL_LIMIT or not self.running:
                 raise NodeError(f"no head serves: {problem}")
             progress.show(problem.splitlines()[0])
@@ -5653,7 +5616,7 @@ class RenderCluster:
         if any(isinstance(facts, Facts) for facts in self.ask_nodes(self.running).values()):
             note(f"{head.name} is frozen; it costs money until {command('terminate', head.id)}")
             with tolerate():
-                tag_roles(self.app.ec2, None, [head])
+                tag_nodes(self.app.ec2, [head], TAG_ROLE, "worker")
                 self.frozen.add(head.id)
 
     def ask_nodes(self, nodes: Sequence[Node]) -> dict[str, Facts | str]:
@@ -5694,9 +5657,11 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
     tail = bytearray()
 
     def show(output: Any) -> None:
-        while block := output.read(RENDER_TAIL):
-            put(block, err=True)
-            tail[:] = (tail + block)[-RENDER_TAIL:]
+        with output:
+            while block := output.read(RENDER_TAIL):
+                with contextlib.suppress(OSError):  # a reader that has gone must not stop Mitsuba
+                    put(block, err=True)
+                tail[:] = (tail + block)[-RENDER_TAIL:]
 
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     child = subprocess.Popen(
@@ -5711,7 +5676,7 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
                 child.wait(RENDER_POLL)
                 break
             (outcome,) = pool.each([head], fetch_facts, limit=RENDER_POLL)
-            if outcome.ok and outcome.value.started != started:
+            if outcome.ok and has_restarted(outcome.value, started):
                 break
             if outcome.ok:
                 heard = time.monotonic()
@@ -5722,7 +5687,8 @@ def run_mitsuba(pool: NodePool, words: Sequence[str], head: Node, started: str) 
         code = child.wait()
         reader.join(1)
         if tail and not tail.endswith(b"\n"):
-            note("")  # a progress bar has no end of line
+            with contextlib.suppress(OSError):
+                note("")  # a progress bar has no end of line
     return Attempt(code, tail.decode("utf-8", "replace"), ended)
 
 
@@ -5800,9 +5766,8 @@ def render(
     app.left = f"Only the render has ended. {app.left}"
     missing, failure = list(scenes), None
     try:
-        nodes_version, local = cluster.await_head()[1].version, local_mitsuba()
-        if local and local != nodes_version:
-            raise ClusterError(f"the mitsuba on this machine is {local}, and the nodes' {nodes_version} will refuse it")
+        if problem := refused_mitsuba(cluster.await_head()[1].version):
+            raise ClusterError(problem)
         for scene, target in zip(scenes, targets):
             if render_scene(cluster, scene, target, **options):
                 missing.remove(scene)
@@ -6676,6 +6641,18 @@ def choose_groups(app: App, group: str | None, ec2: Client) -> RegionState:
     mine = {node.group for node in app.launched(nodes, ec2) if node.is_inside}
     marked = {one.group for one in security_groups for rule in one.rules if app.fingerprint in rule.owner.split()}
     return RegionState(ec2, nodes, sorted(mine | (marked - taken)))
+
+
+def ask_head(app: App, nodes: Sequence[Node], limit: float) -> Facts:
+    """Return what the head of NODES says of itself; nothing where it can't be asked within LIMIT seconds."""
+    identity = app.known_identity
+    heads = [node for node in nodes if node.role == "head" and node.state == "running"]
+    for head in [head for head in heads if identity and is_ours(head, identity)][:1]:
+        future = app.pool.submit(head, fetch_facts, limit=limit)
+        concurrent.futures.wait([future], limit)
+        if future.done() and future.result().ok:
+            return future.result().value
+    return Facts(0)
 
 
 @cli.command("terminateAll")

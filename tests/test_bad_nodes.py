@@ -72,6 +72,7 @@ def test_install_with_a_bad_sshd(eight: LocalCloud, bad: dict[str, Any], fault: 
     [
         ("install-fails", "the installation failed (exit code 1); the whole output: "),
         ("install-drops", "the connection broke"),
+        ("check-python-fails", "has no Python 3.9 or newer, which this tool needs on its nodes"),
     ],
 )
 def test_install_that_goes_wrong(eight: LocalCloud, bad: dict[str, Any], fault: str, reason: str) -> None:

@@ -183,7 +183,7 @@ def test_the_guard_is_a_program_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(cluster, "LINKED_PATH", str(tmp_path / "linked"))
     monkeypatch.setattr(cluster, "GUARD_TIMEOUT", 20)
     good, greedy = Peer(ANSWER), Peer(ANSWER)
-    plan = {"role": "head", "build": BUILD, "workers": {good.address: 4, greedy.address: 2}}
+    plan = {"role": "head", "build": BUILD, "workers": {good.address: 4, greedy.address: 2}, "branches": {}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     path = tmp_path / "guard.py"
     path.write_text(cluster.node_program.__wrapped__(cluster.guard_node))
@@ -292,7 +292,7 @@ def test_a_head_whose_filter_waits_for_sub_heads_is_let_start(tmp_path: Path, mo
     monkeypatch.setattr(cluster, "LINKED_PATH", str(tmp_path / "linked"))
     (tmp_path / "linked").write_text(f"{OTHER}\n")
     monkeypatch.setattr(cluster, "ask_all", lambda addresses, _: dict.fromkeys(addresses, SILENT))
-    plan = {"role": "head", "build": BUILD, "own": OWN, "workers": {OTHER: 4}}
+    plan = {"role": "head", "build": BUILD, "own": OWN, "workers": {OTHER: 4}, "branches": {}}
     links = cluster.Links()
     for moment in range(0, 60, 3):
         now = moment
@@ -303,6 +303,26 @@ def test_a_head_whose_filter_waits_for_sub_heads_is_let_start(tmp_path: Path, mo
         now = moment
         links = cluster.keep_serving(plan, links)
     assert restarts == [81]
+
+
+@pytest.mark.parametrize(("restarts", "linked"), [(True, f"{OTHER}\n"), (False, "")])
+def test_the_filter_waits_for_a_worker_that_restarts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: bool, linked: str
+) -> None:
+    refuses, now = cluster.Answer(False, "does not answer", refuses=True), 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    monkeypatch.setattr(cluster, "LINKED_PATH", str(tmp_path / "linked"))
+    monkeypatch.setattr(
+        cluster, "ask_all", lambda addresses, _: dict.fromkeys(addresses, GOOD if restarts and now else refuses)
+    )
+    cluster.filter_workers({"role": "head", "build": BUILD, "own": OWN, "workers": {OTHER: 4}, "branches": {}})
+    assert (tmp_path / "linked").read_text() == linked
+    assert now == (1 if restarts else cluster.RESTART_LIMIT)
 
 
 def test_a_worker_that_comes_back_is_linked_once_nobody_is_there() -> None:
@@ -342,7 +362,7 @@ bytes_received:21
 
 def test_connections_are_read_as_ss_prints_them() -> None:
     servers, logins = cluster.read_connections(CONNECTIONS)
-    assert servers == {"203.0.113.9:40312": 0, "172.31.0.5:53058": 107}
+    assert servers == {"203.0.113.9:40312": 0.02, "172.31.0.5:53058": 0}  # has received just now
     assert logins == {"192.0.2.10:51000": 7000, "[::ffff:192.0.2.10]:51001": 21}
 
 
@@ -353,14 +373,24 @@ class Clock:
         self.role, self.limit = role, limit
         self.look = cluster.Look(1000, 5.0, False, {}, {}, {})
         self.memory = cluster.remember(None, self.look)
+        self.moved: dict[str, tuple[int, float]] = {}  # what is connected -> (its bytes, when they last changed)
 
-    def after(self, seconds: float, **changes: Any) -> Clock:
-        """Go on by so many seconds, a look every ten (a head) or sixty; CHANGES come with the first."""
+    def after(self, seconds: float, servers: dict[str, int] | None = None, **changes: Any) -> Clock:
+        """Go on by so many seconds, a look every ten (a head) or sixty; CHANGES come with the first.
+
+        SERVERS are what is connected to mtssrv from then on, and the bytes that it has moved.
+        """
         pause = 10 if self.role == "head" else 60
         end = self.look.at + seconds
         self.idle = False  # it was, at a look
         while self.look.at < end:
-            self.look = self.look._replace(at=self.look.at + pause, left=False, **changes)
+            at = self.look.at + pause
+            if servers is not None:
+                now = {peer: (count, at) for peer, count in servers.items()}
+                same = {peer: self.moved[peer] for peer in now if self.moved.get(peer, (None,))[0] == servers[peer]}
+                self.moved, servers = now | same, None
+            silences = {peer: at - moved for peer, (_, moved) in self.moved.items()}
+            self.look = self.look._replace(at=at, left=False, servers=silences, **changes)
             changes = {}
             self.memory = cluster.remember(self.memory, self.look)
             judged = self.memory.at == self.memory.base.at
@@ -370,7 +400,7 @@ class Clock:
     @property
     def silences(self) -> dict[str, float]:
         """The clients, and for how long they have been silent."""
-        return {peer: silent for peer, (_, silent) in cluster.node_state(self.memory, 0)["clients"].items()}
+        return {peer: silent for peer, (_, silent) in cluster.find_clients(self.memory).items()}
 
 
 CLIENT = "203.0.113.9:40312"
@@ -389,7 +419,6 @@ def test_an_unused_node_is_idle_after_its_limit_and_not_before(role: str) -> Non
     [
         ({"computed": 5 + 0.06 * 60}, True),
         ({"computed": 5 + 0.04 * 60}, False),
-        ({"working": True}, True),
         ({"touched": {"/dev/pts/0": 1}}, True),
         ({"logins": {"192.0.2.10:51000": 100_001}}, True),
         ({"logins": {"192.0.2.10:51000": 99_999}}, False),
@@ -399,7 +428,7 @@ def test_an_unused_node_is_idle_after_its_limit_and_not_before(role: str) -> Non
 def test_what_counts_as_use(change: dict[str, Any], used: bool) -> None:
     clock = Clock("worker")
     clock.after(3000).after(60, **change)
-    assert clock.after(600, working=False).idle != used
+    assert clock.after(600).idle != used
 
 
 def test_an_idle_shell_counts_only_when_it_is_typed_into() -> None:
@@ -433,8 +462,8 @@ def test_no_head_ends_under_somebody_who_has_just_connected() -> None:
 def test_a_command_between_two_judgements_is_use_of_a_head_but_nobody_who_connects() -> None:
     clock = Clock().after(3550)
     quiet = clock.memory.quiet
-    clock.after(10, working=True).after(40, working=False)
-    assert clock.memory.how == "a command of cluster.py is at work"
+    clock.after(10, touched={cluster.MARK_PATH: 1}).after(40)
+    assert clock.memory.how == "a terminal had input, or a command of cluster.py was at work"
     assert clock.memory.quiet == quiet
     assert not clock.after(3500).idle
     assert clock.after(120).idle
@@ -538,6 +567,19 @@ def test_a_command_counts_as_long_as_its_connection_stands(tmp_path: Path) -> No
     mark.touch()
     with mark.open():
         assert not cluster.is_held(str(mark))  # no sshd is above this process
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_mark_that_is_held_is_touched_at_each_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    os.utime(mark, (1, 1))
+    monkeypatch.setattr(cluster, "MARK_PATH", str(mark))
+    monkeypatch.setattr(cluster, "is_held", lambda _: held)
+    monkeypatch.setattr(cluster, "run_quietly", lambda *_: "")
+    assert (cluster.take_look(None).touched[str(mark)] != 10**9) == held
 
 
 def test_a_slow_transfer_over_ssh_is_use_all_the_same() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -131,6 +132,15 @@ def test_packages_of_every_kind(nodes: LocalCloud, tmp_path: Path) -> None:
         assert (done.code, done.out) == (0, f"{node['name']}: Mitsuba 0.6.0\n"), done.err
         where = ssh(nodes, node, "command -v mtssrv; sudo rm -f /usr/local/bin/mtssrv").out
         assert where == ("/usr/bin/mtssrv\n" if kind == "deb" else "/usr/local/bin/mtssrv\n")
+    tree = tmp_path / "tree"  # of another build of the same version, after one that was cut off
+    subprocess.run(["dpkg-deb", "--raw-extract", path, tree], check=True)
+    (tree / "usr/bin/rebuilt").touch()
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", tree, path], check=True)
+    interrupted = ssh(nodes, node, "dpkg-query --status base-files | sudo tee /var/lib/dpkg/updates/0000")
+    assert interrupted.code == 0, interrupted.err
+    done = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": str(path)})
+    assert (done.code, done.out) == (0, f"{node['name']}: Mitsuba 0.6.0\n"), done.err
+    assert ssh(nodes, node, "ls /usr/bin/rebuilt").code == 0
     other = build_stand_in(tmp_path, "libboost-system1.65.1")  # what a package for Ubuntu 18.04 wants
     done = nodes.cluster("install", group, settings={"MITSUBA_PACKAGE": str(other)})
     assert done.code == 1, done.err

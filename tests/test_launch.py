@@ -476,6 +476,7 @@ def test_nobody_logs_in_by_a_password_and_the_deadline_is_in_seconds(monkeypatch
     config = json.loads(prepared(monkeypatch)["UserData"].removeprefix("#cloud-config\n"))
     assert config["ssh_pwauth"] is False
     assert config["disable_root"] is True
+    assert '"disable_root": false' in cluster.make_user_data("private", "public", 0, 0, "root")
     assert config["bootcmd"][0][-1] == "5400"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -229,3 +230,15 @@ def test_a_build_says_itself_what_it_is(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(cluster, "BUILD_LIMIT", 1)
     (tmp_path / "mtssrv").symlink_to(shutil.which("true") or "")
     assert learn_build(tmp_path, tmp_path).stdout == "0.6.0 3 0\n"  # it greets nobody: the usual build
+
+
+@pytest.mark.parametrize(("version", "code"), [("(3, 8, 10)", 1), ("(3, 9, 0)", 0), ("", 127)])
+def test_a_python_that_is_too_old_or_missing(tmp_path: Path, version: str, code: int) -> None:
+    (tmp_path / "bash").symlink_to(shutil.which("bash") or "")
+    if version:
+        fake = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+        (tmp_path / "python3").write_text(f"#!/bin/sh\nexec {sys.executable} -c '{fake}' \"$3\"\n")
+        (tmp_path / "python3").chmod(0o755)
+    words = shlex.split(cluster.user_command("check-python", cluster.CHECK_PYTHON))
+    done = subprocess.run(words, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pytest
 import cluster
 from cluster import Attempt, Facts
 from tests.localcloud.places import HERE
-from tests.support import LIMIT, LocalCloud, Result, impatience, interrupt, wait_until
+from tests.support import LIMIT, LocalCloud, Result, impatience, interrupt, make_node, wait_until
 
 QUICK: dict[str, float] = {"RENDER_POLL": 0.5, "RENDER_SILENCE": 4, "HEAL_POLL": 0.5}
 QUICK |= dict.fromkeys(("EXCHANGE_LIMIT", "SILENCE_LIMIT", "LIVENESS_LIMIT"), 10)  # for a node that is silent
@@ -76,6 +76,7 @@ MISSING = 'WARN  con0 [StreamBackend] Uncaught exception "The file "a.vol" could
             "sub was restarted to link other workers",
         ),
         (Attempt(255, BROKEN), {"head": {"started": "9"}, "sub": {"started": "9"}}, "", "server", "died on head, sub"),
+        (Attempt(255, BROKEN), {"head": {"started": ""}}, "", "cluster", "the connection to the head broke"),
         (Attempt(255, BROKEN), {}, "mtssrv on one: no file", "server", "mtssrv on one: no file"),
         (Attempt(255, "Caught a critical exception: no plugin"), {}, "", "scene", "Mitsuba refuses it: no plugin"),
         (Attempt(255, "Caught a critical exception: Error in connect(): refused!"), {}, "", "cluster", "connection"),
@@ -110,6 +111,41 @@ def test_who_is_to_blame(attempt: Attempt, changes: dict[str, Any], server_error
 )
 def test_the_error_in_a_log(log: str, error: str) -> None:
     assert cluster.find_error(log) == error
+
+
+class SlowPool:
+    """The head answers, and does not know since when its server runs; after three answers Mitsuba may end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, 0
+
+    def each(self, nodes: Sequence[cluster.Node], *_: Any, **__: Any) -> list[cluster.Outcome[Facts]]:
+        """Answer."""
+        self.asked += 1
+        if self.asked == 3:
+            (self.folder / "go-on").touch()
+        lost = self.asked > 600  # Mitsuba hangs
+        return [cluster.Outcome(node, Facts(4, started="2" if lost else "")) for node in nodes]
+
+
+def test_a_render_outlives_its_reader_and_an_answer_that_lacks_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a pipe takes is printed, to a terminal that has gone."""
+    program = tmp_path / "mitsuba"
+    program.write_text("#!/bin/sh\nuntil [ -e go-on ]; do sleep 0.1; done\nhead -c 300000 /dev/zero\nexit 7\n")
+    program.chmod(0o755)
+
+    def echo(*_: Any, **__: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cluster, "RENDER_POLL", 0.1)
+    monkeypatch.setattr("click.echo", echo)
+    pool: Any = SlowPool(tmp_path)
+    attempt = cluster.run_mitsuba(pool, [], make_node("i-1"), "1")
+    assert (attempt.code, attempt.ended) == (7, "")
 
 
 def write_scene(path: Path, **job: str | float) -> Path:

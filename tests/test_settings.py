@@ -6,6 +6,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 import cluster
 from tests.localcloud.places import PROJECT
 
@@ -64,3 +66,15 @@ def test_git_never_picks_up_a_secret(tmp_path: Path) -> None:
     cluster.ensure_key_file(key)
     assert key.read_text() == made
     assert "topsecret" in s3cfg.read_text()
+
+
+@pytest.mark.parametrize(
+    ("folder", "good"),
+    [
+        *((one, True) for one in ("/mnt", "/data", "/library", "/var/scenes", "/srv/home", "/mnt/tmp", "/homes")),
+        *((one, False) for one in ("/home", "/home/ubuntu", "/root/x", "/tmp/x", "/var/tmp/x", "/run/x", "/dev/shm")),
+        *((one, False) for one in ("/etc", "/usr/local/data", "/lib64/x", "/var", "/var/lib", "/proc/1")),
+    ],
+)
+def test_data_is_kept_out_of_folders_that_the_server_cannot_use(folder: str, good: bool) -> None:
+    assert cluster.CHECKS["DATA_DIR"][0](folder) is good

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,10 +109,46 @@ def test_an_sshd_that_has_not_ended_the_last_session(monkeypatch: pytest.MonkeyP
     assert cluster.Remote(make_node("i-1"), transport).open_session() == "session"  # type: ignore[comparison-overlap]
 
 
-def test_one_session_and_a_silent_command(cloud: LocalCloud, group: str) -> None:
+@pytest.fixture(scope="module")
+def one(cloud: LocalCloud) -> Iterator[LocalCloud]:
+    """A cloud with one node, in the group "ssh"."""
+    create(cloud, "ssh", 1)
+    yield cloud
+    cloud.end("ssh")
+
+
+def test_one_session_and_a_silent_command(one: LocalCloud) -> None:
     """With MaxSessions 1 sshd refuses the session that would show its life, and shows it by that."""
-    create(cloud, group, 1)
-    (node,) = cloud.nodes(group)
-    cloud.fault("one-session", node)
-    done = cloud.cluster("runCommand", "sleep 3; echo late", group, limits={"SILENCE_LIMIT": 1})
+    (node,) = one.nodes("ssh")
+    one.fault("one-session", node)
+    done = one.cluster("runCommand", "sleep 3; echo late", "ssh", limits={"SILENCE_LIMIT": 1})
+    one.fault("heal", node)
     assert (done.code, done.out) == (0, "late\n"), done.err
+
+
+@pytest.mark.parametrize("how", ["drops", "hangs"])
+def test_a_login_that_breaks_is_no_refusal(one: LocalCloud, how: str) -> None:
+    (node,) = one.nodes("ssh")
+    one.fault(f"login-{how}", node)
+    done = one.cluster("runCommand", "echo hi", "ssh", limits={"EXCHANGE_LIMIT": 4})
+    assert (done.code, done.out) == (0, "hi\n"), done.err
+
+
+def test_a_peer_that_breaks_the_protocol() -> None:
+    payload = b"\x01\0\0\0\x02\0\0\0\x02\xff\xfe\0\0\0\0"  # it disconnects, with a message that is not UTF-8
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            stream, _ = listener.accept()
+            with stream:
+                padding = 16 - (5 + len(payload)) % 8
+                size = (1 + len(payload) + padding).to_bytes(4, "big")
+                stream.sendall(b"SSH-2.0-x\r\n" + size + bytes([padding]) + payload + bytes(padding))
+                while stream.recv(1 << 16):
+                    pass
+
+        threading.Thread(target=answer, daemon=True).start()
+        node, where = make_node("i-1", public_ip="127.0.0.1"), cluster.Settings(SSH_PORT=listener.getsockname()[1])
+        identity: Any = None  # nobody gets so far
+        with pytest.raises(paramiko.SSHException):
+            cluster.connect(node, where, identity)

@@ -27,9 +27,12 @@ GROUP = "servers"
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
     units = {name for name, text in vars(cluster).items() if isinstance(text, str) and "[Unit]" in text}
     assert units == {"GUARD_UNIT", "SERVER_UNIT"}
-    for role in ("head", "worker"):
+    place = {"address": "10.0.0.1", "port": 7554}
+    worker = cluster.SERVER_UNIT.format(role="worker", data="/mnt", **place)
+    head = worker + cluster.LINKS_UNIT.format(name="%H", cores=4, linked=cluster.LINKED_PATH, **place)
+    for unit in (worker, head):
         (tmp_path / "mitsuba-guard.service").write_text(cluster.GUARD_UNIT)
-        (tmp_path / "mtssrv.service").write_text(cluster.server_unit(role, "10.0.0.1", 4, "/mnt"))
+        (tmp_path / "mtssrv.service").write_text(unit)
         files = sorted(map(str, tmp_path.iterdir()))
         done = subprocess.run(["systemd-analyze", "verify", *files], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stderr) == (0, "")
@@ -72,9 +75,10 @@ def worker_of(cloud: LocalCloud) -> dict[str, Any]:
 
 def test_the_client_that_moved_bytes_last_counts() -> None:
     """Two connections of one address, a silent one and one at work."""
-    facts = cluster.Facts(4, clients={"203.0.113.9:2": (9000, 20), "203.0.113.9:1": (9000, 5000)})
+    facts = cluster.Facts(4, role="head", clients={"203.0.113.9:2": (9000, 20), "203.0.113.9:1": (9000, 5000)})
     assert cluster.describe_client(facts, 600) == "client 203.0.113.9 (and 1 more), silent for 20s"
-    assert cluster.describe_client(facts, 10) == cluster.describe_client(cluster.Facts(4)) == ""
+    assert cluster.describe_client(facts, 10) == cluster.describe_client(cluster.Facts(4, role="head")) == ""
+    assert cluster.describe_client(replace(facts, role="worker")) == ""
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,10 @@ def test_a_head_is_asked_again_just_before_its_restart(
             raise cluster.NodeError("its mtssrv does not answer")
         return offered
 
+    def restart_server(plan: Any, remote: Any, facts: Any, guard_plan: dict[str, Any], cores: int) -> int:
+        given.append((set(guard_plan["workers"]), True))
+        return cores
+
     def node(number: int) -> cluster.Node:
         when = datetime(2026, 1, 1, tzinfo=timezone.utc)
         return cluster.Node(f"i-{number}", "g", "c1.xlarge", "running", when, private_ip=f"10.0.0.{number}")
@@ -100,24 +108,22 @@ def test_a_head_is_asked_again_just_before_its_restart(
     now = replace(looked, clients={"203.0.113.9:1": (60, 5)} if clients else {})
     given: list[tuple[set[str], bool]] = []
     monkeypatch.setattr(cluster, "ask_server", ask_server)
-    monkeypatch.setattr(cluster, "await_server", lambda remote, version, cores, workers: cores)
+    monkeypatch.setattr(cluster, "restart_server", restart_server)
     monkeypatch.setattr(cluster, "fetch_facts", lambda remote: now)
-    monkeypatch.setattr(
-        cluster, "configure_node", lambda _, guard, plan, unit="": given.append((set(plan["workers"]), bool(unit)))
-    )
+    monkeypatch.setattr(cluster, "configure_node", lambda _, guard, plan: given.append((set(plan["workers"]), False)))
     served = cluster.Served(cluster.Facts(4, "0.6.0", "worker"), 4, "serves already")
     cut_off: Any = cluster.Outcome(node(3), error="port 22 does not answer")
     workers = [cluster.Outcome(node(2), served), cut_off, cluster.Outcome(node(4), served)]
     start = cluster.StartPlan(node(1), "/mnt", {}, "", force=force)
     remote: Any = SimpleNamespace(node=node(1))
-    done = cluster.head_step(start, workers, {}, remote)
+    done = cluster.link_step(start, workers, {}, remote)
     if restarted:
         assert given == [({"10.0.0.2", "10.0.0.4"}, True)]
-        assert done.waiting == ""
+        assert done.client == ""
         assert done.action == ("restarted: a render that was running is lost" if clients else "restarted")
     else:
         assert given == [({"10.0.0.2", "10.0.0.3", "10.0.0.4"}, False)]
-        assert done.waiting == "1 node waits to be linked: client 203.0.113.9, silent for 5s"
+        assert done.client == "client 203.0.113.9, silent for 5s"
 
 
 CLIENT = "client 203.0.113.9, silent for 5s"
@@ -126,21 +132,21 @@ OTHERWISE = f"the nodes wait to be linked in another way: {CLIENT}"
 
 
 @pytest.mark.parametrize(
-    ("bad", "linked", "tree", "waits", "error"),
+    ("bad", "linked", "other_way", "client", "error"),
     [
         (
             True,
             ["10.0.0.2"],
             "",
-            WAITS,
+            CLIENT,
             f"2 of 4 nodes serving; failed: g-4; {WAITS}; ./cluster.py start g --force links them now and ends that "
             "client, else they join when it leaves",
         ),
         (
             True,
             ["10.0.0.2"],
-            OTHERWISE,
-            WAITS,
+            CLIENT,
+            CLIENT,
             f"2 of 4 nodes serving; failed: g-4; {OTHERWISE}; ./cluster.py start g --flat --force does that now and "
             "ends that client, else ./cluster.py start g --flat once it has left",
         ),
@@ -148,7 +154,7 @@ OTHERWISE = f"the nodes wait to be linked in another way: {CLIENT}"
             False,
             ["10.0.0.2", "10.0.0.3", "10.0.0.4"],
             "",
-            RESTART,
+            CLIENT,
             f"{RESTART}; ./cluster.py start g --force does that now and ends that client, else ./cluster.py start g "
             "once it has left",
         ),
@@ -157,7 +163,7 @@ OTHERWISE = f"the nodes wait to be linked in another way: {CLIENT}"
     ids=["one bad", "one bad, other levels", "head", "no client"],
 )
 def test_what_waits_is_told_beside_what_failed(
-    monkeypatch: pytest.MonkeyPatch, bad: bool, linked: list[str], tree: str, waits: str, error: str
+    monkeypatch: pytest.MonkeyPatch, bad: bool, linked: list[str], other_way: str, client: str, error: str
 ) -> None:
     def node(number: int) -> cluster.Node:
         when = datetime(2026, 1, 1, tzinfo=timezone.utc)
@@ -169,14 +175,14 @@ def test_what_waits_is_told_beside_what_failed(
     workers = [cluster.Outcome(node(2), served), cluster.Outcome(node(3), served)]
     workers.append(cluster.Outcome[cluster.Served](node(4), error="…") if bad else cluster.Outcome(node(4), served))
     facts = cluster.Facts(4, "0.6.0", "head", tuple(linked))
-    head = cluster.Outcome(node(1), cluster.Served(facts, 6, "serves already", waits))
-    for name in ("tag_roles", "tag_nodes", "suggest_tree", "say_how_to_connect"):
+    head = cluster.Outcome(node(1), cluster.Served(facts, 6, "serves already", client))
+    for name in ("tag_nodes", "suggest_tree", "say_how_to_connect"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
-    monkeypatch.setattr(cluster, "link_branches", lambda *_: ({}, workers, tree))
+    monkeypatch.setattr(cluster, "link_branches", lambda *_: ({}, workers, other_way))
     app: Any = SimpleNamespace(ec2=None, pool=SimpleNamespace(each=lambda *_: [head]))
     plan = cluster.StartPlan(node(1), "/mnt", {}, "")
     with pytest.raises(cluster.ClusterError) as found:
-        cluster.link_group(app, "g", plan, cluster.Outcome(node(1), facts), workers)
+        cluster.link_group(app, plan, cluster.Outcome(node(1), facts), workers)
     assert found.value.message == error
 
 

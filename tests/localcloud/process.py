@@ -36,7 +36,15 @@ SERVER_PORT = 7554
 HELLO, REFUSAL, QUIT = b"\x1b\xcd", b"\x00\x0d", b"\x00\x0c"
 RESTART = 1.0  # seconds, as RestartSec= of the real unit
 RENDER, DONE = b"\x00\x01", b"\x00\x02"  # between the stand-ins, see mitsuba/mtssrv
-STEPS = ("wait-for-boot", "check-metadata-rules", "install", "start-server", "sync", "serve")  # that a fault can spoil
+STEPS = (
+    "wait-for-boot",
+    "check-metadata-rules",
+    "check-python",
+    "install",
+    "start-server",
+    "sync",
+    "serve",
+)  # that a fault can spoil
 
 
 class ProcessNetwork:
@@ -439,6 +447,15 @@ class SshServer(asyncssh.SSHServer):
         """Forget it."""
         self.node.connections.discard(self.connection)
 
+    async def begin_auth(self, username: str) -> bool:
+        """Ask for the user's key, unless this login goes wrong, once."""
+        how = self.node.trouble.pop("login", "")
+        if how == "drops":
+            self.connection.abort()
+        elif how == "hangs":
+            await asyncio.sleep(1000)
+        return True
+
     def server_requested(self, listen_host: str, listen_port: int) -> bool:
         """Let the tool serve files to the node."""
         return self.node.forwards
@@ -608,6 +625,7 @@ FAULTS: dict[str, Callable[[ProcessNode], Awaitable[None]]] = {
     "sshd-silent": lambda node: node.replace_sshd(lambda _: None),
     "sshd-garbage": lambda node: node.replace_sshd(lambda writer: writer.write(bytes(range(256)) * 64)),
     **{f"{step}-{how}": trouble(step, how) for step in STEPS for how in ("fails", "drops", "dies")},
+    **{f"login-{how}": trouble("login", how) for how in ("drops", "hangs")},
     **{f"server-{how}": trouble("server", how) for how in ("silent", "another", "exits", "greedy")},
 }
 
