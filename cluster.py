@@ -1382,6 +1382,7 @@ fi
 WAIT_FOR_BOOT = r"""
 set -euo pipefail
 command -v cloud-init > /dev/null || exit 0
+if grep -qs '"errors": \[\]' /run/cloud-init/result.json; then exit 0; fi  # half a second quicker than to ask
 code=0
 timeout "$1" cloud-init status --wait > /dev/null || code=$?
 case $code in
@@ -3836,6 +3837,8 @@ def make_ed25519() -> tuple[str, str]:
 
 def ensure_key_file(path: Path) -> None:
     """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    import fcntl
+
     if has_key(path):
         return
     text = path.read_text("latin-1") if path.exists() else ""
@@ -3846,15 +3849,20 @@ def ensure_key_file(path: Path) -> None:
             f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
             "path outside of the repository"
         )
-    private, _ = make_ed25519()
     try:
-        write_secret(path, private)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # another run that makes one at this moment goes first
+            if not has_key(path):
+                write_secret(path, make_ed25519()[0])
+                click.echo(f"Made a new SSH key: {path}", err=True)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise ClusterError(
             f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
             f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
         ) from error
-    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def ensure_key(app: App) -> None:
