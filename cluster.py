@@ -60,7 +60,6 @@ except ImportError:
 # What only some commands need is imported where they need it: it takes longer than all of --help.
 if TYPE_CHECKING:
     import subprocess
-    import urllib.request
 
     import paramiko
 
@@ -1323,6 +1322,7 @@ fi
 WAIT_FOR_BOOT = r"""
 set -euo pipefail
 command -v cloud-init > /dev/null || exit 0
+if grep -qs '"errors": \[\]' /run/cloud-init/result.json; then exit 0; fi  # half a second quicker than to ask
 code=0
 timeout "$1" cloud-init status --wait > /dev/null || code=$?
 case $code in
@@ -3745,6 +3745,8 @@ def make_ed25519() -> tuple[str, str]:
 
 def ensure_key_file(path: Path) -> None:
     """Make the user's key where the file is missing or still the placeholder; never overwrite one."""
+    import fcntl
+
     if has_key(path):
         return
     text = path.read_text("latin-1") if path.exists() else ""
@@ -3755,15 +3757,20 @@ def ensure_key_file(path: Path) -> None:
             f"git would pick up a key that is written to {path} ({why}): mend that, or let SSH_PRIVATE_KEY_FILE name a "
             "path outside of the repository"
         )
-    private, _ = make_ed25519()
     try:
-        write_secret(path, private)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)  # another run that makes one at this moment goes first
+            if not has_key(path):
+                write_secret(path, make_ed25519()[0])
+                click.echo(f"Made a new SSH key: {path}", err=True)
+        finally:
+            os.close(folder)
     except OSError as error:
         raise ClusterError(
             f"the folder {path.parent} must be writable, since the new SSH key is kept there ({error.strerror}); "
             f"SSH_PRIVATE_KEY_FILE in {Call.settings} can name a file elsewhere"
         ) from error
-    click.echo(f"Made a new SSH key: {path}", err=True)
 
 
 def ensure_key(app: App) -> None:
@@ -4112,8 +4119,7 @@ PACKED_KEPT = 3  # packed builds in the cache folder
 PACKAGE_FOLDER = ".mitsuba-package"  # on nodes, in the user's home
 
 # Of a build's dist folder; mtsgui, mtsimport and python/ have no use on a node, and many libraries of their own.
-PACKED_PROGRAMS = ("mtssrv", "mitsuba", "mtsutil")
-PACKED_FOLDERS = ("plugins", "data", "lib")
+PACKED = ("mtssrv", "mitsuba", "mtsutil", "*.so*", "plugins/**/*", "data/**/*", "lib/**/*")
 
 # The glibc of each Ubuntu release (https://packages.ubuntu.com/libc6), and what brought the names that are no versions.
 GLIBC = {"22.04": (2, 35), "24.04": (2, 39), "26.04": (2, 43)}
@@ -4135,14 +4141,14 @@ GRAPHICS_LIBRARIES = frozenset(
 )
 
 
-# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 instance type,
-# $6 the program that learns the build.
+# $1 SSH user, $2 data directory, $3 the package's SHA-256 (or empty), $4 what all this amounts to, $5 the program that
+# learns the build, $6 instance type.
 # Standard input, since both lines may hold a password: the apt line; and the package: a name in that
 # repository, or else a file (from the user's home) or https address of a .deb, .tar.gz or shell script.
 INSTALL = r"""
 set -euo pipefail
 umask 022
-user=$1 data=$2 sha256=$3 recipe=$4 type=$5 learn_build=$6
+user=$1 data=$2 sha256=$3 recipe=$4 learn_build=$5 type=$6
 if [ -e /run/mitsuba-cluster/in-use ]; then exec 9< /run/mitsuba-cluster/in-use; touch /run/mitsuba-cluster/in-use; fi
 IFS= read -r repository
 IFS= read -r package
@@ -4165,20 +4171,14 @@ apt_install() {
 
 # apt's own lock on its lists knows no time limit, so wait for it here; a mirror may fail once.
 update() {
+  local pause=1
   step 'package lists'
-  for pause in 2 4 8 16 0; do
-    if apt -o APT::Update::Error-Mode=any update; then return 0; fi
-    if [ "$pause" = 0 ]; then break; fi
+  until apt -o APT::Update::Error-Mode=any update; do
+    pause=$((2 * pause))
+    [ $pause -le 16 ] || { echo 'the package lists could not be fetched'; return 1; }
     echo "apt-get update failed; next try in $pause seconds"
-    sleep "$pause"
+    sleep $pause
   done
-  echo 'the package lists could not be fetched'
-  return 1
-}
-
-quiet_timers() {
-  systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
-  systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
 }
 
 # A copy of root's own, so that nobody can change it between the check and the use.
@@ -4245,11 +4245,7 @@ install_tree() {
   program=$(cd "$fresh" && find . -type f -name mtssrv -perm -u+x -print -quit)
   [ -n "$program" ] || { echo 'there is no mtssrv in the package'; return 1; }
   check_libraries "$(dirname "$fresh/$program")"
-  exec 8> "$state/lock"
-  flock 8
-  rm -rf /opt/mitsuba
-  mv "$fresh" /opt/mitsuba
-  exec 8>&-
+  (flock 8; rm -rf /opt/mitsuba; mv "$fresh" /opt/mitsuba) 8> "$state/lock"
   folder=$(dirname "$(readlink -f "/opt/mitsuba/$program")")
   for name in mtssrv mitsuba; do
     printf '#!/bin/sh\nLD_LIBRARY_PATH="%s:%s/lib" exec "%s" "$@"\n' "$folder" "$folder" "$folder/$name" \
@@ -4258,45 +4254,31 @@ install_tree() {
   done
 }
 
-# What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
-forget_tree() {
+install_mitsuba() {
+  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed" "$state/build"
+  case $package in
+    *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz"; return ;;
+    *.deb) fetch "$work/mitsuba.deb"; package=$work/mitsuba.deb ;;
+    */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null; return ;;
+    *) (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list) ;;
+  esac
+  update
+  step unpacking
+  apt_install --reinstall --allow-downgrades "$package"
+  # What a package puts into /usr/bin must not stay behind the programs of an unpacked one.
   for name in mtssrv mitsuba; do
     if grep -qs '"/opt/mitsuba/' "/usr/local/bin/$name"; then rm "/usr/local/bin/$name"; fi
   done
   rm -rf /opt/mitsuba
 }
 
-install_mitsuba() {
-  rm -f /etc/apt/sources.list.d/mitsuba.list "$state/installed" "$state/build"
-  case $package in
-    *.deb)
-      fetch "$work/mitsuba.deb"
-      update
-      step unpacking
-      apt_install --reinstall --allow-downgrades "$work/mitsuba.deb"
-      forget_tree
-      ;;
-    *.tar.gz | *.tgz) fetch "$work/mitsuba.tar.gz"; install_tree "$work/mitsuba.tar.gz" ;;
-    */*) fetch "$work/install.sh"; step unpacking; bash "$work/install.sh" < /dev/null ;;
-    *)
-      (umask 077; echo "$repository" > /etc/apt/sources.list.d/mitsuba.list)
-      update
-      step unpacking
-      apt_install "$package"
-      forget_tree
-      ;;
-  esac
-}
-
 # An NVMe instance store comes raw. Only a disk that EC2 itself calls one is formatted, and
 # only if it bears no file system, no partition and no mount.
 mount_instance_store() {
-  mountpoint -q "$data" && return 0
   for link in /dev/disk/by-id/nvme-Amazon_EC2_NVMe_Instance_Storage*; do
     [ -e "$link" ] || continue
     disk=$(readlink -f "$link")
-    [ "$(lsblk --noheadings --raw --output NAME "$disk" | wc -l)" = 1 ] || continue
-    [ -z "$(lsblk --noheadings --output MOUNTPOINT "$disk" | tr -d ' \n')" ] || continue
+    [ "$(lsblk --noheadings --raw --output NAME,MOUNTPOINT "$disk" | tr -d ' \n')" = "${disk##*/}" ] || continue
     [ -z "$(wipefs --no-act --noheadings "$disk")" ] || continue
     mkfs.ext4 -q -E nodiscard "$disk"
     mkdir -p "$data"
@@ -4307,20 +4289,12 @@ mount_instance_store() {
   done
 }
 
-make_data_directory() {
-  getent passwd mitsuba > /dev/null ||
-    useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin mitsuba
-  mount_instance_store
-  mkdir -p "$data"
-  chown "$user:mitsuba" "$data"
-  chmod 3775 "$data"  # sticky: the server can't move away what the user put there
-}
-
 server_version() {
   (mtssrv -h 2>&1 || true) < /dev/null | grep -ioE 'version [0-9][0-9.]*[0-9]' | head -n 1 | cut -d ' ' -f 2
 }
 
-quiet_timers
+systemctl stop apt-daily.timer apt-daily-upgrade.timer 2> /dev/null || true
+systemctl mask --quiet --runtime apt-daily.service apt-daily-upgrade.service 2> /dev/null || true
 mkdir -p "$state"
 find "$state" -maxdepth 1 -name 'work.*' -mmin +60 -exec rm -rf {} +
 work=$(mktemp -d "$state/work.XXXXXX") # its own: an installation whose client has died may still run
@@ -4330,7 +4304,12 @@ if [ "$(cat "$state/installed" 2> /dev/null)" != "$recipe" ] || [ -z "$(server_v
   mkdir -p /run/mitsuba-cluster
   echo yes > /run/mitsuba-cluster/replaced
 fi
-make_data_directory
+getent passwd mitsuba > /dev/null ||
+  useradd --system --user-group --home-dir "$data" --no-create-home --shell /usr/sbin/nologin mitsuba
+mountpoint -q "$data" || mount_instance_store
+mkdir -p "$data"
+chown "$user:mitsuba" "$data"
+chmod 3775 "$data"  # sticky: the server can't move away what the user put there
 step checking
 version=$(server_version) || true
 if [ -z "$version" ]; then
@@ -4364,19 +4343,17 @@ def learn_build(arguments: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(BUILD_LIMIT)
         worker = f"127.0.0.1:{listener.getsockname()[1]}"
-        with subprocess.Popen(["mtssrv", "-q", "-p", "1", "-c", worker], **quiet) as server:  # it serves only then
-            try:
-                stream, _ = listener.accept()
-                stream.settimeout(BUILD_LIMIT)
-                greeting, more = b"", b"-"
-                while more and not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
-                    greeting += (more := stream.recv(64))
-                if found:
-                    build = [found[1].decode(), *found[2], *found[3]]
-            except OSError:
-                pass
-            finally:
-                server.kill()
+        server = subprocess.Popen(["mtssrv", "-q", "-p", "1", "-c", worker], **quiet)  # it serves only then
+        with contextlib.suppress(OSError):
+            stream, _ = listener.accept()
+            stream.settimeout(BUILD_LIMIT)
+            greeting, more = b"", b"-"
+            while more and not (found := re.fullmatch(rb"..([0-9.]+)\0(.)(.)", greeting, re.S)):
+                greeting += (more := stream.recv(64))
+            if found:
+                build = [found[1].decode(), *found[2], *found[3]]
+        server.kill()
+        server.wait()
     print(*build)
 
 
@@ -4403,24 +4380,8 @@ class Package(NamedTuple):
 
 def missing_parts(folder: Path) -> list[str]:
     """Return what FOLDER lacks of a build's dist folder."""
-    parts = [name for name in ("mtssrv", "mitsuba", "plugins", "data") if not (folder / name).exists()]
-    return parts + ([] if any(folder.glob("libmitsuba-*.so")) else ["libmitsuba-*.so"])
-
-
-def find_build(settings: Settings) -> Path | None:
-    """Return the folder of the build that is to be packed; None where something else is to be installed."""
-    source = settings.package[0]
-    unset = not settings.MITSUBA_PACKAGE and settings.PKG_REPOSITORY in ("", Settings().PKG_REPOSITORY)
-    if unset or source == "local":
-        program = shutil.which("mtssrv")
-        folder = Path(program).resolve().parent if program else None
-        if unset:  # the user's own build is better than a repository that has nothing
-            return folder if folder and is_packable_here() and not missing_parts(folder) else None
-        if not folder:
-            raise ClusterError('MITSUBA_PACKAGE is "local", but no mtssrv is on PATH; name your build\'s dist folder')
-        return folder
-    folder = settings.folder / Path(source).expanduser()
-    return folder if settings.MITSUBA_PACKAGE and "://" not in source and folder.is_dir() else None
+    parts = ("mtssrv", "mitsuba", "plugins", "data", "libmitsuba-*.so")
+    return [name for name in parts if not any(folder.glob(name))]
 
 
 def is_packable_here() -> bool:
@@ -4462,15 +4423,13 @@ def find_libraries(folder: Path, files: dict[str, Path]) -> tuple[dict[str, Path
     libraries: dict[str, Path] = {}
     versions: set[str] = set()
     while binaries:
-        fresh: dict[str, Path] = {}
-        for path, (needed, named) in binaries.items():
-            versions |= named
-            for name in needed - known - libraries.keys():
-                if name not in found:
-                    raise ClusterError(f"{path} needs {name}, which this machine does not find (nor would a node)")
-                fresh[name] = found[name]
-        libraries |= fresh
-        binaries = read_binaries(fresh.values()) if fresh else {}  # objdump without a name reads a.out
+        versions.update(*(named for _, named in binaries.values()))
+        fresh = {name: path for path, (needed, _) in binaries.items() for name in needed - known - libraries.keys()}
+        for name, path in fresh.items():
+            if name not in found:
+                raise ClusterError(f"{path} needs {name}, which this machine does not find (nor would a node)")
+        libraries |= {name: found[name] for name in fresh}
+        binaries = read_binaries(found[name] for name in fresh) if fresh else {}  # objdump without a name reads a.out
     return libraries, versions
 
 
@@ -4489,13 +4448,6 @@ def check_glibc(folder: Path, versions: Iterable[str], release: str) -> None:
             f"the build in {folder} needs {', '.join(sorted(names, key=since))} of a newer glibc than "
             f"Ubuntu {release} has: {advice}"
         )
-
-
-def list_build(folder: Path) -> dict[str, Path]:
-    """Return what is packed of a build: name in the package -> file."""
-    tops = [folder / name for name in PACKED_PROGRAMS] + list(folder.glob("*.so*"))
-    inside = (Path(top) / name for part in PACKED_FOLDERS for top, _, names in os.walk(folder / part) for name in names)
-    return {path.relative_to(folder).as_posix(): path for path in sorted([*tops, *inside]) if path.is_file()}
 
 
 def write_package(target: Path, files: dict[str, Path]) -> None:
@@ -4532,11 +4484,12 @@ def pack_build(folder: Path, settings: Settings) -> Package:
         )
     if missing := missing_parts(folder):
         raise ClusterError(f"{folder} is not the dist folder of a Mitsuba build: it lacks {', '.join(missing)}")
-    files = list_build(folder)
+    packed = sorted({path for pattern in PACKED for path in folder.glob(pattern) if path.is_file()})
+    files = {path.relative_to(folder).as_posix(): path for path in packed}
     libraries, versions = find_libraries(folder, files)
     if settings.AWS_REGION not in settings.AMI_IDS:  # an image of the user's own is asked on the node
         check_glibc(folder, versions, settings.UBUNTU_RELEASE)
-    count = len(files)
+    count = format_count(len(files), "file")
     files |= {f"lib/{name}": path for name, path in sorted(libraries.items())}
     content = json.dumps(
         [(name, os.access(path, os.X_OK), digest_file(path, "sha256")) for name, path in files.items()]
@@ -4551,20 +4504,31 @@ def pack_build(folder: Path, settings: Settings) -> Package:
         write_package(target, files)
         for old in sorted(cache.glob("mitsuba-*.tar.gz"), key=lambda path: path.stat().st_mtime)[:-PACKED_KEPT]:
             old.unlink(missing_ok=True)
-    title = f"the build in {folder} ({format_count(count, 'file')} and the libraries that they need; "
-    return Package(title + format_size(target.stat().st_size) + ")", str(target), digest_file(target, "sha256"), True)
+    size = format_size(target.stat().st_size)
+    title = f"the build in {folder} ({count} and the libraries that they need; {size})"
+    return Package(title, str(target), digest_file(target, "sha256"), True)
 
 
 def plan_package(settings: Settings) -> Package:
     """Return what is to be installed, packed where it is a build of this machine's; ClusterError where it can't be."""
     source, sha256 = settings.package
-    if folder := find_build(settings):
-        return pack_build(folder, settings)
+    program = shutil.which("mtssrv")
+    own = Path(program).resolve().parent if program else None
+    if source == "local":
+        if not own:
+            raise ClusterError('MITSUBA_PACKAGE is "local", but no mtssrv is on PATH; name your build\'s dist folder')
+        return pack_build(own, settings)
     if not settings.MITSUBA_PACKAGE:
+        # The user's own build is better than a repository that has nothing.
+        is_unset = settings.PKG_REPOSITORY in ("", Settings().PKG_REPOSITORY)
+        if is_unset and own and is_packable_here() and not missing_parts(own):
+            return pack_build(own, settings)
         return Package(f"the package {source} of {settings.PKG_REPOSITORY}", source)
     if "://" in source:
         return Package(source, source, sha256)
     path = settings.folder / Path(source).expanduser()
+    if path.is_dir():
+        return pack_build(path, settings)
     if not path.is_file():
         raise ClusterError(f"MITSUBA_PACKAGE: there is no file {path}")
     found = digest_file(path, "sha256")
@@ -4573,8 +4537,8 @@ def plan_package(settings: Settings) -> Package:
     return Package(f"{path} ({format_size(path.stat().st_size)})", str(path), found, True)
 
 
-def to_request(address: str, method: str = "GET") -> urllib.request.Request:
-    """Return a request for an address with user:password@, which urllib by itself takes for a host's name."""
+def fetch_address(address: str, method: str = "GET") -> bytes:
+    """Return what is at an ADDRESS with user:password@, which urllib by itself takes for a host's name."""
     import base64
     import urllib.parse
     import urllib.request
@@ -4585,27 +4549,15 @@ def to_request(address: str, method: str = "GET") -> urllib.request.Request:
     if at:
         token = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         request.add_header("Authorization", f"Basic {token}")
-    return request
-
-
-def fetch_index(folder: str) -> bytes:
-    """Return an apt repository's list of packages in FOLDER, which is there compressed, or plain, or both."""
-    import gzip
-    import urllib.error
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(to_request(f"{folder}/Packages.gz"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
-            return gzip.decompress(answer.read())
-    except urllib.error.HTTPError as error:
-        if error.code not in GONE:
-            raise
-    with urllib.request.urlopen(to_request(f"{folder}/Packages"), timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
+    with urllib.request.urlopen(request, timeout=ADDRESS_LIMIT) as answer:  # noqa: S310
         return bytes(answer.read())
 
 
 def index_has(apt_line: str, package: str) -> bool:
     """Tell whether an apt repository offers PACKAGE for amd64; OSError where its index can't be read."""
+    import gzip
+    import urllib.error
+
     found = re.fullmatch(r"deb\s+(?:\[[^]]*\]\s+)?(\S+)\s+(\S+)\s*(.*)", apt_line)
     if not found:
         raise ValueError("this is no apt line")
@@ -4613,7 +4565,16 @@ def index_has(apt_line: str, package: str) -> bool:
     folders = [f"{base}/dists/{suite}/{component}/binary-amd64" for component in components]
     if suite.endswith("/"):
         folders = [f"{base}/{suite}".rstrip("/")]
-    return any(re.search(rf"^Package: {re.escape(package)}$".encode(), fetch_index(one), re.M) for one in folders)
+    for folder in folders:
+        try:  # it is there compressed, or plain, or both
+            index = gzip.decompress(fetch_address(f"{folder}/Packages.gz"))
+        except urllib.error.HTTPError as error:
+            if error.code not in GONE:
+                raise
+            index = fetch_address(f"{folder}/Packages")
+        if re.search(rf"^Package: {re.escape(package)}$".encode(), index, re.M):
+            return True
+    return False
 
 
 def check_package(settings: Settings, without: bool) -> str:
@@ -4622,91 +4583,94 @@ def check_package(settings: Settings, without: bool) -> str:
     Another warning says how somebody in between could replace Mitsuba, which root installs.
     """
     import urllib.error
-    import urllib.request
     import zlib
 
-    title, doubt, proved, apt_line = "", "", True, settings.PKG_REPOSITORY
+    title, is_certain, apt_line = "", True, settings.PKG_REPOSITORY
     try:
         package = plan_package(settings)
         title = package.title
         if "://" in package.source:
             if not package.sha256:
                 warn("MITSUBA_PACKAGE has no #sha256=…: whoever can change that file becomes root on your nodes")
-            urllib.request.urlopen(to_request(package.source, "HEAD"), timeout=ADDRESS_LIMIT).close()  # noqa: S310
+            fetch_address(package.source, "HEAD")
         elif not package.is_file:
             if re.match(r"deb\s+\[[^]]*trusted=yes[^]]*\]\s+http://(?!127\.|\S*\.internal[:/])", apt_line):
                 warn("PKG_REPOSITORY is neither signed nor https: anybody on the way can replace it; use [signed-by=…]")
             if not index_has(apt_line, "mitsuba"):
-                doubt = f"PKG_REPOSITORY ({apt_line}) has no package mitsuba"
+                raise ClusterError(f"PKG_REPOSITORY ({apt_line}) has no package mitsuba")
+        return title
     except ClusterError as error:
         doubt = error.message
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        proved = isinstance(error, urllib.error.HTTPError) and error.code in GONE
+        is_certain = isinstance(error, urllib.error.HTTPError) and error.code in GONE
         doubt = f"{title} can't be read ({error})"
-    doubt += f"; set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings}" if doubt and title else ""
-    if doubt and proved and not without:
+    if title:
+        doubt += f"; set MITSUBA_PACKAGE or PKG_REPOSITORY in {Call.settings}"
+    if is_certain and not without:
         raise ClusterError(f"install would fail: {doubt} (--without-mitsuba launches all the same)")
-    if doubt:
-        warn(f"{doubt} before you run install" if title else doubt)
+    warn(f"{doubt} before you run install" if title else doubt)
     return title
 
 
-def make_spread(package: Package, nodes: int) -> Spread | None:
-    """Return what brings a package file to the nodes, into a folder in the user's home; None where it is elsewhere."""
-    if not package.is_file:
-        return None
-    path = Path(package.source)
-    name = f"{PACKAGE_FOLDER}/{package.sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
-    return Spread([Wanted(name, path.stat().st_size, package.sha256, package.sha256, "", {})], [path], nodes)
+class Installation:
+    """The installation of one package on so many NODES; STEP does it on one of them."""
 
+    def __init__(self, settings: Settings, group: str, package: Package, nodes: int, progress: Progress) -> None:
+        import hashlib
 
-def install_step(
-    settings: Settings, package: Package, spread: Spread | None, logs: Path, progress: Progress, remote: Remote
-) -> str:
-    """Install Mitsuba on one node; return its version."""
-    import hashlib
+        self.logs, self.progress, source = log_folder(group), progress, package.source
+        self.spread: Spread | None = None
+        if package.is_file:  # it is passed on, into a folder in the user's home
+            path, sha256 = Path(source), package.sha256
+            source = f"{PACKAGE_FOLDER}/{sha256[:16]}-{re.sub(r'[^A-Za-z0-9._+~-]', '_', path.name)}"
+            self.spread = Spread([Wanted(source, path.stat().st_size, sha256, sha256, "", {})], [path], nodes)
+        recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
+        digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
+        self.arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, node_program(learn_build)]
+        self.lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
 
-    path = logs / f"{remote.node.id}.install.log"
-    recipe = json.dumps([settings.PKG_REPOSITORY, settings.MITSUBA_PACKAGE, package.sha256])
-    digest = hashlib.sha256(recipe.encode()).hexdigest()  # the addresses may hold a password
-    arguments = [settings.SSH_USER, settings.DATA_DIR, package.sha256, digest, remote.node.type]
-    arguments.append(node_program(learn_build))
-    tell = functools.partial(progress.step, remote.node)
+    def step(self, remote: Remote) -> str:
+        """Install Mitsuba on one node; return its version."""
+        path = self.logs / f"{remote.node.id}.install.log"
+        try:
+            with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
+                os.fchmod(log.fileno(), 0o600)  # one of an older version
+                code, output = self.run(remote, log.write)
+        except OSError as error:
+            raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
+        version = re.search(r"^version (\S+)$", output, re.M)
+        if code or not version:
+            why = f"the installation failed ({format_exit(code)})"
+            raise NodeError(f"{why}; the whole output: {path}{format_tail(output)}")
+        return version[1]
 
-    def hear(lines: bytes) -> None:
-        log.write(lines)
-        for step in re.findall(rb"^step: (.{0,24})", lines, re.M):
-            tell(printable(step.decode("utf-8", "replace")))
+    def run(self, remote: Remote, write: Callable[[bytes], object]) -> tuple[int, str]:
+        """Run what a node's installation consists of; WRITE gets all that it says."""
+        tell = functools.partial(self.progress.step, remote.node)
 
-    def show(moved: int, whole: int) -> None:
-        if moved:
-            tell(f"sending {10 * moved // (whole or 1) * 10} %")
+        def hear(lines: bytes) -> None:
+            write(lines)
+            for step in re.findall(rb"^step: (.{0,24})", lines, re.M):
+                tell(printable(step.decode("utf-8", "replace")))
 
-    try:
-        with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as log:
-            os.fchmod(log.fileno(), 0o600)  # one of an older version
-            tell("booting")
-            wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
-            remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=log.write)  # what failed in it may not matter
-            if remote.run(user_command("check-python", CHECK_PYTHON))[0]:
-                raise NodeError("has no Python 3.9 or newer, which this tool needs on its nodes: choose another image")
-            check_metadata_rules(remote)
-            if spread:
-                tell("waiting")
-                try:
-                    spread.bring(Delivery(remote, ".", show))
-                except NodeError as error:
-                    raise type(error)(f"the package can't be brought to its home folder: {error}") from error
-            source = spread.wanted[0].path if spread else package.source
-            lines = f"{settings.PKG_REPOSITORY}\n{source}\n".encode()
-            run = root_command("install", INSTALL, *arguments)
-            code, output = remote.run(run, limit=INSTALL_LIMIT, stdin=[lines], sink=hear)
-    except OSError as error:
-        raise NodeError(f"its log {path} can't be written: {error.strerror}") from error
-    version = re.search(r"^version (\S+)$", output, re.M)
-    if code or not version:
-        raise NodeError(f"the installation failed ({format_exit(code)}); the whole output: {path}{format_tail(output)}")
-    return version[1]
+        def show(moved: int, whole: int) -> None:
+            if moved:
+                tell(f"sending {10 * moved // (whole or 1) * 10} %")
+
+        tell("booting")
+        wait = user_command("wait-for-boot", WAIT_FOR_BOOT, str(CLOUD_INIT_LIMIT))
+        remote.run(wait, limit=CLOUD_INIT_LIMIT + STEP_LIMIT, sink=write)  # what failed in it may not matter
+        if remote.run(user_command("check-python", CHECK_PYTHON))[0]:
+            raise NodeError("has no Python 3.9 or newer, which this tool needs on its nodes: choose another image")
+        check_metadata_rules(remote)
+        if self.spread:
+            tell("waiting")
+            try:
+                self.spread.bring(Delivery(remote, ".", show))
+            except NodeError as error:
+                raise type(error)(f"the package can't be brought to its home folder: {error}") from error
+        line = root_command("install", INSTALL, *self.arguments, remote.node.type)
+        return remote.run(line, limit=INSTALL_LIMIT, stdin=[self.lines], sink=hear)
 
 
 @cli.command("install", epilog="Example: ./cluster.py install")
@@ -4717,12 +4681,10 @@ def install(app: App, group: str) -> None:
     package = plan_package(app.settings)
     nodes = app.open_group(group)
     note(f"Installing {package.title}")
-    logs = log_folder(group)
     progress = Progress("Installing", len(nodes), lambda outcome: f"{outcome.node.name}: Mitsuba {outcome.value}")
-    spread = make_spread(package, len(nodes))
-    step = functools.partial(install_step, app.settings, package, spread, logs, progress)
-    outcomes = app.pool.each(nodes, step, progress)
-    note(f"Each node's whole output: {logs}")
+    installation = Installation(app.settings, group, package, len(nodes), progress)
+    outcomes = app.pool.each(nodes, installation.step, progress)
+    note(f"Each node's whole output: {installation.logs}")
     app.report(outcomes, "Installed")
     note(f"Next: {command('start', group)}")
 
@@ -5265,7 +5227,7 @@ def tunnel(app: App, group: str, port: int) -> None:
 # createNodes, install and start in one, with no barrier between nodes. Touches what they touch; ends only nodes of
 # its own launch.
 
-COUNT_LIMIT = 60  # seconds for two polls to agree, and to show the nodes of a launch
+COUNT_POLLS = 60  # at most, until two agree
 LIST_LAG = 5  # seconds after a launch until lists show all of it: users report 1 to 5
 BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
 
@@ -5273,29 +5235,20 @@ BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
 class Board(Progress):
     """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
 
-    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str], ended: Container[str] = ()) -> None:
+    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str]) -> None:
         super().__init__("Up", len(nodes), line)
-        self.ended = ended  # ids of nodes of which nothing is said any more
-        self.at = {node.id: (self.began, node.name, "waiting for its address") for node in nodes}
+        self.steps = {node.id: "waiting for its address" for node in nodes}
+        self.since = {node.id: (self.began, node.name) for node in nodes}
 
     def step(self, node: Node, text: str) -> None:
-        """Note what NODE does now."""
+        """Note what NODE does now; one that has finished does nothing any more."""
         with OUTPUT:
-            before = self.at[node.id][2] if node.id in self.at else text
-            if before == "booting" != text and not is_terminal():
-                note(f"{node.name}: has booted")
+            before = self.steps.get(node.id, text)
             if before != text:
-                self.at[node.id] = (time.monotonic(), node.name, text)
+                self.steps[node.id], self.since[node.id] = text, (time.monotonic(), node.name)
+                if before == "booting" and not is_terminal():
+                    note(f"{node.name}: has booted")
         self.redraw()
-
-    def finished(self, outcome: Outcome[Any]) -> None:
-        """Count a node, and print its line in place of the board's."""
-        with OUTPUT:
-            self.at.pop(outcome.node.id, None)
-            if outcome.node.id in self.ended:
-                self.total -= 1
-            else:
-                super().finished(outcome)
 
     def redraw(self) -> None:
         """Draw the nodes that wait longest, as far as there is room, and the whole; in a pipe a line a minute."""
@@ -5303,7 +5256,7 @@ class Board(Progress):
             return super().redraw()
         now, room = time.monotonic(), min(BOARD_LINES, shutil.get_terminal_size().lines - 3)
         with OUTPUT:
-            waiting = sorted(self.at.values())
+            waiting = sorted((*self.since[name], step) for name, step in self.steps.items())
             lines = [f"{name}: {step}, {format_duration(now - since)}" for since, name, step in waiting[:room]]
             steps = [step for _, _, step in waiting[room:]]
             more = "".join(f", {steps.count(step)} more {step}" for step in dict.fromkeys(steps))
@@ -5311,68 +5264,93 @@ class Board(Progress):
             return draw(*lines, f"Up: {nodes}{more}, {format_duration(now - self.began)}")
 
 
-def count_nodes(
-    ec2: Client, group: str, known: Sequence[Node] = (), least: float = 0, limit: float = COUNT_LIMIT
-) -> list[Node]:
-    """Return GROUP's nodes that run or will, oldest first, with those KNOWN that no list shows yet.
-
-    Lists lag: polls until two agree and show all that are KNOWN, for LEAST to LIMIT seconds (0: once).
-    """
-    began = time.monotonic()
-    before: set[str] | None = None
-    while True:
-        listed = {node.id: node for node in fetch_nodes(ec2, group)}
-        nodes = [node for node in listed.values() if node.is_inside and node.state in ("pending", "running")]
-        unseen = [node for node in known if node.id not in listed]
-        found = {node.id for node in nodes}
-        gone = time.monotonic() - began
-        if gone >= limit or (gone >= least and found == before and not unseen):
-            return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
-        before = found
-        time.sleep(POLL)
+def poll_nodes(ec2: Client, group: str, known: Sequence[Node] = ()) -> list[Node]:
+    """Return GROUP's nodes that run or will, oldest first, with those KNOWN that the list does not show yet."""
+    listed = {node.id: node for node in fetch_nodes(ec2, group)}
+    nodes = [node for node in listed.values() if node.is_inside and node.state in ("pending", "running")]
+    unseen = [node for node in known if node.id not in listed]
+    return sorted([*nodes, *unseen], key=lambda node: (node.launched, node.id))
 
 
-def keep_count(
-    ec2: Client, group: str, count: int, token: str, ended: set[str], known: Sequence[Node], **how: float
-) -> list[Node]:
-    """Return the COUNT oldest nodes of GROUP; end those of this launch, known by their TOKEN, that are more.
+def count_nodes(ec2: Client, group: str, known: Sequence[Node], lag: float = POLL) -> list[Node]:
+    """Return GROUP's nodes when LAG seconds are over and two polls agree, of which the first is what was KNOWN."""
+    nodes = list(known)
+    for pause in (lag, *[POLL] * COUNT_POLLS):
+        time.sleep(pause)
+        before, nodes = nodes, poll_nodes(ec2, group, known)
+        if {node.id for node in before} == {node.id for node in nodes}:
+            break
+    return nodes
+
+
+def end_excess(ec2: Client, nodes: Sequence[Node], count: int, token: str) -> list[Node]:
+    """Return the COUNT oldest of a group's NODES; end those of this launch, known by their TOKEN, that are more.
 
     Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
-    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain. ENDED gets the ids.
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
     """
-    nodes = count_nodes(ec2, group, known, **how)
     if excess := [node for node in nodes[count:] if token and node.token.startswith(token)]:
-        ended.update(node.id for node in excess)
         terminate_young(ec2, excess)
         note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
-    return nodes[:count]
+    return list(nodes[:count])
 
 
-def up_step(install_one: Callable[[Remote], str], plan: StartPlan, board: Board, remote: Remote) -> Served:
+def find_or_launch(app: App, request: LaunchRequest, again: str) -> tuple[list[Node], str, str]:
+    """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    where, group, count = app.where(request.group), request.group, request.count
+    tell = result if request.dry_run else note
+    nodes, plan = poll_nodes(app.ec2, group), None
+    if len(nodes) < count:
+        nodes, plan = side_by_side(
+            functools.partial(count_nodes, app.ec2, group, nodes), functools.partial(make_plan, app, request)
+        )
+    app.check_owner(group, nodes, request.others)
+    if others := [node for node in nodes if node.type != request.instance_type]:
+        types = ", ".join(sorted({node.type for node in others}))
+        tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
+    if not plan or len(nodes) >= count:
+        more = f", more than {count}: none is ended" if len(nodes) > count else ""
+        tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
+        return nodes, "", ""
+    plan = plan._replace(request=replace(plan.request, count=count - len(nodes)), present=nodes)
+    for line in describe(app, plan):
+        tell(line)
+    if request.dry_run:
+        return [], "", ""
+    ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
+    try:
+        launched, why, token = launch_plan(app, plan, ways)
+    except (ClusterError, BotoCoreError, ClientError) as error:
+        if not nodes:
+            raise
+        return nodes, explain(error), ""
+    # No node answers so soon that counting once more would delay it.
+    nodes = count_nodes(app.ec2, group, [*nodes, *launched], LIST_LAG)
+    return end_excess(app.ec2, nodes, count, token), why, token
+
+
+def up_step(installation: Installation, plan: StartPlan, remote: Remote) -> Served:
     """Take one node from its boot to its server, whatever the others do; of the head only learn what it is."""
-    version = install_one(remote)
+    version = installation.step(remote)
     if not is_terminal():
         note(f"{remote.node.name}: Mitsuba {version}")
-    board.step(remote.node, "starting its server")
+    installation.progress.step(remote.node, "starting its server")
     return Served(look_step(remote), 0, "") if remote.node.id == plan.head.id else worker_step(plan, remote)
 
 
 def bring_up(
-    app: App, group: str, nodes: Sequence[Node], package: Package, tree: bool | None, ended: Container[str]
+    app: App, group: str, nodes: Sequence[Node], package: Package, tree: bool | None
 ) -> tuple[StartPlan, list[Outcome[Served]]]:
-    """Install and start what is missing on each of NODES; return their outcomes, and the plan for the head's link.
-
-    Nothing is said of those that are ENDED meanwhile.
-    """
+    """Install and start what is missing on each of NODES; return the plan for the head's link, and their outcomes."""
     head = plan_head(nodes)
-    spread = make_spread(package, 1)  # whoever comes first need not wait for the others
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
     plan = plan_start(app, nodes, looked, tree)
-    line = lambda outcome: "" if plan.levels or outcome.node.id == head.id else describe_server(outcome)  # noqa: E731
-    board = Board(nodes, line, ended)
-    install_one = functools.partial(install_step, app.settings, package, spread, log_folder(group), board)
-    outcomes = await_nodes(app, group, nodes, functools.partial(up_step, install_one, plan, board), board)
-    return plan, outcomes
+    board = Board(nodes, lambda outcome: "" if plan.levels or outcome.node.id == head.id else describe_server(outcome))
+    # For one node: whoever comes first need not wait for the others.
+    step = functools.partial(up_step, Installation(app.settings, group, package, 1, board), plan)
+    return plan, await_nodes(app, group, nodes, step, board)
 
 
 def link_up(app: App, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> None:
@@ -5386,40 +5364,6 @@ def link_up(app: App, plan: StartPlan, outcomes: Sequence[Outcome[Served]]) -> N
     start_group(app, good, force=False, tree=plan.tree)
     failed = ", ".join(outcome.node.name for outcome in outcomes if not outcome.ok)
     raise ClusterError(f"{len(good)} of {format_count(len(outcomes), 'node')} serving; failed: {failed}")
-
-
-def find_or_launch(app: App, request: LaunchRequest, again: str) -> tuple[list[Node], str, str]:
-    """Return the request's nodes, the missing ones launched, why they are fewer, and the token of the launch."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    where, group, count = app.where(request.group), request.group, request.count
-    tell = result if request.dry_run else note
-    look_up = functools.partial(make_plan, app, request)
-    count_all = functools.partial(count_nodes, app.ec2, group)
-    incomplete = len(count_all(limit=0)) < count
-    nodes, plan = side_by_side(count_all, look_up) if incomplete else (count_all(), None)
-    app.check_owner(group, nodes, request.others)
-    if others := [node for node in nodes if node.type != request.instance_type]:
-        types = ", ".join(sorted({node.type for node in others}))
-        tell(f"{format_count(len(others), 'node')} of another type ({types}) in {where}: counted all the same")
-    if len(nodes) >= count:
-        more = f", more than {count}: none is ended" if len(nodes) > count else ""
-        tell(f"{where} has {format_count(len(nodes), 'node')}{more}; none is created")
-        return nodes, "", ""
-    plan = plan or look_up()
-    plan = plan._replace(request=replace(plan.request, count=count - len(nodes)), present=nodes)
-    for line in describe(app, plan):
-        tell(line)
-    if request.dry_run:
-        return [], "", ""
-    ways = f"{again} goes on with them, {command('terminateAll', group)} ends them"
-    try:
-        launched, why, token = launch_plan(app, plan, ways)
-    except (ClusterError, BotoCoreError, ClientError) as error:
-        if not nodes:
-            raise
-        return nodes, explain(error), ""
-    return [*nodes, *launched], why, token
 
 
 @cli.command("up", epilog="Example: ./cluster.py up c1.xlarge 8")
@@ -5443,20 +5387,16 @@ def up(app: App, /, tree: bool | None, **asked: Any) -> None:
         groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
         app.allow_access(groups, cidr)
         app.warn_of_rules(groups, cidr)
-    ended: set[str] = set()
-    keep = functools.partial(keep_count, app.ec2, group, max(count, len(nodes)), token, ended)
+    most = max(count, len(nodes))
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
-        (plan, outcomes), nodes = side_by_side(
-            functools.partial(bring_up, app, group, mine, package, tree, ended),
-            functools.partial(keep, nodes, least=LIST_LAG if token else 0),
-        )
-        nodes = keep(nodes, limit=0)
+        plan, outcomes = bring_up(app, group, mine, package, tree)
+        nodes = end_excess(app.ec2, poll_nodes(app.ec2, group, nodes), most, token)
         kept = {node.id for node in nodes if is_ours(node, app.identity)}
         if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
-    outcomes = [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
+    outcomes = [one for one in outcomes if one.node.id in kept or not one.ok]
     try:
         link_up(app, plan, outcomes)
     except ClusterError as error:

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -435,6 +436,22 @@ def test_disks_are_encrypted_and_go_with_their_nodes_and_all_of_it_has_tags(monk
     assert disk["Ebs"]["DeleteOnTermination"] is True
     assert [one["ResourceType"] for one in asked["TagSpecifications"]] == ["instance", "volume"]
     assert "InstanceMarketOptions" not in asked
+
+
+def test_two_first_runs_at_once_make_one_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    key, both = tmp_path / "key.pem", threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(cluster, "hide_from_git", lambda path: both.wait() and "")  # both have found no key by then
+    written: list[str] = []
+    write = cluster.write_secret
+
+    def note_and_write(path: Path, text: str) -> None:
+        written.append(text)
+        write(path, text)
+
+    monkeypatch.setattr(cluster, "write_secret", note_and_write)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(cluster.ensure_key_file, [key, key]))
+    assert written == [key.read_text()]
 
 
 def test_other_disks_of_an_image_go_with_their_nodes_too(monkeypatch: pytest.MonkeyPatch) -> None:
