@@ -49,7 +49,11 @@ def in_own_words(cloud: LocalCloud, lines: list[str]) -> str:
     text = re.sub(r"http://127\.0\.0\.1:\d+", "http://MIRROR", text)  # no node's address, wherever theirs begin
     text = re.sub(r"\b(127\.[\d.]+):\d+\b", r"\1", text)
     parts = re.split(r"((?:^127\.[\d.]+: (?!head).*\n)+)", text + "\n", flags=re.M)
-    return "".join("".join(sorted(part.splitlines(True))) if i % 2 else part for i, part in enumerate(parts)).strip()
+
+    def in_order(part: str) -> str:  # .9 before .10
+        return "".join(sorted(part.splitlines(True), key=lambda line: list(map(int, line.split(":")[0].split(".")))))
+
+    return "".join(in_order(part) if i % 2 else part for i, part in enumerate(parts)).strip()
 
 
 def in_own_addresses(text: str) -> str:
