@@ -3327,6 +3327,7 @@ CANONICAL = {"aws": "099720109477", "aws-us-gov": "513442679011", "aws-cn": "837
 LAUNCH_BATCH = 100  # instances a RunInstances request: AWS prefers several such to one of 500
 # botocore's patience for what is only said: a price, a quota.
 QUICK: dict[str, Any] = {"connect_timeout": 3, "read_timeout": 5, "retries": {"total_max_attempts": 2}}
+WORK_POLL = 5  # between two polls of EC2 while all nodes are at work
 SURPLUS_PRICE = 0.05  # $ a vCPU-hour above the baseline of T3 and T3a (https://aws.amazon.com/ec2/pricing/on-demand/)
 
 # What a type begins with -> its quota of vCPUs, on demand and spot; "" is all others: A, C, D, H, I, M, R, T, Z.
@@ -3991,20 +3992,22 @@ def await_nodes(
     done: dict[str, Outcome[T]] = {}
     began = good = time.monotonic()
     while waiting:
+        seen: dict[str, Node] = {}
         try:
-            seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
-            good = time.monotonic()
+            boots = any(node.id not in begun or node.state == "pending" for node in waiting.values())
+            if boots or time.monotonic() - good > WORK_POLL:
+                seen = {node.id: node for node in fetch_nodes(app.ec2, group) if node.id in waiting}
+                good = time.monotonic()
         except (BotoCoreError, ClientError):  # a poll that fails ends no launch
-            seen = {}
             if time.monotonic() - good > POLL_ERROR_LIMIT:
                 raise
         waiting |= seen
         for node in seen.values():
             reachable = node.address and node.state in ("pending", "running") and not app.awaits_address(node)
             if reachable and node.id not in begun:
-                boots = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
-                limit = BOOT_LIMIT if boots else LOGIN_LIMIT
-                begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=boots)
+                young = (datetime.now(timezone.utc) - node.launched).total_seconds() < BOOT_LIMIT
+                limit = BOOT_LIMIT if young else LOGIN_LIMIT
+                begun[node.id] = app.pool.submit(node, step, limit=limit, first_boot=young)
                 progress.step(node, "booting")
         running = sum(node.state == "running" for node in waiting.values()) + len(done)
         progress.show(f"{running} running")
@@ -4861,6 +4864,15 @@ def ask_server(remote: Remote, build: str) -> int:
                 "its sshd forbids forwarding (AllowTcpForwarding in /etc/ssh/sshd_config), which this tool needs"
             ) from None
         raise NodeError("its mtssrv does not answer") from error
+
+
+def server_step(remote: Remote) -> tuple[Facts, int, str]:
+    """Return what a node says of itself, the cores that its server offers, and, where it does not serve, why."""
+    facts = fetch_facts(remote)
+    try:
+        return facts, ask_server(remote, facts.build), ""
+    except NodeError as error:
+        return facts, 0, str(error)
 
 
 def find_offer(remote: Remote, facts: Facts, role: str) -> int:
@@ -5781,15 +5793,6 @@ def judge_server(outcome: Outcome[tuple[Facts, int, str]], above: dict[str, Node
     listed = [{"address": peer, "connected": a, "silent": b} for peer, (a, b) in clients.items()]
     offered = None if problem else cores
     return Asked(word, "; ".join(parts), facts.load, offered, facts.idle, listed, facts.restarts)
-
-
-def server_step(remote: Remote) -> tuple[Facts, int, str]:
-    """Return what a node says of itself, the cores that its server offers, and, where it does not serve, why."""
-    facts = fetch_facts(remote)
-    try:
-        return facts, ask_server(remote, facts.build), ""
-    except NodeError as error:
-        return facts, 0, str(error)
 
 
 def ask_briefly(app: App, nodes: Sequence[Node], step: Callable[[Remote], T]) -> list[Outcome[T]]:
