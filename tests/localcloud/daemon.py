@@ -250,7 +250,9 @@ class Daemon:
         )
         if self.kind == "nspawn":
             threading.Thread(target=self.refresh_firewalls, daemon=True).start()
-        self.where.ready.write_text(json.dumps({"kind": self.kind, "environment": self.environment}))
+        part = self.where.ready.with_suffix(".part")  # whoever waits for the file must not read half of it
+        part.write_text(json.dumps({"kind": self.kind, "environment": self.environment}))
+        part.replace(self.where.ready)
         stop.wait()
         ends = [threading.Thread(target=i.node.stop, args=(0,)) for i in list(self.cloud.instances.values())]
         for end in ends:
