@@ -805,7 +805,7 @@ def to_node(raw: dict[str, Any]) -> Node:
         group=tags.get(TAG_GROUP, ""),
         type=raw.get("InstanceType", ""),
         state=raw["State"]["Name"],
-        launched=raw["LaunchTime"],
+        launched=raw.get("LaunchTime") or datetime.now(timezone.utc),
         zone=raw.get("Placement", {}).get("AvailabilityZone", ""),
         public_name=raw.get("PublicDnsName") or "",
         public_ip=raw.get("PublicIpAddress") or "",
@@ -842,7 +842,7 @@ def fetch_ours(ec2: Client, call: str, found: str, group: str | None) -> list[di
     return [
         raw
         for raw in fetch_pages(ec2, call, found, Filters=our_filter(group))
-        for tag in raw["Tags"]
+        for tag in raw.get("Tags", [])
         if tag["Key"] == TAG_GROUP and GROUP_NAME.fullmatch(tag["Value"])
     ]
 
@@ -879,7 +879,8 @@ def fetch_security_groups(ec2: Client, group: str | None = None) -> list[Securit
             for source in one.get(kind, [])
             for about in [printable(source.get("Description", ""))]
         ]
-        groups.append(SecurityGroup(raw["GroupId"], read_tags(raw)[TAG_GROUP], raw["GroupName"], raw["VpcId"], rules))
+        group = read_tags(raw)[TAG_GROUP]
+        groups.append(SecurityGroup(raw["GroupId"], group, raw.get("GroupName", ""), raw.get("VpcId", ""), rules))
     return [one for one in groups if one.name == f"mitsuba-{one.group}"]
 
 
@@ -2415,8 +2416,8 @@ class App:
             self.key_pairs[ec2] = False
             with tolerate():
                 asked = {"KeyNames": [self.settings.KEYPAIR_NAME], "IncludePublicKey": True}
-                (pair,) = ec2.describe_key_pairs(**asked)["KeyPairs"]
-                self.key_pairs[ec2] = fingerprint(pair["PublicKey"]) == self.fingerprint
+                keys = [pair.get("PublicKey") for pair in ec2.describe_key_pairs(**asked)["KeyPairs"]]
+                self.key_pairs[ec2] = any(fingerprint(key) == self.fingerprint for key in keys if key)
         return self.key_pairs[ec2]
 
     def launched(self, nodes: Sequence[Node], ec2: Client | None = None) -> list[Node]:
@@ -2514,7 +2515,7 @@ class App:
             for rule in stale:
                 with tolerate("InvalidPermission.NotFound"):
                     self.ec2.revoke_security_group_ingress(GroupId=group.id, IpPermissions=[rule.permission])
-            if any(rule.owner for rule in stale):
+            if any(rule.owner and rule.source != cidr for rule in stale):
                 note(f"This machine's address has changed: the nodes' ports are open to {cidr} now")
 
     def open_group(self, group: str) -> list[Node]:
@@ -3471,11 +3472,12 @@ set_deadline "$1"
 exit $((guarded | $?))
 """
 
-# As root: fails where the rules of BOOT for the metadata service are not there; says so where no program can make them.
+# As root: exit code 3 where the rules of BOOT for the metadata service are not there; says so where nothing can make
+# them. Another code is sudo's.
 CHECK_METADATA_RULES = """
 command -v nft > /dev/null || command -v iptables > /dev/null || { echo "no firewall"; exit 0; }
 nft list table inet mitsuba_metadata > /dev/null 2>&1 ||
-  iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null
+  iptables -w -C OUTPUT -d 169.254.169.254 -m owner ! --uid-owner 0 -j REJECT 2> /dev/null || exit 3
 """
 
 
@@ -3946,7 +3948,7 @@ def check_metadata_rules(remote: Remote) -> None:
     if "no firewall" in output:
         with OUTPUT:
             warn_of_image()
-    elif "sudo" in output:
+    elif code not in (0, 3) and "sudo" in output:
         raise NodeError(f"SSH_USER can't become root there without a password: {output.strip()}")
     elif code:
         raise NodeError(
@@ -4845,6 +4847,8 @@ def ask_server(remote: Remote, build: str) -> int:
     """
     import paramiko
 
+    if not build:
+        raise NodeError(NOT_INSTALLED)
     target, source = (remote.node.private_ip, SERVER_PORT), ("127.0.0.1", 0)
     try:
         return handshake(
@@ -5338,9 +5342,10 @@ def find_or_launch(app: App, request: LaunchRequest, again: str) -> tuple[list[N
         if not nodes:
             raise
         return nodes, explain(error), ""
-    # No node answers so soon that counting once more would delay it.
-    nodes = count_nodes(app.ec2, group, [*nodes, *launched], LIST_LAG)
-    return end_excess(app.ec2, nodes, count, token), why, token
+    nodes = [*nodes, *launched]
+    with tolerate(loss="the nodes could not be counted once more"):  # none answers so soon that this would delay it
+        nodes = end_excess(app.ec2, count_nodes(app.ec2, group, nodes, LIST_LAG), count, token)
+    return nodes, why, token
 
 
 def up_step(installation: Installation, plan: StartPlan, remote: Remote) -> Served:
@@ -5404,7 +5409,8 @@ def up(app: App, /, tree: bool | None, **asked: Any) -> None:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
         plan, outcomes = bring_up(app, group, mine, package, tree)
-        nodes = end_excess(app.ec2, poll_nodes(app.ec2, group, nodes), most, token)
+        with tolerate(loss="the nodes could not be counted once more"):
+            nodes = end_excess(app.ec2, poll_nodes(app.ec2, group, nodes), most, token)
         kept = {node.id for node in nodes if is_ours(node, app.identity)}
         if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break

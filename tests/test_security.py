@@ -22,12 +22,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 import cluster
 from tests.localcloud.places import ACCESS_KEY, ROUTER
-from tests.support import LocalCloud, Result, wait_until
+from tests.support import LocalCloud, Result, make_node, wait_until
 
 GROUP = "least"
 BUCKET = "least-bucket"
@@ -666,6 +667,35 @@ def test_a_user_who_is_not_root_is_no_missing_rule(said: str) -> None:
     remote: Any = SimpleNamespace(run=lambda _: (1, said))
     with pytest.raises(cluster.NodeError, match=f"SSH_USER can't become root there without a password: {said.strip()}"):
         cluster.check_metadata_rules(remote)
+
+
+@pytest.mark.parametrize(("code", "refused"), [(0, False), (3, True)])
+def test_what_sudo_only_warns_of_is_no_refusal(code: int, refused: bool) -> None:
+    said = "sudo: unable to resolve host ip-10-0-0-5: Name or service not known\n"
+    remote: Any = SimpleNamespace(run=lambda _: (code, said), node=make_node("i-1", 1))
+    missing = pytest.raises(cluster.NodeError, match="rules for the metadata service are missing")
+    with missing if refused else nullcontext():
+        cluster.check_metadata_rules(remote)
+
+
+def test_an_odd_answer_about_key_pairs_is_no_key_of_the_users(tmp_path: Path) -> None:
+    app = cluster.App(tmp_path / "config.py")
+    app.settings = cluster.Settings()
+    ec2 = MagicMock()
+    for pairs in ([], [{"KeyName": "mitsuba-key"}], [{"PublicKey": ""}]):
+        app.key_pairs.clear()
+        ec2.describe_key_pairs.return_value = {"KeyPairs": pairs}
+        assert not app.has_key_pair(ec2)
+
+
+def test_a_port_that_is_closed_is_no_change_of_address(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    app = cluster.App(tmp_path / "config.py")
+    app.settings, app.ec2, app.rule_owner = cluster.Settings(PUBLIC_SERVER_PORT=False), MagicMock(), "me"
+    rules = [cluster.Rule("tcp", port, port, "IpRanges", "192.0.2.7/32", "me") for port in (22, 7554)]
+    app.allow_access([cluster.SecurityGroup("sg-1", "default", "mitsuba-default", "vpc-1", rules)], "192.0.2.7/32")
+    closed = app.ec2.revoke_security_group_ingress.call_args.kwargs["IpPermissions"]
+    assert [one["FromPort"] for one in closed] == [7554]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_node_without_its_guard_is_refused(cloud: LocalCloud, group: str) -> None:

@@ -81,3 +81,10 @@ def test_the_journal_shows_no_handshakes(tmp_path: Path, shown: str, lines: list
     journal = f"printf '{HANDSHAKE * 300}one\\ntwo\\n{HANDSHAKE}-- cursor: s=1;i=2\\n'"
     said = run_beside(tmp_path, cluster.JOURNAL, "all", "", shown, journalctl=journal)
     assert said.splitlines() == [*lines, "-- cursor: s=1;i=2"]
+
+
+def test_a_node_without_mitsuba_says_so(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group, 1)
+    shown = cloud.cluster("status", group, "--servers")
+    assert shown.code == 0, shown.err
+    assert "Mitsuba is not installed here; run install first" in shown.out

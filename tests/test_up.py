@@ -9,11 +9,14 @@ import signal
 import sys
 from datetime import datetime, timezone
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+from botocore.exceptions import ClientError
 
 import cluster
-from tests.support import LIMIT, LocalCloud, Result, killed, wait_until
+from tests.support import LIMIT, LocalCloud, Result, killed, make_node, wait_until
+from tests.test_launch import plan
 
 TYPE = "c1.xlarge"
 
@@ -176,3 +179,18 @@ def test_killed_at_aws_calls(cloud: LocalCloud, request: pytest.FixtureRequest) 
             if everything and done.code == 0:
                 assert number > 20, "up makes more calls than that: it was not killed"
                 break
+
+
+def test_a_count_that_fails_after_the_launch_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> list[cluster.Node]:
+        raise ClientError({"Error": {"Code": "RequestLimitExceeded"}}, "DescribeInstances")
+
+    old, new = make_node("i-1", 1), make_node("i-2", 2)
+    monkeypatch.setattr(cluster, "poll_nodes", lambda *_: [old])
+    monkeypatch.setattr(cluster, "make_plan", lambda *_: plan(1))
+    monkeypatch.setattr(cluster, "describe", lambda *_: [])
+    monkeypatch.setattr(cluster, "launch_plan", lambda *_: ([new], "", "token"))
+    monkeypatch.setattr(cluster, "side_by_side", lambda *_: ([old], plan(1)))
+    monkeypatch.setattr(cluster, "count_nodes", refuse)
+    request = cluster.LaunchRequest("c1.xlarge", 2, "default")
+    assert cluster.find_or_launch(MagicMock(), request, "again") == ([old, new], "", "token")
