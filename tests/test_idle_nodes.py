@@ -28,6 +28,7 @@ QUICK: dict[str, float] = {
     # A machine that stalls for seconds must not pass for a server that is gone.
     "GUARD_TIMEOUT": 10,
     "HEAD_ASKED": 4,
+    "RESTART_LIMIT": 0,  # a node of this cloud boots within the time for which the head would wait for it
     "WATCH_SILENCE": 60,
     "LOGIN_BYTES": 10_000_000,  # in two seconds instead of sixty, on a busy machine: only that it is no use is tested
 }
