@@ -3698,6 +3698,8 @@ def describe(app: App, plan: Plan) -> Iterator[str]:
     elif plan.type.burstable:
         most = f"up to {format_money(SURPLUS_PRICE * cores)} an hour more for all"
         yield f"{kind} is burstable: full load costs a surcharge, {most}; a c type has none"
+    if request.max_price is not None:
+        yield f"Each is launched only for at most {format_money(request.max_price)} an hour"
     zones = ", ".join(dict.fromkeys(subnet.zone for subnet in plan.subnets))
     yield f"Image: {plan.image.id} ({plan.image.name})"
     yield f"Zones, in the order in which they are tried: {zones}"
@@ -5695,8 +5697,9 @@ def render(
         raise ClusterError("there is no mitsuba on this machine's PATH, and it is what reads the scene")
     if refused := [target.parent for target in targets if not os.access(target.parent, os.W_OK)]:
         raise ClusterError(f"no picture can be written to {refused[0]}")
-    find_head(app, group)
     cluster = RenderCluster(app, group)
+    if not any(node.role == "head" for node in cluster.nodes):
+        raise ClusterError(f"{app.where(group)} has no head node; {command('start', group)} makes one. {app.left}")
     app.left = f"Only the render has ended. {app.left}"
     missing, failure = list(scenes), None
     try:
@@ -5925,6 +5928,8 @@ def show_status(
     app: App, /, group: str | None, as_json: bool, servers: bool, watch: bool, everywhere: bool, wide: bool
 ) -> None:
     """Show what is running, since when, and what it costs."""
+    if as_json and watch:
+        raise click.UsageError("--json shows one moment, and --watch goes on: choose one")
     if everywhere and (servers or watch):
         raise click.UsageError("--all-regions takes neither --servers nor --watch: name a region in config.py")
     home, problems = app.settings.AWS_REGION, list[str]()
@@ -6624,10 +6629,10 @@ def terminate_all(ctx: click.Context, group: str, all_groups: bool, all_regions:
         problems.append(f"{app.key_problem}. So nothing tells which groups are yours; {ways}")
     if not found and not problems:
         where = "any region" if all_regions else home
+        advice = "" if all_regions else f"; {command('status', '--all-regions')} shows every region"
         if not all_groups:
-            advice = "" if all_regions else f"; {command('status', '--all-regions')} shows every region"
             raise ClusterError(f"Nothing to terminate: group {group!r} does not exist in {where}{advice}")
-        note(f"Nothing to terminate: you have no group in {where}")
+        note(f"Nothing to terminate: you have no group in {where}{advice}")
     if problems:
         raise ClusterError("; ".join(problems))
 

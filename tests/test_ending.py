@@ -221,7 +221,7 @@ def test_a_locked_key_takes_nothing_of_others(cloud: LocalCloud, group: str, tmp
         ec2.authorize_security_group_ingress(GroupId=empty, IpPermissions=[rule])
     locked = {"SSH_PRIVATE_KEY_FILE": str(path)}
     swept = end_quickly(cloud, "terminateAll", "--all-groups", settings=locked)
-    assert "Nothing to terminate: you have no group" in swept.last_line
+    assert "Nothing to terminate: you have no group in us-east-1; ./cluster.py status --all-regions" in swept.last_line
     assert "is encrypted" in end_quickly(cloud, "terminateAll", group, settings=locked).last_line
     assert cloud.truth(group)[0] == [node]
     assert cloud.truth(f"{group}-empty")[1] == 1

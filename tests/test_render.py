@@ -22,7 +22,7 @@ import pytest
 import cluster
 from cluster import Attempt, Facts
 from tests.localcloud.places import HERE
-from tests.support import LIMIT, LocalCloud, Result, impatience, interrupt, make_node, wait_until
+from tests.support import LIMIT, LocalCloud, Result, create, impatience, interrupt, make_node, wait_until
 
 QUICK: dict[str, float] = {"RENDER_POLL": 0.5, "RENDER_SILENCE": 4, "HEAL_POLL": 0.5}
 QUICK |= dict.fromkeys(("EXCHANGE_LIMIT", "SILENCE_LIMIT", "LIVENESS_LIMIT"), 10)  # for a node that is silent
@@ -256,12 +256,21 @@ def test_what_is_found_out_beforehand(cloud: LocalCloud, farm: str, tmp_path: Pa
         1,
         "Error: the mitsuba on this machine is 0.5.0, and the nodes' 0.6.0 will refuse it",
     )
-    headless = render(cloud, scene, "--group", "nobody")
-    assert headless.code == 1, headless.err
-    assert "has no head node" in headless.last_line
+    nobody = render(cloud, scene, "--group", "nobody")
+    assert nobody.code == 1, nobody.err
+    assert "no running nodes in group 'nobody'" in nobody.last_line
     none = cloud.cluster("render", str(scene), env={"PATH": str(tmp_path)})
     assert none.code == 1, none.err
     assert "there is no mitsuba" in none.last_line
+
+
+def test_a_group_without_a_head_is_said_to_run_on(cloud: LocalCloud, group: str, tmp_path: Path) -> None:
+    create(cloud, group, 1)
+    headless = render(cloud, write_scene(tmp_path / "a.xml"), "--group", group, "--then-terminate")
+    assert headless.code == 1, headless.err
+    assert "has no head node" in headless.last_line
+    assert "keep running and cost money" in headless.last_line
+    assert len(cloud.truth(group)[0]) == 1
 
 
 def test_a_file_that_the_nodes_lack_and_a_wrong_scene(cloud: LocalCloud, farm: str, tmp_path: Path) -> None:

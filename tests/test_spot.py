@@ -14,6 +14,7 @@ def test_spot_nodes(cloud: LocalCloud, group: str) -> None:
     dry = cloud.cluster("addSpotNodes", "c1.xlarge", "2", "0.2", group, "--dry-run", "--without-mitsuba")
     assert dry.code == 0, dry.out + dry.err
     assert "2 × c1.xlarge" in dry.out
+    assert "at most $0.20 an hour" in dry.out
     assert cloud.status(group) == {}
     made = cloud.cluster("addSpotNodes", "c1.xlarge", "2", "0.2", group)
     assert made.code == 0, made.err

@@ -88,3 +88,9 @@ def test_a_node_without_mitsuba_says_so(cloud: LocalCloud, group: str) -> None:
     shown = cloud.cluster("status", group, "--servers")
     assert shown.code == 0, shown.err
     assert "Mitsuba is not installed here; run install first" in shown.out
+
+
+def test_json_is_of_one_moment(cloud: LocalCloud) -> None:
+    both = cloud.cluster("status", "--json", "--watch")
+    assert both.code == 2, both.err
+    assert "choose one" in both.last_line
