@@ -31,8 +31,8 @@ sys.path.insert(0, sys.argv[1])
 import cluster
 current, most = threading.local(), 0
 PlainSource, PlainSpread = cluster.Source, cluster.Spread
-def make_source(remote=None):
-    source = PlainSource(remote)
+def make_source(*given):
+    source = PlainSource(*given)
     source.transfers = getattr(current, "transfers", 0)
     return source
 class Spread(PlainSpread):
