@@ -5172,7 +5172,7 @@ def start_group(app: App, nodes: Sequence[Node], force: bool, tree: bool | None 
     """Make the servers of NODES serve, linked to one head; FORCE: even if the head's client is lost by it."""
     head = plan_head(nodes)
     others = [node for node in nodes if node.id != head.id]
-    (looked,) = app.pool.each([head], look_step, Progress("Looking", 1))
+    (looked,) = app.pool.each([head], look_step, Progress("Asking", 1))
     plan = plan_start(app, nodes, looked, tree, force)
     progress = Progress("Starting", len(others), None if plan.levels else describe_server)
     link_group(app, plan, looked, app.pool.each(others, functools.partial(worker_step, plan), progress))
@@ -5253,8 +5253,9 @@ BOARD_LINES = 12  # of nodes, on a terminal: fewer than the smallest one has
 class Board(Progress):
     """On a terminal a line a node with its present step, and one for the whole; in a pipe a line a step that ends."""
 
-    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str]) -> None:
+    def __init__(self, nodes: Sequence[Node], line: Callable[[Outcome[Any]], str], ended: Container[str] = ()) -> None:
         super().__init__("Up", len(nodes), line)
+        self.ended = ended  # ids of nodes of which nothing is said any more
         self.steps = {node.id: "waiting for its address" for node in nodes}
         self.since = {node.id: (self.began, node.name) for node in nodes}
 
@@ -5267,6 +5268,15 @@ class Board(Progress):
                 if before == "booting" and not is_terminal():
                     note(f"{node.name}: has booted")
         self.redraw()
+
+    def finished(self, outcome: Outcome[Any]) -> None:
+        """Count a node, and print its line, unless this run has ended it again."""
+        if outcome.node.id not in self.ended:
+            return super().finished(outcome)
+        with OUTPUT:
+            self.total -= 1
+            self.steps.pop(outcome.node.id, None)
+            return None
 
     def redraw(self) -> None:
         """Draw the nodes that wait longest, as far as there is room, and the whole; in a pipe a line a minute."""
@@ -5301,13 +5311,14 @@ def count_nodes(ec2: Client, group: str, known: Sequence[Node], lag: float = POL
     return nodes
 
 
-def end_excess(ec2: Client, nodes: Sequence[Node], count: int, token: str) -> list[Node]:
+def end_excess(ec2: Client, nodes: Sequence[Node], count: int, token: str, ended: set[str]) -> list[Node]:
     """Return the COUNT oldest of a group's NODES; end those of this launch, known by their TOKEN, that are more.
 
     Another up, or one that was killed a moment ago, may have launched nodes that no list showed yet. Each up
-    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain.
+    ends nodes of its own only, and all of them sort alike, so that exactly COUNT remain. ENDED gets the ids.
     """
     if excess := [node for node in nodes[count:] if token and node.token.startswith(token)]:
+        ended.update(node.id for node in excess)
         terminate_young(ec2, excess)
         note(f"{format_count(len(excess), 'node')} of this launch ended again: the group had others by then")
     return list(nodes[:count])
@@ -5344,10 +5355,7 @@ def find_or_launch(app: App, request: LaunchRequest, again: str) -> tuple[list[N
         if not nodes:
             raise
         return nodes, explain(error), ""
-    nodes = [*nodes, *launched]
-    with tolerate(loss="the nodes could not be counted once more"):  # none answers so soon that this would delay it
-        nodes = end_excess(app.ec2, count_nodes(app.ec2, group, nodes, LIST_LAG), count, token)
-    return nodes, why, token
+    return [*nodes, *launched], why, token
 
 
 def up_step(installation: Installation, plan: StartPlan, remote: Remote) -> Served:
@@ -5360,13 +5368,17 @@ def up_step(installation: Installation, plan: StartPlan, remote: Remote) -> Serv
 
 
 def bring_up(
-    app: App, group: str, nodes: Sequence[Node], package: Package, tree: bool | None
+    app: App, group: str, nodes: Sequence[Node], package: Package, tree: bool | None, ended: Container[str]
 ) -> tuple[StartPlan, list[Outcome[Served]]]:
-    """Install and start what is missing on each of NODES; return the plan for the head's link, and their outcomes."""
+    """Install and start what is missing on each of NODES; return the plan for the head's link, and their outcomes.
+
+    Nothing is said of those that are ENDED meanwhile.
+    """
     head = plan_head(nodes)
     looked = app.pool.each([head], look_step, limit=LOOK_LIMIT)[0] if head.role == "head" else None
     plan = plan_start(app, nodes, looked, tree)
-    board = Board(nodes, lambda outcome: "" if plan.levels or outcome.node.id == head.id else describe_server(outcome))
+    quiet = {node.id for node in nodes} if plan.levels else {head.id}  # their lines come when they are linked
+    board = Board(nodes, lambda outcome: "" if outcome.node.id in quiet else describe_server(outcome), ended)
     # For one node: whoever comes first need not wait for the others.
     step = functools.partial(up_step, Installation(app.settings, group, package, 1, board), plan)
     return plan, await_nodes(app, group, nodes, step, board)
@@ -5406,17 +5418,26 @@ def up(app: App, /, tree: bool | None, **asked: Any) -> None:
         groups, cidr = fetch_security_groups(app.ec2, group), try_client_cidr(app.settings)
         app.allow_access(groups, cidr)
         app.warn_of_rules(groups, cidr)
-    most = max(count, len(nodes))
+    most, ended = max(count, len(nodes)), set[str]()
+
+    def keep_count(count_all: Callable[[], list[Node]]) -> list[Node]:
+        with tolerate(loss="the nodes could not be counted once more"):
+            return end_excess(app.ec2, count_all(), most, token, ended)
+        return nodes
+
     while True:
         if not (mine := app.ours(nodes)):
             raise ClusterError(f"no node of {app.where(group)} was launched with your SSH key")
-        plan, outcomes = bring_up(app, group, mine, package, tree)
-        with tolerate(loss="the nodes could not be counted once more"):
-            nodes = end_excess(app.ec2, poll_nodes(app.ec2, group, nodes), most, token)
+        work: list[Callable[[], Any]] = [functools.partial(bring_up, app, group, mine, package, tree, ended)]
+        if token:  # beside the work, which waits for no list
+            late = functools.partial(count_nodes, app.ec2, group, nodes, LIST_LAG)
+            work.append(functools.partial(keep_count, late))
+        (plan, outcomes), *_ = side_by_side(*work)
+        nodes = keep_count(functools.partial(poll_nodes, app.ec2, group, nodes))
         kept = {node.id for node in nodes if is_ours(node, app.identity)}
         if plan.head.id in kept and kept <= {outcome.node.id for outcome in outcomes}:
             break
-    outcomes = [one for one in outcomes if one.node.id in kept or not one.ok]
+    outcomes = [one for one in outcomes if one.node.id in kept or not (one.ok or one.node.id in ended)]
     try:
         link_up(app, plan, outcomes)
     except ClusterError as error:

@@ -7,16 +7,18 @@ import pty
 import re
 import signal
 import sys
+import threading
 from datetime import datetime, timezone
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 from botocore.exceptions import ClientError
+from click.testing import CliRunner
 
 import cluster
 from tests.support import LIMIT, LocalCloud, Result, killed, make_node, wait_until
-from tests.test_launch import plan
 
 TYPE = "c1.xlarge"
 
@@ -181,16 +183,39 @@ def test_killed_at_aws_calls(cloud: LocalCloud, request: pytest.FixtureRequest) 
                 break
 
 
-def test_a_count_that_fails_after_the_launch_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> list[cluster.Node]:
-        raise ClientError({"Error": {"Code": "RequestLimitExceeded"}}, "DescribeInstances")
+@pytest.mark.parametrize("fails", [False, True])
+def test_nodes_are_counted_beside_their_work_and_a_poll_that_fails_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    begun, linked, node = threading.Event(), list[Any](), make_node("i-1", 1)
 
-    old, new = make_node("i-1", 1), make_node("i-2", 2)
-    monkeypatch.setattr(cluster, "poll_nodes", lambda *_: [old])
-    monkeypatch.setattr(cluster, "make_plan", lambda *_: plan(1))
-    monkeypatch.setattr(cluster, "describe", lambda *_: [])
-    monkeypatch.setattr(cluster, "launch_plan", lambda *_: ([new], "", "token"))
-    monkeypatch.setattr(cluster, "side_by_side", lambda *_: ([old], plan(1)))
-    monkeypatch.setattr(cluster, "count_nodes", refuse)
-    request = cluster.LaunchRequest("c1.xlarge", 2, "default")
-    assert cluster.find_or_launch(MagicMock(), request, "again") == ([old, new], "", "token")
+    def bring_up(*_: Any) -> tuple[Any, list[cluster.Outcome[Any]]]:
+        begun.set()
+        return SimpleNamespace(head=node), [cluster.Outcome(node)]
+
+    def count_nodes(*_: Any) -> list[cluster.Node]:
+        assert begun.wait(LIMIT), "the work waits for the count"
+        if fails:
+            raise ClientError({"Error": {"Code": "RequestLimitExceeded"}}, "DescribeInstances")
+        return [node]
+
+    monkeypatch.setattr(cluster, "plan_package", MagicMock())
+    monkeypatch.setattr(cluster, "find_or_launch", lambda *_: ([node], "", "token"))
+    monkeypatch.setattr(cluster, "bring_up", bring_up)
+    monkeypatch.setattr(cluster, "count_nodes", count_nodes)
+    monkeypatch.setattr(cluster, "poll_nodes", lambda *_: [node])
+    monkeypatch.setattr(cluster, "is_ours", lambda *_: True)
+    monkeypatch.setattr(cluster, "link_up", lambda *given: linked.append(given[-1]))
+    done = CliRunner().invoke(cluster.up, [TYPE, "1"], obj=MagicMock(ours=list))
+    assert done.exit_code == 0, done.output
+    assert linked == [[cluster.Outcome(node)]]
+
+
+def test_nothing_is_said_of_a_node_that_this_run_has_ended_again(capsys: pytest.CaptureFixture[str]) -> None:
+    kept, ended = make_node("i-1", 1), make_node("i-2", 2)
+    board = cluster.Board([kept, ended], lambda outcome: outcome.node.id, {ended.id})
+    board.finished(cluster.Outcome(ended, error="EC2 ended it"))
+    board.finished(cluster.Outcome(kept))
+    out, err = capsys.readouterr()
+    assert (out, err) == ("i-1\n", "")
+    assert (board.done, board.total, board.steps) == (1, 1, {})
