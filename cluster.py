@@ -5730,7 +5730,10 @@ def render(
             if render_scene(cluster, scene, target, **options):
                 missing.remove(scene)
     except NodeError as error:
-        note(f"Given up: {error}; {command('terminate', 'NODE')}, then up, replaces a node that stays silent")
+        mend = f"{command('up', 'TYPE', 'COUNT', group)} makes new nodes"
+        if cluster.running:
+            mend = f"{command('terminate', 'NODE')}, then up, replaces a node that stays silent"
+        note(f"Given up: {error}; {mend}")
     except Exception as error:  # whatever it is, the nodes must not run on unattended
         failure = error
     if then_terminate:
@@ -6783,9 +6786,11 @@ def show_lines(prefix: str, lines: bytes) -> None:
     """Print LINES with PREFIX in front of each; in a pipe their bytes as they are."""
     shown = [prefix.encode() + line for line in lines.removesuffix(b"\n").split(b"\n")]
     if sys.stdout.isatty():
-        result("\n".join(line.rstrip(b"\r").decode("utf-8", "replace") for line in shown))
-    else:
-        put(b"\n".join([*shown, b""]))
+        return result("\n".join(line.rstrip(b"\r").decode("utf-8", "replace") for line in shown))
+    try:
+        return put(b"\n".join([*shown, b""]))
+    except BrokenPipeError:
+        os._exit(1)  # as in the main thread: that nobody reads our output is no failure of the node's
 
 
 def command_step(line: str, as_json: bool, prefixed: bool, remote: Remote) -> tuple[int, str]:

@@ -331,6 +331,16 @@ def test_ctrl_c_ends_only_the_render(cloud: LocalCloud, farm: str, tmp_path: Pat
     assert [node["state"] for node in cloud.nodes(farm)] == ["running"] * 3
 
 
+def test_when_no_node_is_left_new_ones_are_what_helps(cloud: LocalCloud, tmp_path: Path) -> None:
+    for group in serving(cloud, "all-gone", 1):
+        child = Rendering(cloud, tmp_path / "log", write_scene(tmp_path / "a.xml", until="never"), "--group", group)
+        cloud.client("ec2").terminate_instances(InstanceIds=[node["id"] for node in cloud.nodes(group)])
+        done = child.end()
+        assert done.code == 1, done.err
+        given_up = f"Given up: no head serves: no node is left; ./cluster.py up TYPE COUNT {group} makes new nodes"
+        assert given_up in done.err, done.err
+
+
 def test_tries_that_are_spent_and_the_end_of_the_group(cloud: LocalCloud, tmp_path: Path) -> None:
     for group in serving(cloud, "spent", 2):
         scene = write_scene(tmp_path / "a.xml", until="never")

@@ -27,6 +27,13 @@ def test_run_command_with_huge_output(cloud: LocalCloud, group: str) -> None:
     assert int(done.out) > 100_000_000
 
 
+def test_a_pipe_that_closes_is_no_nodes_failure(cloud: LocalCloud, group: str) -> None:
+    create(cloud, group)
+    done = cloud.run("sh", "-c", f"{sys.executable} cluster.py runCommand 'seq 1000000' {group} | head -n 1")
+    assert done.out.endswith(": 1\n"), done.out
+    assert done.err == ""
+
+
 def test_login_and_a_wrong_host_key(cloud: LocalCloud, group: str) -> None:
     create(cloud, group, 1)
     node = cloud.nodes(group)[0]
